@@ -1,0 +1,309 @@
+"""Requests in, steps, results out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from nanovllm.config import Config
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.model_runner import SampledTokens
+from nanovllm.engine.scheduler import Batch, Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_input import StepInputBuilder
+from nanovllm.engine.worker import RankGroup
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Items[int]
+POLL_SECONDS = 2e-5
+SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
+
+
+class LLMEngine:
+    """Drives a scheduler and the ranks; with async scheduling, one step behind what it launches."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """Starts an engine for a model folder or hub name; `options` are those of Config.
+
+        Raises:
+            TypeError, ValueError: an option, the checkpoint or the memory does not do.
+            RuntimeError: a rank failed, or the GPU's memory did not suffice.
+        """
+        self.failure: str | None = "it was not started"
+        self.config = Config.create(model, options)
+        self.tokenizer = load_tokenizer(self.config.model)
+        try:
+            self.ranks = RankGroup(self.config)
+            num_blocks = self.ranks.call("allocate_kv_cache")
+            if self.config.device == "cuda" and not self.config.enforce_eager:
+                self.ranks.call("capture_cudagraph")
+        except torch.OutOfMemoryError as error:
+            self.close()
+            raise RuntimeError(
+                f"out of GPU memory at start-up; lower max_num_batched_tokens or max_num_seqs: {error}"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self.scheduler = Scheduler(self.config, num_blocks)
+        self.step_inputs = StepInputBuilder()
+        self.in_flight: tuple[Batch, SampledTokens] | None = None
+        self.requests: dict[int, Sequence] = {}  # unfinished, by id
+        self.results: dict[int, dict[str, Any]] = {}  # finished, not yet handed out
+        self.num_requests = 0
+        self.num_prefill_tokens = self.num_decode_tokens = 0
+        self.failure = None
+        print(self._describe(num_blocks), file=sys.stderr)
+
+    # ---- driving the engine ---------------------------------------------------------------------------------------
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queues a prompt (a string or token ids) and returns the request's id.
+
+        Raises:
+            TypeError, ValueError: a bad prompt or parameter; nothing is queued.
+        """
+        self._check_alive()
+        params = self._check_params(sampling_params or SamplingParams())
+        return self._add(self._encode(prompt), params).seq_id
+
+    def step(self) -> list[tuple[int, dict[str, Any]]]:
+        """Runs a step; returns (id, result) of the requests that finished and were not handed out before."""
+        self._check_alive()
+        self._advance()
+        finished = list(self.results.items())
+        self.results.clear()
+        return finished
+
+    def is_finished(self) -> bool:
+        """Whether no request is unfinished and no result is waiting to be handed out."""
+        return not self.requests and not self.results
+
+    def abort_request(self, request_id: int) -> None:
+        """Drops a request and what it holds; does nothing if it has finished."""
+        self._check_alive()
+        seq = self.requests.pop(request_id, None)
+        if seq is not None:
+            self.scheduler.finish(seq)
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Completes prompts: strings or lists of token ids, or a single one of these.
+
+        Args:
+            prompts: what to complete.
+            sampling_params: for all prompts, or a list with one for each; the defaults if None.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            For each prompt, in order, a dict with `text`, `token_ids`, `finish_reason` ("stop" or "length") and
+            `num_cached_tokens`, the tokens of the prompt that the prefix cache had.
+
+        Raises:
+            TypeError, ValueError: a bad prompt or parameter; nothing is queued then.
+            RuntimeError: the engine has failed or is closed.
+        """
+        self._check_alive()
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+            prompts = [prompts]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
+        checked = [self._check_params(params) for params in sampling_params]
+        encoded = [self._encode(prompt) for prompt in prompts]
+        ids = [self._add(token_ids, params).seq_id for token_ids, params in zip(encoded, checked, strict=True)]
+        try:
+            self._run_until_finished(set(ids), use_tqdm)
+        except BaseException:
+            if self.failure is None:
+                for request_id in ids:
+                    self.abort_request(request_id)
+                    self.results.pop(request_id, None)
+            raise
+        return [self.results.pop(request_id) for request_id in ids]
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes."""
+        self._check_alive()
+        self.scheduler.block_manager.reset_prefix_cache()
+
+    def exit(self) -> None:
+        """Ends the ranks and frees their memory. Can be called again; unfinished requests are lost."""
+        if self.failure is None:
+            self.failure = "it was closed"
+        if hasattr(self, "ranks"):
+            self.ranks.close()
+
+    close = exit
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _run_until_finished(self, remaining: set[int], use_tqdm: bool) -> None:
+        start, prefilled, decoded = time.perf_counter(), self.num_prefill_tokens, self.num_decode_tokens
+        with tqdm(total=len(remaining), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            while remaining:
+                finished = remaining.intersection(self._advance())
+                if finished:
+                    remaining -= finished
+                    seconds = time.perf_counter() - start
+                    bar.set_postfix_str(
+                        f"prefill {(self.num_prefill_tokens - prefilled) / seconds:.0f} tok/s, "
+                        f"decode {(self.num_decode_tokens - decoded) / seconds:.0f} tok/s",
+                        refresh=False,
+                    )
+                    bar.update(len(finished))
+
+    def _advance(self) -> list[int]:
+        """Launches the next step, then takes in the tokens of the one before; returns the ids that finished."""
+        with deferred_interrupt():
+            try:
+                batch = self.scheduler.schedule()
+                launched = None
+                if batch.seqs:
+                    launched = batch, self.ranks.call("run", self.step_inputs.build(batch))
+                if self.config.async_scheduling:
+                    launched, self.in_flight = self.in_flight, launched
+                return self._take_in(*launched) if launched else []
+            except BaseException as error:
+                self._die(error)  # host and device are in different states now
+                raise
+
+    def _take_in(self, batch: Batch, sampled: SampledTokens) -> list[int]:
+        if self.config.tensor_parallel_size > 1:
+            while not sampled.is_ready():  # a rank that died would leave the others waiting for ever
+                self.ranks.raise_failure()
+                time.sleep(POLL_SECONDS)
+        tokens = sampled.wait()
+        finished = self.scheduler.postprocess(batch, [tokens[row] for row in batch.rows[: batch.num_samples]])
+        num_decodes = batch.num_tokens.count(1)
+        self.num_decode_tokens += num_decodes
+        self.num_prefill_tokens += sum(batch.num_tokens) - num_decodes
+        for seq in finished:
+            del self.requests[seq.seq_id]
+            self.results[seq.seq_id] = self._result(seq)
+        if not self.requests:
+            self.in_flight = None  # only surplus tokens
+        return [seq.seq_id for seq in finished]
+
+    def _result(self, seq: Sequence) -> dict[str, Any]:
+        token_ids = seq.completion_token_ids
+        if seq.detokenizer is None and self.tokenizer is not None:
+            seq.detokenizer = self._detokenizer(seq)
+            # Without stop strings, "stop" means that the last token is one that ends the text.
+            seq.detokenizer.push(token_ids[:-1] if seq.finish_reason == "stop" else token_ids)
+        return {
+            "text": seq.detokenizer.text if seq.detokenizer is not None else "",
+            "token_ids": token_ids,
+            "finish_reason": seq.finish_reason,
+            "num_cached_tokens": seq.num_cached_tokens,
+        }
+
+    def _detokenizer(self, seq: Sequence) -> Detokenizer:
+        prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
+        return Detokenizer(self.tokenizer, prompt_token_ids, seq.sampling_params.stop)
+
+    def _add(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> Sequence:
+        seed = self.config.seed * SEED_STRIDE + self.num_requests if params.seed is None else params.seed
+        seq = Sequence(self.num_requests, token_ids, params, seed)
+        if is_streamed or params.stop:
+            seq.detokenizer = self._detokenizer(seq)
+        self.num_requests += 1
+        self.requests[seq.seq_id] = seq
+        self.scheduler.add(seq)
+        return seq
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """The checked token ids of a prompt."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
+            token_ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, (list, tuple, np.ndarray)):
+            token_ids = list(prompt)
+        else:
+            raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
+        vocab_size, limit = self.config.model_config.vocab_size, self.config.max_model_len
+        if not token_ids:
+            raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
+        if len(token_ids) >= limit:
+            raise ValueError(f"a prompt must have fewer than max_model_len={limit} tokens, got {len(token_ids)}")
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
+                raise TypeError(f"a prompt's token ids must be ints, got {token_id!r}")
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {token_id}")
+        return [int(token_id) for token_id in token_ids]
+
+    def _check_params(self, params: SamplingParams) -> SamplingParams:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, the model has none")
+        return params
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(f"the engine is dead: {self.failure}")
+
+    def _die(self, error: BaseException) -> None:
+        self.failure = f"a step failed: {error!r}"
+        self.exit()
+
+    def _describe(self, num_blocks: int) -> str:
+        config = self.config
+        return (
+            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x "
+            f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of "
+            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens"
+        )
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder, None if it has none."""
+    if not any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Lets a first Ctrl-C take effect only behind the block, a second one at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[int] = []
+
+    def defer(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        signal.raise_signal(signal.SIGINT)

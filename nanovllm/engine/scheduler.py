@@ -1,0 +1,182 @@
+"""Decides which sequences compute how many tokens in the next step.
+
+A sequence has tokens, and KV for some of them. A step gives each chosen sequence a number of tokens to compute;
+prefill, chunked prefill, a prefix-cache hit and decode differ only in that number. Running sequences come first, then
+waiting ones fill the rest of the token budget in their order. Only lengths are needed, never the value of a token, so
+a step can be scheduled before the tokens of the one before it are known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step computes, and what changed on the device's rows since the step before.
+
+    `num_tokens[i]` tokens of `seqs[i]` are computed, from `starts[i]` on. All but perhaps the last sequence reach
+    their end and sample a token; `num_samples` of them do. `rows` are the sequences' rows in this step: a sequence
+    may have lost its row by the time the step's tokens are seen. The last `num_joined` sequences were just admitted.
+    """
+
+    seqs: list[Sequence] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    num_samples: int = 0
+    num_joined: int = 0
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in block table, block)
+
+
+class Scheduler:
+    """Owns the waiting and running sequences and their blocks.
+
+    `running` is ordered by admission. A prompt that was given only a part of its tokens used up the budget, so
+    nothing was admitted behind it: such a sequence is always the last.
+    """
+
+    def __init__(self, config: Config, num_blocks: int) -> None:
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.max_model_len = config.max_model_len
+        self.eos_token_ids = config.model_config.eos_token_ids
+        self.block_manager = BlockManager(num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.free_rows = list(reversed(range(self.max_num_seqs)))
+
+    def is_finished(self) -> bool:
+        """Whether no sequence is left."""
+        return not self.waiting and not self.running
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence behind all others."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> Batch:
+        """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
+        batch = Batch()
+        budget = self.max_num_batched_tokens
+        preempted = False
+        index = 0
+        while index < len(self.running):
+            seq = self.running[index]
+            if self._end_is_due(seq):
+                index += 1
+                continue
+            while not self.block_manager.can_append(seq):
+                preempted = True
+                if self.preempt(self.running[-1]) is seq:
+                    break
+            if seq.status is not SequenceStatus.RUNNING:
+                break
+            if self.block_manager.may_append(seq):
+                batch.new_blocks.append((seq.row, len(seq.block_table) - 1, seq.block_table[-1]))
+            budget -= self._compute(batch, seq, budget)
+            index += 1
+        # After a preemption nothing is admitted: the newest sequence would take back what the older ones need.
+        if not preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def preempt(self, seq: Sequence) -> Sequence:
+        """Sends a running sequence back to the front of the queue, to be computed anew; returns it."""
+        self._release(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        return seq
+
+    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+        """Takes in a step's sampled tokens (one for each of its first `num_samples` sequences).
+
+        Returns the sequences that they ended. A token of a sequence that has ended meanwhile is surplus and
+        dropped; one of a sequence that was preempted meanwhile is kept.
+        """
+        finished = []
+        for seq, token_id in zip(batch.seqs, token_ids, strict=False):
+            if seq.is_finished:
+                continue
+            if seq.first_token_time is None:
+                seq.first_token_time = time.perf_counter()
+            seq.token_ids.append(token_id)
+            num_computed = len(seq.token_ids) - 1
+            if num_computed % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
+                self.block_manager.name_blocks(seq, num_computed - 1, num_computed)
+            seq.finish_reason = self._finish_reason(seq, token_id)
+            if seq.finish_reason is not None:
+                self.finish(seq)
+                finished.append(seq)
+        return finished
+
+    def finish(self, seq: Sequence) -> None:
+        """Ends a sequence wherever it stands and frees what it holds."""
+        if seq.status is SequenceStatus.RUNNING:
+            self._release(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where blocks or rows were lost, doubled or are in the wrong place."""
+        self.block_manager.check_integrity(seq.block_table for seq in self.running)
+        rows = sorted(self.free_rows + [seq.row for seq in self.running])
+        if rows != list(range(self.max_num_seqs)):
+            raise RuntimeError("free rows and the running sequences' rows are not all rows")
+        if any(seq.block_table or seq.row != -1 for seq in self.waiting):
+            raise RuntimeError("a waiting sequence holds blocks or a row")
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        while self.waiting and budget > 0 and self.free_rows and self.block_manager.can_allocate(self.waiting[0]):
+            seq = self.waiting.popleft()
+            self.block_manager.allocate(seq)
+            seq.status = SequenceStatus.RUNNING
+            seq.row = self.free_rows.pop()
+            self.running.append(seq)
+            batch.num_joined += 1
+            batch.new_blocks += [(seq.row, index, block_id) for index, block_id in enumerate(seq.block_table)]
+            budget -= self._compute(batch, seq, budget)
+
+    def _compute(self, batch: Batch, seq: Sequence, budget: int) -> int:
+        """Adds to the batch as many of the sequence's tokens as the budget holds; returns how many."""
+        start = seq.num_computed_tokens
+        num_tokens = min(seq.num_tokens - start, budget)
+        batch.seqs.append(seq)
+        batch.rows.append(seq.row)
+        batch.starts.append(start)
+        batch.num_tokens.append(num_tokens)
+        end = seq.num_computed_tokens = start + num_tokens
+        # Known tokens' blocks can be hit at once, even in this step: a layer stores all KV before it attends.
+        if end <= len(seq.token_ids):
+            self.block_manager.name_blocks(seq, start, end)
+        if end == seq.num_tokens:
+            batch.num_samples += 1
+            seq.num_tokens += 1
+        return num_tokens
+
+    def _release(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.block_manager.deallocate(seq)
+        self.free_rows.append(seq.row)
+        seq.row = -1
+
+    def _end_is_due(self, seq: Sequence) -> bool:
+        """Whether the sequence ends by length once its last token, sampled but perhaps unseen, is seen."""
+        return seq.num_completion_tokens >= seq.sampling_params.max_tokens or seq.num_tokens >= self.max_model_len
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
+        params = seq.sampling_params
+        if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
+            return "stop"
+        if seq.detokenizer is not None and seq.detokenizer.push([token_id]):
+            return "stop"
+        num_completion = len(seq.token_ids) - seq.num_prompt_tokens
+        if num_completion >= params.max_tokens or len(seq.token_ids) >= self.max_model_len:
+            return "length"
+        return None

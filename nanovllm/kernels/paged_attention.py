@@ -1,0 +1,328 @@
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""Causal attention of new queries over a paged KV cache.
+
+This step's keys and values are in the cache already, so attention reads one place only: a layer's K and V, each
+[num_blocks, block_size, Hkv, D], through block tables that list the blocks of every sequence.
+`paged_attention_torch` is the definition and the CPU path; `paged_prefill` (any number of queries a sequence) and
+`paged_decode` (exactly one) are its fast forms. Pages hold a power of two of tokens, 16 or more; D is at most 256.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import INTERPRETED, tl, triton, use_triton
+
+LOG2_E = 1.4426950408889634
+PROGRAMS_PER_SM = 4
+MIN_ROWS = 256
+
+
+def paged_attention_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention by gathering each sequence's pages and masking what lies ahead.
+
+    q: [N, Hq, D], the queries of S sequences one after another. k_cache, v_cache: [num_blocks, block_size, Hkv, D].
+    block_tables: [S, max_blocks] int32, arbitrary past a sequence's context. context_lens: [S] int32, the tokens in
+    the cache, this step's included. cu_seqlens_q: [S + 1] int32, where each sequence's queries begin. Query i of q_len
+    stands at position context_len - q_len + i and sees the keys up to its own; with no context it gives zeros.
+    Returns o [N, Hq, D].
+    """
+    o = torch.zeros_like(q)
+    kv_heads, dim = k_cache.shape[2:]
+    starts = cu_seqlens_q.tolist()
+    for s, context in enumerate(context_lens.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        if begin == end or context == 0:
+            continue
+        blocks = block_tables[s, : -(-context // k_cache.shape[1])].long()
+        k = k_cache[blocks].view(-1, kv_heads, dim)[:context].transpose(0, 1)
+        v = v_cache[blocks].view(-1, kv_heads, dim)[:context].transpose(0, 1)
+        keys = torch.arange(context, device=q.device)
+        visible = keys[None, :] <= keys[context - (end - begin) :, None]
+        o[begin:end] = F.scaled_dot_product_attention(
+            q[begin:end].transpose(0, 1), k, v, attn_mask=visible, scale=scale, enable_gqa=True
+        ).transpose(0, 1)
+    return o
+
+
+@triton.jit
+def _load_tile(
+    k_ptr, v_ptr, table_ptr, begin, length,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [BLOCK_N, DIM_PAD] of one head from position `begin` on; zeros from `length` on."""
+    ROW: tl.constexpr = KV_HEADS * DIM
+    positions = begin + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, DIM_PAD)
+    offs = (positions % BLOCK_SIZE) * ROW
+    if BLOCK_SIZE >= BLOCK_N:  # the tile lies within one page
+        page = tl.load(table_ptr + begin // BLOCK_SIZE).to(tl.int64) * (BLOCK_SIZE * ROW)
+        k_ptr += page
+        v_ptr += page
+    else:
+        pages = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < length, other=0)
+        offs += pages.to(tl.int64) * (BLOCK_SIZE * ROW)
+    offs = offs[:, None] + dims[None, :]
+    mask = (positions < length)[:, None] & (dims < DIM)[None, :]
+    return tl.load(k_ptr + offs, mask=mask, other=0.0), tl.load(v_ptr + offs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _softmax_step(scores, v, acc, high, total, scale, PRECISION: tl.constexpr):
+    """One tile of the online softmax (Milakov & Gimelshein, 2018), base 2; `scale` includes log2(e)."""
+    new_high = tl.maximum(high, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_high[:, None])
+    alpha = tl.exp2(high - new_high)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, new_high, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _merge(
+    partial_ptr, lse_ptr, first, last,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The attention of one (row, KV head) from the parts that programs first..last left: [GROUP_PAD, DIM_PAD]."""
+    heads = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    acc = tl.zeros((GROUP_PAD, DIM_PAD), tl.float32)
+    total = tl.zeros((GROUP_PAD,), tl.float32)
+    high = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
+    for begin in range(first, last + 1, PARTS):
+        programs = begin + tl.arange(0, PARTS)
+        parts = (2 * programs + (programs == first).to(tl.int32))[:, None] * GROUP + heads[None, :]
+        mask = (programs <= last)[:, None] & (heads < GROUP)[None, :]
+        lse = tl.load(lse_ptr + parts, mask=mask, other=float("-inf"))
+        offs = parts[:, :, None] * DIM + dims[None, None, :]
+        o = tl.load(partial_ptr + offs, mask=mask[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
+        new_high = tl.maximum(high, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_high[None, :])
+        alpha = tl.exp2(high - new_high)
+        acc = acc * alpha[:, None] + tl.sum(o * weights[:, :, None], 0)
+        total = total * alpha + tl.sum(weights, 0)
+        high = new_high
+    return acc / total[:, None]
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, batch, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # All tiles of all (row, KV head) units stand in one line, of which every program takes an equal share.
+    rows = tl.arange(0, ROWS_PAD)
+    lens = tl.load(lens_ptr + rows, mask=rows < batch, other=0)
+    # An empty row still owns a tile per head, so that somebody writes its zeros.
+    ends = tl.cumsum(tl.where(rows < batch, tl.maximum(tl.cdiv(lens, BLOCK_N), 1) * KV_HEADS, 0), 0)
+    line = tl.max(ends, 0)
+    share = tl.cdiv(line, tl.num_programs(0))
+    program = tl.program_id(0)
+    tile = program * share
+    stop = tl.minimum(tile + share, line)
+    row = tl.sum((ends <= tile).to(tl.int32), 0)
+    row_start = tl.max(tl.where(rows < row, ends, 0), 0)
+    heads = tl.arange(0, 16)[:, None]  # tl.dot wants 16 rows
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    mask = (heads < GROUP) & (dims < DIM)
+    while tile < stop:
+        length = tl.load(lens_ptr + row)
+        unit_tiles = tl.maximum(tl.cdiv(length, BLOCK_N), 1)
+        head = (tile - row_start) // unit_tiles
+        unit_start = row_start + head * unit_tiles
+        unit = row * KV_HEADS + head
+        first = tile - unit_start
+        tile = tl.minimum(unit_start + unit_tiles, stop)
+        offs = (unit.to(tl.int64) * GROUP + heads) * DIM + dims
+        q = tl.load(q_ptr + offs, mask=mask, other=0.0)
+        acc = tl.zeros((16, DIM_PAD), tl.float32)
+        total = tl.zeros((16,), tl.float32)
+        high = tl.full((16,), float("-inf"), tl.float32)
+        begin, end = first * BLOCK_N, tl.minimum((tile - unit_start) * BLOCK_N, length)
+        table_ptr = tables_ptr + row.to(tl.int64) * table_stride
+        for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+            k, v = _load_tile(
+                k_ptr + head * DIM,
+                v_ptr + head * DIM,
+                table_ptr,
+                n,
+                length,
+                KV_HEADS,
+                DIM,
+                DIM_PAD,
+                BLOCK_SIZE,
+                BLOCK_N,
+            )
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
+            acc, high, total = _softmax_step(scores, v, acc, high, total, scale, PRECISION)
+        o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+        if tile - unit_start - first == unit_tiles:
+            tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
+        else:
+            # Two slots a program: at most one unit runs on from an earlier program, and one into a later.
+            part = (2 * program + (first == 0).to(tl.int32)) * GROUP + heads
+            tl.store(partial_ptr + part * DIM + dims, o, mask=mask)
+            tl.store(lse_ptr + part, (high + tl.log2(total))[:, None], mask=heads < GROUP)
+            tl.debug_barrier()
+            first_program = unit_start // share
+            last_program = (unit_start + unit_tiles - 1) // share
+            arrived = tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel")
+            if arrived == last_program - first_program:
+                merged = _merge(
+                    partial_ptr, lse_ptr, first_program, last_program, GROUP, GROUP_PAD, DIM, DIM_PAD, PARTS
+                )
+                rows_out = tl.arange(0, GROUP_PAD)[:, None]
+                offs_out = (unit.to(tl.int64) * GROUP + rows_out) * DIM + dims
+                tl.store(o_ptr + offs_out, merged.to(o_ptr.dtype.element_ty), mask=(rows_out < GROUP) & (dims < DIM))
+                tl.store(semaphores_ptr + unit, 0)
+        if tile == row_start + unit_tiles * KV_HEADS:
+            row += 1
+            row_start = tile
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _prefill_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, starts_ptr, num_seqs, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQS_PAD: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # The rows of a sequence are its (token, query head of the group) pairs. Numbering the tiles of sequence s from
+    # rows before s // BLOCK_M + s leaves room for each one's ragged end, and a program can find its own s.
+    # The last tiles of a sequence see most keys: they go first.
+    head = tl.program_id(0)
+    program = tl.num_programs(1) - 1 - tl.program_id(1)
+    seqs = tl.arange(0, SEQS_PAD)
+    starts = tl.load(starts_ptr + seqs, mask=seqs < num_seqs, other=0)
+    begun = (starts * GROUP // BLOCK_M + seqs <= program) & (seqs < num_seqs)
+    seq = tl.sum(begun.to(tl.int32), 0) - 1
+    start = tl.load(starts_ptr + seq)
+    q_len = tl.load(starts_ptr + seq + 1) - start
+    first_row = (program - start * GROUP // BLOCK_M - seq) * BLOCK_M
+    if first_row >= q_len * GROUP:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, DIM_PAD)
+    tokens = tl.minimum(rows // GROUP, q_len - 1)
+    heads = head * GROUP + rows % GROUP
+    offs = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * DIM + dims[None, :]
+    mask = (rows < q_len * GROUP)[:, None] & (dims < DIM)[None, :]
+    q = tl.load(q_ptr + offs, mask=mask, other=0.0)
+
+    context = tl.load(lens_ptr + seq)
+    positions = context - q_len + tokens
+    # Keys up to the first row's position need no mask; those after the last row's need no visit.
+    first_position = context - q_len + first_row // GROUP
+    unmasked = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
+    length = tl.minimum(context, context - q_len + (first_row + BLOCK_M - 1) // GROUP + 1)
+    k_ptr += head * DIM
+    v_ptr += head * DIM
+    table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+    acc = tl.zeros((BLOCK_M, DIM_PAD), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for n in tl.range(0, unmasked, BLOCK_N, num_stages=STAGES):
+        k, v = _load_tile(k_ptr, v_ptr, table_ptr, n, length, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        acc, high, total = _softmax_step(scores, v, acc, high, total, scale, PRECISION)
+    for n in tl.range(unmasked, length, BLOCK_N, num_stages=STAGES):
+        k, v = _load_tile(k_ptr, v_ptr, table_ptr, n, length, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        visible = n + tl.arange(0, BLOCK_N)[None, :] <= positions[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        acc, high, total = _softmax_step(scores, v, acc, high, total, scale, PRECISION)
+    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.lru_cache
+def _num_sms(device: torch.device) -> int:
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _shapes(q: torch.Tensor, k_cache: torch.Tensor) -> dict:
+    """The constants that both kernels share. A tile of K is 16 KiB, or shared memory would not hold the pipeline."""
+    block_size, kv_heads, dim = k_cache.shape[1:]
+    dim_pad = max(16, triton.next_power_of_2(dim))
+    return dict(
+        KV_HEADS=kv_heads, GROUP=q.shape[1] // kv_heads, DIM=dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
+        BLOCK_N=min(64, max(16, 16384 // (dim_pad * q.element_size()))),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    semaphores: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
+
+    As `paged_attention_torch` with q [B, Hq, D] contiguous and one row a sequence; a padding row has context 0 and
+    gives zeros. The number of programs depends on the device alone; each finds its equal share of all tiles from the
+    context lengths on the device, so that one CUDA graph serves any lengths. A (row, KV head) that several programs
+    share is put together by the last of them to finish. semaphores: int32, B * Hkv or more, zero before and after.
+    Returns o [B, Hq, D].
+    """
+    if not use_triton(q):
+        cu_seqlens_q = torch.arange(len(q) + 1, dtype=torch.int32)
+        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
+    o = torch.empty_like(q)
+    shapes = _shapes(q, k_cache)
+    group, dim = shapes["GROUP"], shapes["DIM"]
+    group_pad = triton.next_power_of_2(group)
+    programs = _num_sms(q.device) * PROGRAMS_PER_SM
+    partial = torch.empty((2 * programs, group, dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((2 * programs, group), dtype=torch.float32, device=q.device)
+    _decode_kernel[(programs,)](
+        q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
+        len(q), scale * LOG2_E, **shapes, GROUP_PAD=group_pad, PARTS=max(1, 32 // group_pad),
+        ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), STAGES=5, num_warps=4,
+    )  # fmt: skip
+    return o
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
+
+    As `paged_attention_torch`, q [N, Hq, D] contiguous; max_seqlen_q: the most queries of a sequence. The query heads
+    that share a KV head are rows of the same tile, so that K and V are read once for all of them.
+    """
+    if not use_triton(q):
+        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
+    o = torch.empty_like(q)
+    shapes = _shapes(q, k_cache)
+    num_seqs, group = len(context_lens), shapes["GROUP"]
+    block_m = 128 if max_seqlen_q * group > 16 else 16
+    grid = (shapes["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs)
+    _prefill_kernel[grid](
+        q, k_cache, v_cache, o, block_tables, block_tables.stride(0), context_lens, cu_seqlens_q, num_seqs,
+        scale * LOG2_E, **shapes, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)), STAGES=3,
+        num_warps=8 if block_m == 128 else 4,
+    )  # fmt: skip
+    return o

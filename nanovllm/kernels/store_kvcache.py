@@ -1,0 +1,125 @@
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""From the fused QKV projection to a rotated query and a KV cache that holds this step's keys and values.
+
+One kernel does per-head RMSNorm (Qwen3), the rotary embedding and the scattered store, so that q, k and v cross the
+memory bus once. It knows nothing of sequences: a row has a position and a slot.
+"""
+
+import torch
+
+from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels.rms_norm import rms_norm_torch
+
+
+@triton.jit
+def _norm_rope(
+    x_ptr, norm_ptr, cos, sin, eps, out_ptr, stored,
+    HAS_NORM: tl.constexpr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate the HEADS heads at x_ptr; write them to out_ptr where `stored`."""
+    heads = tl.arange(0, HEADS_PAD)[:, None]
+    half = tl.arange(0, HALF_PAD)[None, :]
+    offs = heads * DIM + half
+    mask = (heads < HEADS) & (half < DIM // 2)
+    a = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + offs + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / DIM + eps)[:, None]
+        a *= rstd * tl.load(norm_ptr + half, mask=half < DIM // 2, other=0.0).to(tl.float32)
+        b *= rstd * tl.load(norm_ptr + half + DIM // 2, mask=half < DIM // 2, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + offs, (a * cos - b * sin).to(dtype), mask=mask & stored)
+    tl.store(out_ptr + offs + DIM // 2, (b * cos + a * sin).to(dtype), mask=mask & stored)
+
+
+@triton.jit
+def _rope_store_kernel(
+    qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, eps,
+    q_ptr, k_cache_ptr, v_cache_ptr,
+    HAS_NORM: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_PAD: tl.constexpr, KV_PAD: tl.constexpr,
+    DIM: tl.constexpr, HALF_PAD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    stored = slot >= 0
+    half = tl.arange(0, HALF_PAD)[None, :]
+    angles = cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM + half
+    cos = tl.load(angles, mask=half < DIM // 2, other=0.0)
+    sin = tl.load(angles + DIM // 2, mask=half < DIM // 2, other=0.0)
+    q = qkv_ptr + row * qkv_stride
+    k = q + Q_HEADS * DIM
+    q_out = q_ptr + row * (Q_HEADS * DIM)
+    k_out = k_cache_ptr + slot * (KV_HEADS * DIM)
+    _norm_rope(q, q_norm_ptr, cos, sin, eps, q_out, True, HAS_NORM, Q_HEADS, Q_PAD, DIM, HALF_PAD)
+    _norm_rope(k, k_norm_ptr, cos, sin, eps, k_out, stored, HAS_NORM, KV_HEADS, KV_PAD, DIM, HALF_PAD)
+
+    heads = tl.arange(0, KV_PAD)[:, None]
+    dims = tl.arange(0, 2 * HALF_PAD)[None, :]
+    mask = (heads < KV_HEADS) & (dims < DIM)
+    v = tl.load(k + KV_HEADS * DIM + heads * DIM + dims, mask=mask)
+    tl.store(v_cache_ptr + slot * (KV_HEADS * DIM) + heads * DIM + dims, v, mask=mask & stored)
+
+
+def rope_store_kvcache_torch(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """What `rope_store_kvcache` computes, said plainly."""
+    kv_heads, dim = k_cache.shape[-2:]
+    q, k, v = qkv.view(len(qkv), -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
+    cos, sin = cos_sin[positions.long(), None].chunk(2, dim=-1)
+
+    def norm_rope(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        x = x.float()
+        a, b = (x if weight is None else rms_norm_torch(x, weight, eps)).chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qkv.dtype)
+
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored].long()
+    k_cache.view(-1, kv_heads, dim)[slots] = norm_rope(k, k_norm)[stored]
+    v_cache.view(-1, kv_heads, dim)[slots] = v[stored]
+    return norm_rope(q, q_norm)
+
+
+def rope_store_kvcache(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Rotate q and k (Su et al., 2021; the "rotate half" order), return q and store k and v in their slots.
+
+    qkv: [N, (Hq + 2 Hkv) D], the fused projection's rows. cos_sin: [max_position, D] float32, D/2 cosines then D/2
+    sines. positions: [N] int. slot_mapping: [N] int, slot = block * block_size + offset; the K and V of a row with
+    slot -1 (padding) are stored nowhere. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's
+    dtype. q_norm, k_norm: [D] weights of an RMSNorm of every head before the rotation, both or neither. D is even.
+    Arithmetic in float32. Returns q [N, Hq, D] in qkv's dtype, contiguous.
+    """
+    if not use_triton(qkv):
+        return rope_store_kvcache_torch(
+            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, q_norm, k_norm, eps
+        )
+    kv_heads, dim = k_cache.shape[-2:]
+    q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)
+    if len(qkv):
+        _rope_store_kernel[(len(qkv),)](
+            qkv, qkv.stride(0), cos_sin, positions, slot_mapping, q_norm, k_norm, eps, q, k_cache, v_cache,
+            HAS_NORM=q_norm is not None, Q_HEADS=num_heads, KV_HEADS=kv_heads,
+            Q_PAD=triton.next_power_of_2(num_heads), KV_PAD=triton.next_power_of_2(kv_heads),
+            DIM=dim, HALF_PAD=triton.next_power_of_2(dim // 2), num_warps=4,
+        )  # fmt: skip
+    return q

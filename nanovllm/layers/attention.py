@@ -1,0 +1,96 @@
+"""Paged attention over the KV cache: three backends behind one call.
+
+Every backend first has all of the step's KV stored and then reads keys and values from the cache alone, so that
+sequences of one step can share a prefix that the step itself computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
+from nanovllm.kernels.store_kvcache import rope_store_kvcache
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.context import Context
+
+
+class Attention(nn.Module):
+    """Rotary embedding, KV store and causal attention of `num_heads` query heads over `num_kv_heads` KV heads.
+
+    `k_cache` and `v_cache` [num_blocks, block_size, num_kv_heads, head_dim] and `semaphores`, the zeros that
+    paged_decode counts in, are set by whoever owns the cache's memory.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, backend: str, rotary_table: torch.Tensor) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = head_dim**-0.5
+        self.backend = backend
+        self.rotary_table = rotary_table
+        self.k_cache = self.v_cache = self.semaphores = torch.empty(0)
+
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        context: Context,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+    ) -> torch.Tensor:
+        """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
+        q = rope_store_kvcache(
+            qkv,
+            self.rotary_table,
+            positions,
+            context.slot_mapping,
+            self.k_cache,
+            self.v_cache,
+            self.num_heads,
+            q_norm.weight if q_norm else None,
+            k_norm.weight if k_norm else None,
+            q_norm.eps if q_norm else 0.0,
+        )
+        return getattr(self, f"_attend_{self.backend}")(q, context).flatten(1)
+
+    def _attend_torch(self, q: torch.Tensor, context: Context) -> torch.Tensor:
+        tables, lens, cu_seqlens_q = context.block_tables, context.context_lens, context.cu_seqlens_q
+        return paged_attention_torch(q, self.k_cache, self.v_cache, tables, lens, cu_seqlens_q, self.scale)
+
+    def _attend_triton(self, q: torch.Tensor, context: Context) -> torch.Tensor:
+        n = context.num_decodes
+        caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
+        if n == len(q):
+            return paged_decode(q, *caches, tables, lens, self.semaphores, self.scale)
+        cu_seqlens_q = context.cu_seqlens_q[n:]
+        o = paged_prefill(q, *caches, tables[n:], lens[n:], cu_seqlens_q, context.max_seqlen_q, self.scale)
+        if n:
+            o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], self.semaphores, self.scale)
+        return o
+
+    def _attend_flash_attn(self, q: torch.Tensor, context: Context) -> torch.Tensor:
+        from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+        n = context.num_decodes
+        caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
+        decoded = None
+        if n:
+            decoded = flash_attn_with_kvcache(
+                q[:n, None], *caches, cache_seqlens=lens[:n], block_table=tables[:n], softmax_scale=self.scale
+            )[:, 0]
+            if n == len(q):
+                return decoded
+        o = flash_attn_varlen_func(
+            q,
+            *caches,
+            cu_seqlens_q=context.cu_seqlens_q[n:],
+            cu_seqlens_k=context.cu_seqlens_k[n:],
+            max_seqlen_q=context.max_seqlen_q,
+            max_seqlen_k=context.max_seqlen_k,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=tables[n:],
+        )
+        if decoded is not None:
+            o[:n] = decoded
+        return o

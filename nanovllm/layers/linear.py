@@ -1,0 +1,70 @@
+"""Linear layers split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053).
+
+The `shards` of a parameter tell the loader which part of a checkpoint's tensors it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.utils.loader import Shard
+from nanovllm.utils.tensor_parallel import TensorParallel
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with the output features of each of `output_sizes` split over the ranks.
+
+    x is [N, in], y is [N, sum(output_sizes) / ranks].
+    """
+
+    def __init__(self, input_size: int, output_sizes: list[int], bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        local_sizes = [size // tp.size for size in output_sizes]
+        self.weight = tp.parameter(sum(local_sizes), input_size)
+        self.bias = tp.parameter(sum(local_sizes)) if bias else None
+        self.weight.shards, offset = [], 0
+        for full, size in zip(output_sizes, local_sizes, strict=True):
+            self.weight.shards.append(Shard((full, input_size), 0, tp.rank * size, offset, size))
+            offset += size
+        if bias:
+            self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """The MLP's gate and up projections in one product: [N, hidden] -> [N, gate | up]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
+        super().__init__(hidden_size, [intermediate_size] * 2, bias, tp)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """The query, key and value projections in one product: [N, hidden] -> [N, q heads | k heads | v heads]."""
+
+    def __init__(
+        self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel
+    ) -> None:
+        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        super().__init__(hidden_size, sizes, bias, tp)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the input features split over the ranks: x [N, in / ranks] -> y [N, out], summed."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        size = input_size // tp.size
+        self.weight = tp.parameter(output_size, size)
+        self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
+        self.bias = tp.parameter(output_size) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The bias is added by one rank: the sum would count it once a rank.
+        return self.tp.all_reduce(F.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))

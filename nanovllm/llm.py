@@ -1,0 +1,82 @@
+"""The facade that users import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import Any
+
+from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.sampling_params import SamplingParams
+
+Message = dict[str, Any]
+
+
+class LLM(LLMEngine):
+    """Offline inference with one model.
+
+    `LLM(model, **options)` takes a Hugging Face folder or hub name and the options of `nanovllm.config.Config`:
+
+        with LLM("Qwen/Qwen3-0.6B") as llm:
+            print(llm.generate("introduce yourself", SamplingParams(max_tokens=100))[0]["text"])
+    """
+
+    def chat(
+        self,
+        messages: Items[Message] | Items[Items[Message]],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answers a conversation, or each of a list of them, rendered by the tokenizer's chat template.
+
+        A conversation is a list of messages such as {"role": "user", "content": "Hello"}. Returns what `generate`
+        returns; raises what it raises, and ValueError where the model has no chat template.
+        """
+        self._check_alive()
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self._render(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """Yields the text of one request piece by piece, whole characters only; the pieces make up `generate`'s text.
+
+        Raises:
+            TypeError, ValueError: a bad prompt or parameter, at once.
+        """
+        self._check_alive()
+        params = self._check_params(sampling_params or SamplingParams())
+        if self.tokenizer is None:
+            raise ValueError("stream yields text, and the model has no tokenizer")
+        return self._stream(self._encode(prompt), params)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _stream(self, token_ids: list[int], params: SamplingParams) -> Iterator[str]:
+        seq = self._add(token_ids, params, is_streamed=True)
+        try:
+            is_finished = False
+            while not is_finished:
+                self._check_alive()
+                if not seq.is_finished:
+                    self._advance()
+                is_finished = seq.is_finished
+                piece = seq.detokenizer.take(is_finished)
+                if piece:
+                    yield piece
+        finally:
+            self.results.pop(seq.seq_id, None)
+            if self.failure is None:
+                self.abort_request(seq.seq_id)
+
+    def _render(self, conversation: Items[Message]) -> list[int]:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError("chat needs a tokenizer with a chat template, the model has none")
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)

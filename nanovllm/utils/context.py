@@ -1,0 +1,32 @@
+"""What attention must know of a step, handed down with the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Context:
+    """Attention metadata of one step over S sequences and N tokens.
+
+    The first `num_decodes` sequences compute one token each, their newest; tokens are laid out sequence by sequence.
+
+    Attributes:
+        slot_mapping: [N] int32, where a token's KV is stored: block * block_size + offset, -1 for nowhere.
+        context_lens: [S] int32, tokens in the cache once this step's are stored; 0 for a padding row.
+        block_tables: [S, max_blocks] int32, arbitrary behind a sequence's last block.
+        cu_seqlens_q: [S + 1] int32, where each sequence's tokens begin among the N.
+        cu_seqlens_k: [S + 1] int32, the running sum of the context lengths.
+        max_seqlen_q, max_seqlen_k: upper bounds of the tokens computed and attended to by one sequence.
+    """
+
+    slot_mapping: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    num_decodes: int
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int

@@ -1,0 +1,101 @@
+"""Weights from safetensors files, each rank reading only its slices, straight into the fused parameters.
+
+A parameter's `shards` say which slices of a checkpoint's tensors fill it: one for each tensor that it fuses, in the
+order of the model's `packed_modules_mapping`, or just one. A parameter without shards is a whole tensor on each rank.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from glob import glob
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nanovllm.config import read_json
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows or columns [start, start + size) of a full tensor fill [offset, offset + size) of a parameter's `dim`."""
+
+    full_shape: tuple[int, ...]
+    dim: int
+    start: int
+    offset: int
+    size: int
+
+
+def load_model(model: nn.Module, folder: str) -> None:
+    """Fills every parameter of the model from the safetensors files of a folder.
+
+    All names and shapes are checked before any data is read.
+
+    Raises:
+        ValueError: no or unreadable files; a missing, unexpected or mis-shaped tensor, by name.
+    """
+    targets = checkpoint_targets(model)
+    with ExitStack() as stack:
+        found = {}
+        for path in find_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+            names = file.keys()
+            found.update({name: file.get_slice(name) for name in names if not is_derived(model, name)})
+        if missing := sorted(targets.keys() - found.keys()):
+            raise ValueError(f"{folder} lacks the tensor {missing[0]!r} ({len(missing)} missing in all)")
+        if unexpected := sorted(found.keys() - targets.keys()):
+            raise ValueError(f"{folder} has an unexpected tensor {unexpected[0]!r} ({len(unexpected)} in all)")
+        for name, (_, shard) in targets.items():
+            if (shape := tuple(found[name].get_shape())) != shard.full_shape:
+                raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {shard.full_shape}")
+        for name, (parameter, shard) in targets.items():
+            rows = slice(shard.start, shard.start + shard.size)
+            source = found[name][rows] if shard.dim == 0 else found[name][:, rows]
+            parameter.data.narrow(shard.dim, shard.offset, shard.size).copy_(source)
+
+
+def checkpoint_targets(model: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
+    """Each checkpoint tensor's name -> the parameter that it fills and how."""
+    targets = {}
+    for name, parameter in model.named_parameters():
+        whole = Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))
+        shards = getattr(parameter, "shards", [whole])
+        module = name.split(".")[-2]
+        sources = model.packed_modules_mapping.get(module, (module,))
+        for source, shard in zip(sources, shards, strict=True):
+            targets[name.replace(f"{module}.", f"{source}.")] = (parameter, shard)
+    return targets
+
+
+def is_derived(model: nn.Module, name: str) -> bool:
+    """Whether a tensor only repeats what the model has: some files hold rotary tables or a tied head's copy."""
+    return name.endswith("rotary_emb.inv_freq") or (
+        name == "lm_head.weight" and model.lm_head.weight is model.model.embed_tokens.weight
+    )
+
+
+def find_files(folder: str) -> list[str]:
+    """The safetensors files of a checkpoint: those that the index names, or the folder's."""
+    index = read_json(os.path.join(folder, "model.safetensors.index.json"))
+    names = sorted(set(index.get("weight_map", {}).values()))
+    paths = [os.path.join(folder, name) for name in names] or sorted(glob(os.path.join(folder, "*.safetensors")))
+    if not paths:
+        raise ValueError(f"model={folder!r} has no safetensors files; other weight formats are not read")
+    return paths
+
+
+def fill_dummy(model: nn.Module, seed: int) -> None:
+    """Random weights for measurements: matrices normal with std 0.02, norms 1, biases 0."""
+    generator = None
+    for name, parameter in model.named_parameters():
+        generator = generator or torch.Generator(parameter.device).manual_seed(seed)
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)

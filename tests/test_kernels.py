@@ -1,0 +1,408 @@
+"""Every Triton kernel equals the torch function beside it, and the torch functions equal their definitions.
+
+The kernel tests run on the GPU where there is one. `test_in_the_interpreter` runs the same tests without one, in a
+child pytest with TRITON_INTERPRET=1, which must be set before triton is imported and not reach the other test files.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanovllm.kernels import HAS_TRITON
+from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
+from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
+from nanovllm.kernels.sampling import filter_logits, filter_logits_torch
+from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcache_torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
+DOT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def kernel_test(test):
+    """Runs a test in the interpreter's child process, and on a GPU."""
+    return test if INTERPRETED else pytest.mark.gpu(needs_gpu(test))
+
+
+def plain_test(test):
+    """Runs a test of the torch functions once: not in the child process."""
+    return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element no kernel wrote shows."""
+
+    def poison(allocate):
+        def allocate_nan(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return allocate_nan
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def ints(values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def assert_rows_close(actual, expected, dtype):
+    """The error of each row (last dimension) is small against the row."""
+    assert actual.shape == expected.shape and actual.dtype == dtype
+    error = (actual.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-6)
+    assert error.max().item() <= TOLERANCE[dtype]  # false for NaN
+
+
+@plain_test
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout[-5000:]
+    assert " passed" in child.stdout
+
+
+@plain_test
+def test_package_works_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from nanovllm.kernels import HAS_TRITON, paged_attention, rms_norm, sampling, silu_and_mul, store_kvcache
+assert not HAS_TRITON
+print(rms_norm.rms_norm(torch.full((1, 4), 3.0), torch.full((4,), 2.0), 0.0).tolist())
+"""
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert child.stdout.strip() == "[[2.0, 2.0, 2.0, 2.0]]", child.stderr[-3000:]
+
+
+# Elementwise kernels
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 128), (7, 96), (5, 1000), (3, 2560)])
+def test_rms_norm(rows, size, dtype):
+    x = randn(rows, size + 24, dtype=dtype)[:, :size]
+    weight = randn(size, dtype=dtype)
+    assert_rows_close(rms_norm(x, weight, 1e-6), rms_norm_torch(x.float(), weight.float(), 1e-6), dtype)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_adds_the_residual_in_place(dtype):
+    x = randn(6, 300, dtype=dtype)[:, :200]
+    base = randn(6, 256, dtype=dtype)
+    residual, untouched = base[:, :200], base[:, 200:].clone()
+    weight = randn(200, dtype=dtype)
+    expected_y, expected_sum = rms_norm_torch(x.float(), weight.float(), 1e-5, residual.float())
+    y, returned = rms_norm(x, weight, 1e-5, residual)
+    assert_rows_close(y, expected_y, dtype)
+    assert_rows_close(residual, expected_sum, dtype)
+    assert returned.data_ptr() == residual.data_ptr()
+    assert torch.equal(base[:, 200:], untouched)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (4, 1024), (3, 1500)])
+def test_silu_and_mul(rows, size, dtype):
+    x = randn(rows, 2 * size + 8, dtype=dtype)[:, : 2 * size]
+    x[0, :2] = ints([100.0, -100.0], dtype)
+    assert_rows_close(silu_and_mul(x), silu_and_mul_torch(x.float()), dtype)
+
+
+@kernel_test
+def test_no_rows():
+    weight = randn(64)
+    assert rms_norm(randn(0, 64), weight, 1e-6).shape == (0, 64)
+    assert silu_and_mul(randn(0, 64)).shape == (0, 32)
+
+
+# Rotary embedding and the KV store
+
+
+def rope_table(max_position, dim):
+    angles = torch.arange(max_position)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "normed", "index_dtype"),
+    [
+        (2, 1, 16, False, torch.int32),
+        (7, 1, 80, True, torch.int64),
+        (4, 2, 128, True, torch.int32),
+        (3, 3, 96, False, torch.int64),
+    ],
+)
+def test_rope_store_kvcache(heads, kv_heads, dim, normed, index_dtype, dtype):
+    qkv = randn(5, (heads + 2 * kv_heads) * dim + 8, dtype=dtype)[:, :-8]
+    norms = [randn(dim, dtype=dtype), randn(dim, dtype=dtype)] if normed else []
+    caches = torch.full((2, 3, 16, kv_heads, dim), math.nan, device=DEVICE, dtype=dtype)
+    expected_caches = caches.float()
+    positions, slots = ints([0, 99, 5, 17, 3], index_dtype), ints([47, -1, 0, 16, -1], index_dtype)
+    table = rope_table(100, dim).to(DEVICE)
+    q = rope_store_kvcache(qkv, table, positions, slots, *caches, heads, *norms, eps=1e-5)
+    expected_q = rope_store_kvcache_torch(
+        qkv.float(), table, positions, slots, *expected_caches, heads, *(norm.float() for norm in norms), eps=1e-5
+    )
+    assert_rows_close(q, expected_q, dtype)
+    written = caches.view(2, 48, kv_heads, dim)[:, [47, 0, 16]]
+    assert_rows_close(written, expected_caches.view(2, 48, kv_heads, dim)[:, [47, 0, 16]], dtype)
+    assert torch.equal(caches.isnan(), expected_caches.isnan())
+    assert caches.isnan().sum() == caches.numel() - written.numel()
+
+
+@plain_test
+def test_rope_is_a_rotation_in_the_complex_plane():
+    qkv, positions = torch.randn(4, 3 * 8), torch.tensor([0, 1, 7, 30])
+    k_cache, v_cache = torch.zeros(2, 1, 4, 1, 8)
+    q = rope_store_kvcache(qkv, rope_table(31, 8), positions, torch.arange(4), k_cache, v_cache, 1)
+    turns = torch.polar(torch.ones(4, 4), positions[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8))
+    for rotated, x in ((q, qkv[:, :8]), (k_cache, qkv[:, 8:16])):
+        z = torch.complex(x[:, :4], x[:, 4:]) * turns
+        torch.testing.assert_close(rotated.view(4, 8), torch.cat((z.real, z.imag), dim=-1))
+    assert torch.equal(v_cache.view(4, 8), qkv[:, 16:])
+
+
+# Paged attention
+
+
+def paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype):
+    """Queries, and a cache whose unused rows are NaN, behind tables whose unused entries point nowhere."""
+    needed = [-(-context // block_size) for context in contexts]
+    k_cache, v_cache = torch.full(
+        (2, sum(needed) + 2, block_size, kv_heads, dim), math.nan, device=DEVICE, dtype=dtype
+    )
+    free = torch.randperm(sum(needed) + 2).tolist()
+    tables = torch.full((len(contexts), max(needed) + 1), 2**30, dtype=torch.int32)
+    for s, context in enumerate(contexts):
+        for i in range(needed[s]):
+            tables[s, i] = block = free.pop()
+            used = min(block_size, context - i * block_size)
+            k_cache[block, :used] = randn(used, kv_heads, dim, dtype=dtype)
+            v_cache[block, :used] = randn(used, kv_heads, dim, dtype=dtype)
+    starts = ints([0, *q_lens]).cumsum(0, dtype=torch.int32)
+    return randn(sum(q_lens), heads, dim, dtype=dtype), k_cache, v_cache, tables.to(DEVICE), ints(contexts), starts
+
+
+def reference(q, k_cache, v_cache, tables, contexts, starts, scale):
+    """The torch function in float32."""
+    return paged_attention_torch(q.float(), k_cache.float(), v_cache.float(), tables, contexts, starts, scale)
+
+
+@plain_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_attention_torch_is_attention(dtype):
+    q_lens, contexts, heads, kv_heads, dim = [3, 0, 1, 20], [3, 5, 40, 37], 4, 2, 8
+    inputs = [x.cpu() for x in paged_inputs(q_lens, contexts, heads, kv_heads, dim, 16, dtype)]
+    q, k_cache, v_cache, tables, _, starts = inputs
+    expected = torch.zeros_like(q)
+    for s, (q_len, context) in enumerate(zip(q_lens, contexts, strict=True)):
+        for i in range(q_len):
+            for head in range(heads):
+                slots = [(tables[s, n // 16], n % 16, head // 2) for n in range(context - q_len + i + 1)]
+                keys = torch.stack([k_cache[slot] for slot in slots]).double()
+                values = torch.stack([v_cache[slot] for slot in slots]).double()
+                weights = torch.softmax(keys @ q[starts[s] + i, head].double() * 0.3, dim=0)
+                expected[starts[s] + i, head] = weights @ values
+    assert_rows_close(paged_attention_torch(*inputs, 0.3), expected, dtype)
+
+
+@plain_test
+def test_attention_on_the_cpu_takes_the_torch_function():
+    inputs = [x.cpu() for x in paged_inputs([1, 1, 1], [7, 0, 30], 4, 2, 8, 16, torch.float32)]
+    expected = paged_attention_torch(*inputs, 0.3)
+    *cache, contexts, starts = inputs
+    assert not expected[1].any()
+    assert torch.equal(paged_decode(*cache, contexts, torch.zeros(6, dtype=torch.int32), 0.3), expected)
+    assert torch.equal(paged_prefill(*cache, contexts, starts, 1, 0.3), expected)
+
+
+SHAPES = [(2, 2, 64, 16), (4, 2, 80, 64), (4, 1, 96, 256), (7, 1, 32, 16), (6, 3, 128, 64), (2, 1, 256, 256)]
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), SHAPES)
+def test_paged_prefill(heads, kv_heads, dim, block_size, dtype):
+    # Whole prompts, a chunk behind a context, decode rows, a sequence with nothing to do, a border at every tile size.
+    q_lens, contexts = [70, 33, 1, 0, 1, 64, 5], [70, 100, 1, 9, 130, 128, 261]
+    inputs = paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype)
+    assert_rows_close(paged_prefill(*inputs, 70, 0.1), reference(*inputs, 0.1), dtype)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_paged_prefill_of_few_queries(dtype):
+    inputs = paged_inputs([1, 2, 4, 0], [1, 50, 70, 0], 4, 2, 64, 16, dtype)
+    assert_rows_close(paged_prefill(*inputs, 4, 0.1), reference(*inputs, 0.1), dtype)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), SHAPES)
+def test_paged_decode(heads, kv_heads, dim, block_size, dtype):
+    contexts = [1, 0, 15, 16, 17, 63, 64, 65, 255, 257, 0]
+    *inputs, starts = paged_inputs([1] * len(contexts), contexts, heads, kv_heads, dim, block_size, dtype)
+    semaphores = torch.zeros(len(contexts) * kv_heads, dtype=torch.int32, device=DEVICE)
+    o = paged_decode(*inputs, semaphores, 0.1)
+    assert_rows_close(o, reference(*inputs, starts, 0.1), dtype)
+    assert not o[contexts.index(0)].any()
+    assert not semaphores.any()
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("contexts", [[700], [1], [0], [513, 0, 2], [128, 640]])
+def test_paged_decode_of_few_rows_is_split(contexts, dtype):
+    *inputs, starts = paged_inputs([1] * len(contexts), contexts, 6, 2, 64, 16, dtype)
+    semaphores = torch.zeros(2 * len(contexts), dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # the second call finds the semaphores as the first left them
+        assert_rows_close(paged_decode(*inputs, semaphores, 0.1), reference(*inputs, starts, 0.1), dtype)
+        assert not semaphores.any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_paged_decode_in_a_cuda_graph_follows_the_context():
+    contexts = [900, 3, 0, 260]
+    q, k_cache, v_cache, tables, lens, starts = paged_inputs([1] * 4, contexts, 8, 4, 128, 256, torch.bfloat16)
+    semaphores = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1)
+    for contexts in ([900, 3, 0, 260], [1, 2, 0, 256], [513, 0, 0, 0]):
+        lens.copy_(ints(contexts))
+        o.fill_(math.nan)
+        graph.replay()
+        assert_rows_close(o, reference(q, k_cache, v_cache, tables, lens, starts, 0.1), torch.bfloat16)
+        assert not semaphores.any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_cache_of_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    torch.cuda.empty_cache()
+    k_cache, v_cache = torch.zeros((2, 8300, 256, 8, 128), device=DEVICE, dtype=torch.bfloat16)
+    tables, lens, starts = ints([[8299, 1, 8298]]), ints([600]), ints([0, 600])
+    slots = (tables[0].long()[:, None] * 256 + torch.arange(256, device=DEVICE)).flatten()[:600]
+    qkv = randn(600, 32 * 128, dtype=torch.bfloat16)
+    table = rope_table(600, 128).to(DEVICE)
+    q = rope_store_kvcache(qkv, table, torch.arange(600, device=DEVICE), slots, k_cache, v_cache, 16)
+    assert torch.equal(v_cache.view(-1, 8, 128)[slots].flatten(1), qkv[:, 24 * 128 :])
+    expected = paged_attention_torch(q, k_cache, v_cache, tables, lens, starts, 0.1)
+    prefilled = paged_prefill(q, k_cache, v_cache, tables, lens, starts, 600, 0.1)
+    assert_rows_close(prefilled, expected, torch.bfloat16)
+    semaphores = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    decoded = paged_decode(q[-1:], k_cache, v_cache, tables, lens, semaphores, 0.1)
+    assert_rows_close(decoded, expected[-1:], torch.bfloat16)
+
+
+# Filtering of logits
+
+FILTERS = [  # temperature, top_k, top_p, min_p
+    (1.0, 0, 1.0, 0.0),
+    (0.0, 5, 0.5, 0.1),
+    (1.0, 20, 1.0, 0.0),
+    (0.7, 20, 0.9, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 0.3, 0.0),
+    (2.0, 0, 0.95, 0.02),
+    (1.0, 0, 1.0, 0.1),
+    (1.3, 50, 0.8, 0.05),
+    (1.0, 10**6, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, -1, 0.0, 0.0),
+    (1.0, 0, 1.0, 1.0),
+    (0.5, 12000, 0.99, 0.0),
+]
+
+
+def filters(rows):
+    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    real = torch.float32
+    return ints(temperature, real), ints(top_k), ints(top_p, real), ints(min_p, real)
+
+
+@plain_test
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
+def test_filter_logits_torch_is_its_definition(temperature, top_k, top_p, min_p):
+    logits = (torch.randn(40) * 2).round(decimals=1)  # with ties
+    logits[3] = -math.inf
+    weight = {i: math.exp((x - 9) / (temperature or 1)) for i, x in enumerate(logits.tolist())}
+    kept = [i for i in weight if weight[i] >= min_p * max(weight.values()) * (1 - 1e-6)]
+    if 0 < top_k < len(kept):
+        border = sorted((weight[i] for i in kept), reverse=True)[top_k - 1]
+        kept = [i for i in kept if weight[i] >= border]
+    if top_p < 1:
+        mass, total = 0.0, sum(weight[i] for i in kept)
+        for border in sorted((weight[i] for i in kept), reverse=True):  # noqa: B007
+            mass += border
+            if mass >= top_p * total:
+                break
+        kept = [i for i in kept if weight[i] >= border]
+    expected = torch.full((40,), -math.inf)
+    expected[kept] = logits[kept]
+    rows = [torch.tensor([value], dtype=torch.float32) for value in (temperature, top_p, min_p)]
+    filtered = filter_logits(logits.clone()[None], rows[0], torch.tensor([top_k], dtype=torch.int32), *rows[1:])
+    assert torch.equal(filtered[0], expected if temperature else logits)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [1, 5])
+@pytest.mark.parametrize("size", [100, 20001])
+def test_filter_logits(size, spread, dtype):
+    logits = randn(len(FILTERS), size, dtype=dtype) * spread
+    expected = filter_logits_torch(logits.clone(), *filters(FILTERS))
+    filtered = logits.clone()
+    assert filter_logits(filtered, *filters(FILTERS)).data_ptr() == filtered.data_ptr()
+    # Sums differ in their last bits, which may move the border of a top-p by a token in thousands.
+    kept, disputed = expected > -math.inf, filtered != expected
+    assert (disputed.sum(-1) <= kept.sum(-1) // 1000).all()
+    assert torch.equal(filtered[kept & ~disputed], logits[kept & ~disputed])
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_filter_logits_of_odd_rows(dtype):
+    logits = torch.zeros(5, 9000, device=DEVICE)
+    logits[1, 100:] = -math.inf
+    logits[2] = -100.0
+    logits[2, 8999] = 100.0
+    logits[3, ::2] = -0.0
+    logits[4] = torch.linspace(-60000, 60000, 9000, device=DEVICE)
+    logits = logits.to(dtype)
+    for row in [(1.0, 3, 0.5, 0.0), (1.0, 0, 0.5, 0.0), (1e-3, 0, 1.0, 0.5), (50.0, 9000, 0.99, 0.0)]:
+        expected = filter_logits_torch(logits.clone(), *filters([row] * 5))
+        assert torch.equal(filter_logits(logits.clone(), *filters([row] * 5)), expected)
