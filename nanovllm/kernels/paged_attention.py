@@ -92,7 +92,7 @@ def _merge(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The attention of one (row, KV head) from the parts that programs first..last left: [GROUP_PAD, DIM_PAD]."""
-    heads = tl.arange(0, GROUP_PAD)
+    heads = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)
     dims = tl.arange(0, DIM_PAD)
     acc = tl.zeros((GROUP_PAD, DIM_PAD), tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
@@ -100,10 +100,10 @@ def _merge(
     for begin in range(first, last + 1, PARTS):
         programs = begin + tl.arange(0, PARTS)
         parts = (2 * programs + (programs == first).to(tl.int32))[:, None] * GROUP + heads[None, :]
-        mask = (programs <= last)[:, None] & (heads < GROUP)[None, :]
-        lse = tl.load(lse_ptr + parts, mask=mask, other=float("-inf"))
+        left = (programs <= last)[:, None]
+        lse = tl.load(lse_ptr + parts, mask=left, other=float("-inf"))
         offs = parts[:, :, None] * DIM + dims[None, None, :]
-        o = tl.load(partial_ptr + offs, mask=mask[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
+        o = tl.load(partial_ptr + offs, mask=left[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
         new_high = tl.maximum(high, tl.max(lse, 0))
         weights = tl.exp2(lse - new_high[None, :])
         alpha = tl.exp2(high - new_high)
@@ -183,9 +183,9 @@ def _decode_kernel(
                 merged = _merge(
                     partial_ptr, lse_ptr, first_program, last_program, GROUP, GROUP_PAD, DIM, DIM_PAD, PARTS
                 )
-                rows_out = tl.arange(0, GROUP_PAD)[:, None]
-                offs_out = (unit.to(tl.int64) * GROUP + rows_out) * DIM + dims
-                tl.store(o_ptr + offs_out, merged.to(o_ptr.dtype.element_ty), mask=(rows_out < GROUP) & (dims < DIM))
+                group = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)[:, None]
+                merged_ptr = o_ptr + (unit.to(tl.int64) * GROUP + group) * DIM + dims
+                tl.store(merged_ptr, merged.to(o_ptr.dtype.element_ty), mask=dims < DIM)
                 tl.store(semaphores_ptr + unit, 0)
         if tile == row_start + unit_tiles * KV_HEADS:
             row += 1

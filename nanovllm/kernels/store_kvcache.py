@@ -13,10 +13,10 @@ from nanovllm.kernels.rms_norm import rms_norm_torch
 
 @triton.jit
 def _norm_rope(
-    x_ptr, norm_ptr, cos, sin, eps, out_ptr, stored,
+    x_ptr, norm_ptr, cos, sin, eps, out_ptr,
     HAS_NORM: tl.constexpr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and rotate the HEADS heads at x_ptr; write them to out_ptr where `stored`."""
+    """Normalise and rotate the heads at x_ptr; write them to out_ptr."""
     heads = tl.arange(0, HEADS_PAD)[:, None]
     half = tl.arange(0, HALF_PAD)[None, :]
     offs = heads * DIM + half
@@ -28,8 +28,8 @@ def _norm_rope(
         a *= rstd * tl.load(norm_ptr + half, mask=half < DIM // 2, other=0.0).to(tl.float32)
         b *= rstd * tl.load(norm_ptr + half + DIM // 2, mask=half < DIM // 2, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + offs, (a * cos - b * sin).to(dtype), mask=mask & stored)
-    tl.store(out_ptr + offs + DIM // 2, (b * cos + a * sin).to(dtype), mask=mask & stored)
+    tl.store(out_ptr + offs, (a * cos - b * sin).to(dtype), mask=mask)
+    tl.store(out_ptr + offs + DIM // 2, (b * cos + a * sin).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -40,24 +40,21 @@ def _rope_store_kernel(
     DIM: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    stored = slot >= 0
     half = tl.arange(0, HALF_PAD)[None, :]
     angles = cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM + half
     cos = tl.load(angles, mask=half < DIM // 2, other=0.0)
     sin = tl.load(angles + DIM // 2, mask=half < DIM // 2, other=0.0)
     q = qkv_ptr + row * qkv_stride
-    k = q + Q_HEADS * DIM
     q_out = q_ptr + row * (Q_HEADS * DIM)
-    k_out = k_cache_ptr + slot * (KV_HEADS * DIM)
-    _norm_rope(q, q_norm_ptr, cos, sin, eps, q_out, True, HAS_NORM, Q_HEADS, Q_PAD, DIM, HALF_PAD)
-    _norm_rope(k, k_norm_ptr, cos, sin, eps, k_out, stored, HAS_NORM, KV_HEADS, KV_PAD, DIM, HALF_PAD)
-
-    heads = tl.arange(0, KV_PAD)[:, None]
-    dims = tl.arange(0, 2 * HALF_PAD)[None, :]
-    mask = (heads < KV_HEADS) & (dims < DIM)
-    v = tl.load(k + KV_HEADS * DIM + heads * DIM + dims, mask=mask)
-    tl.store(v_cache_ptr + slot * (KV_HEADS * DIM) + heads * DIM + dims, v, mask=mask & stored)
+    _norm_rope(q, q_norm_ptr, cos, sin, eps, q_out, HAS_NORM, Q_HEADS, Q_PAD, DIM, HALF_PAD)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot >= 0:
+        k = q + Q_HEADS * DIM
+        k_out = k_cache_ptr + slot * (KV_HEADS * DIM)
+        _norm_rope(k, k_norm_ptr, cos, sin, eps, k_out, HAS_NORM, KV_HEADS, KV_PAD, DIM, HALF_PAD)
+        offs = tl.arange(0, 2 * KV_PAD * HALF_PAD)
+        v = tl.load(k + KV_HEADS * DIM + offs, mask=offs < KV_HEADS * DIM)
+        tl.store(v_cache_ptr + slot * (KV_HEADS * DIM) + offs, v, mask=offs < KV_HEADS * DIM)
 
 
 def rope_store_kvcache_torch(

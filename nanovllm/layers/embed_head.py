@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.linear import linear
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
 
@@ -31,7 +33,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """This rank's logits: [N, hidden] -> [N, vocab / ranks], those of token ids from `start` on."""
+    """This rank's logits of normalised x: [N, hidden] -> [N, vocab / ranks], those of token ids from `start` on."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight)
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return linear(x, self.weight, norm=norm.weight, eps=norm.eps)

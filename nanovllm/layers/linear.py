@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.linear import linear
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with the output features of each of `output_sizes` split over the ranks.
+    """y = norm(x) W^T + b with the output features of each of `output_sizes` split over the ranks.
 
     x is [N, in], y is [N, sum(output_sizes) / ranks].
     """
@@ -33,8 +34,8 @@ class ColumnParallelLinear(nn.Module):
         if bias:
             self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -55,16 +56,21 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b with the input features split over the ranks: x [N, in / ranks] -> y [N, out], summed."""
+    """residual + x W^T + b with the input features split over the ranks, summed: x [N, in / ranks] -> [N, out].
 
-    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
+    With `gated`, x is [N, gate | up] and silu(gate) * up takes its place.
+    """
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel, gated: bool = False) -> None:
         super().__init__()
         self.tp = tp
+        self.gated = gated
         size = input_size // tp.size
         self.weight = tp.parameter(output_size, size)
         self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The bias is added by one rank: the sum would count it once a rank.
-        return self.tp.all_reduce(F.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        # One rank adds bias and residual: the sum would count them once a rank.
+        bias, residual = (self.bias, residual) if self.tp.rank == 0 else (None, None)
+        return self.tp.all_reduce(linear(x, self.weight, bias, residual=residual, gated=self.gated))

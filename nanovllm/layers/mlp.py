@@ -5,26 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
-class SiluAndMul(nn.Module):
-    """silu(gate) * up of [N, gate | up]."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return silu_and_mul(x)
-
-
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) on [N, hidden]."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))) on [N, hidden]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, intermediate_size, bias, tp)
-        self.act_fn = SiluAndMul()
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp, gated=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(x, norm), residual=x)

@@ -31,7 +31,7 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.
     """Standard Gumbel noise, float32 [B, V], of int64 seeds [B], positions [B] and token ids [V]."""
     keys = hash32(hash32(seeds & MASK) ^ ((seeds >> 32) & MASK))
     keys = hash32(keys ^ hash32(positions))
-    bits = hash32((token_ids * 0x9E3779B1 + keys[:, None]) & MASK)
+    bits = hash32((token_ids + keys[:, None]) & MASK)
     # The winner has a small exponential: from a uniform near 0, where float32 is fine, and not from one near 1.
     uniform = ((bits.float() + 0.5) * 2**-32).clamp(max=BELOW_ONE)
     return -torch.log(-torch.log1p(-uniform))

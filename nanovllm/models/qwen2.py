@@ -19,7 +19,7 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class Qwen2Attention(nn.Module):
-    """Projections and attention of one layer: [N, hidden] -> [N, hidden]."""
+    """x + o(attention(qkv(norm(x)))) on [N, hidden]."""
 
     def __init__(self, config: Config, tp: TensorParallel, table: torch.Tensor) -> None:
         super().__init__()
@@ -29,12 +29,13 @@ class Qwen2Attention(nn.Module):
         self.o_proj = RowParallelLinear(heads * c.head_dim, c.hidden_size, False, tp)
         self.attn = Attention(heads // tp.size, c.head_dim, config.attention_backend, table)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), positions, context))
+    def forward(self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, context: Context) -> torch.Tensor:
+        o = self.attn(self.qkv_proj(x, norm), positions, context)
+        return self.o_proj(o, residual=x)
 
 
 class Qwen2DecoderLayer(nn.Module):
-    """One pre-norm layer; the residual stream is updated in place by the norms."""
+    """Attention, then the feed-forward block, each of which norms what it reads and adds to it: [N, hidden]."""
 
     def __init__(self, config: Config, tp: TensorParallel, table: torch.Tensor) -> None:
         super().__init__()
@@ -44,20 +45,13 @@ class Qwen2DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, context: Context
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, positions, context)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+        x = self.self_attn(x, self.input_layernorm, positions, context)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Qwen2Model(nn.Module):
-    """Token ids [N] to normalised hidden states [N, hidden]."""
+    """Token ids [N] to hidden states [N, hidden]; the LM head applies `norm`, to the tokens that need it."""
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
@@ -68,10 +62,10 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        x, residual = self.embed_tokens(input_ids), None
+        x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x, residual = layer(x, residual, positions, context)
-        return self.norm(x, residual)[0]
+            x = layer(x, positions, context)
+        return x
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -96,4 +90,4 @@ class Qwen2ForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [M, hidden] -> this rank's logits [M, vocab / ranks]."""
-        return self.lm_head(hidden_states)
+        return self.lm_head(hidden_states, self.model.norm)
