@@ -4,17 +4,75 @@
 Each filter keeps the tokens whose logit reaches a threshold, so nothing needs sorting: it is enough to find the
 largest threshold that still keeps k tokens (top-k) or a share p of the mass (top-p), by bisection on the bits of the
 float. Tokens that tie at a threshold stay together.
+
+Three kernels, so that few rows fill the GPU too. A row is dealt out to SPLITS * LANES lanes, which note their two best
+logits and pass over the row once. The thresholds are searched among those: if no lane's third best reaches the one
+that is found, nothing was missed; else it is a lower bound, from which the search goes on in the whole row. The last
+kernel masks.
 """
 
 import torch
 
 from nanovllm.kernels import tl, triton, use_triton
 
-BLOCK = 8192  # lanes of a program, which owns one row
-SLOTS = 4  # candidates that a lane can set aside
-STAGES = 4
+SPLITS = 8
+LANES = 1024
+BLOCK = 8192
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that differences to it are numbers
 # The low bits of a float32 that are the same in all numbers of a type: no need to search them.
 SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+@triton.jit
+def _load_filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size):
+    """A row's temperature, top_k (0: off), top_p, min_p, and whether it is filtered at all."""
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_k = tl.where(top_k < size, tl.maximum(top_k, 0), 0)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    return temperature, top_k, top_p, min_p, (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, best_ptr, stats_ptr, size,
+    SPLITS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One of the SPLITS parts of a row: each lane's two best logits and, over all lanes, (best, third best, mass)."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    temperature, top_k, top_p, min_p, filtered = _load_filters(
+        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size
+    )
+    if not filtered:
+        return
+    lanes = tl.arange(0, LANES)
+    part = tl.cdiv(size, SPLITS * LANES) * LANES
+    begin, end = split * part, tl.minimum((split + 1) * part, size)
+    logits_ptr += row * size
+    first = tl.full((LANES,), LOWEST, tl.float32)
+    second = first
+    third = first
+    for n in tl.range(begin, end, LANES, loop_unroll_factor=4):
+        x = tl.load(logits_ptr + n + lanes, mask=n + lanes < end, other=float("-inf")).to(tl.float32)
+        not_first = tl.minimum(first, x)
+        first = tl.maximum(first, x)
+        third = tl.maximum(third, tl.minimum(second, not_first))
+        second = tl.maximum(second, not_first)
+    high = tl.max(first, 0)
+    mass = tl.zeros((LANES,), tl.float32)
+    if (top_k == 0) & (min_p <= 0.0):  # top-p needs the mass of the whole row
+        for n in tl.range(begin, end, LANES, loop_unroll_factor=4):
+            x = tl.load(logits_ptr + n + lanes, mask=n + lanes < end, other=float("-inf")).to(tl.float32)
+            mass += tl.exp((x - high) / temperature)
+    best_ptr += (row * SPLITS + split) * (2 * LANES) + lanes
+    tl.store(best_ptr, first)
+    tl.store(best_ptr + LANES, second)
+    stats_ptr += (row * SPLITS + split) * 3
+    tl.store(stats_ptr, high)
+    tl.store(stats_ptr + 1, tl.max(third, 0))
+    tl.store(stats_ptr + 2, tl.sum(mass, 0))
 
 
 @triton.jit
@@ -25,21 +83,20 @@ def _to_key(x):
 
 
 @triton.jit
-def _measure(x_ptr, size, low, high, inv_temperature, MASS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _measure(x_ptr, size, low, high, temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The number of x >= low or, with MASS, the sum of their exp((x - high) / temperature)."""
     lanes = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for begin in tl.range(0, size, BLOCK, num_stages=STAGES):
-        x = tl.load(x_ptr + begin + lanes, mask=begin + lanes < size, other=float("-inf")).to(tl.float32)
-        weight = tl.exp((x - high) * inv_temperature) if MASS else 1.0
+    for n in tl.range(0, size, BLOCK, loop_unroll_factor=2):
+        x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
+        weight = tl.exp((x - high) / temperature) if MASS else 1.0
         acc += tl.where(x >= low, weight, 0.0)
     return tl.sum(acc, 0)
 
 
 @triton.jit
 def _search(
-    x_ptr, size, target, low, high, inv_temperature,
-    MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, size, target, low, high, temperature, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest threshold from low to high that measures `target` or more; low where none does."""
     good = _to_key(low) >> SHIFT
@@ -48,7 +105,7 @@ def _search(
         middle = (good & bad) + ((good ^ bad) >> 1)  # the mean, without overflow
         key = middle << SHIFT
         threshold = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        if _measure(x_ptr, size, threshold, high, inv_temperature, MASS, BLOCK, STAGES) >= target:
+        if _measure(x_ptr, size, threshold, high, temperature, MASS, BLOCK) >= target:
             good = middle
             low = threshold
         else:
@@ -57,73 +114,54 @@ def _search(
 
 
 @triton.jit
-def _filter_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, buffer_ptr, size,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+def _threshold_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, best_ptr, stats_ptr, low_ptr, size,
+    SHIFT: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The threshold of a row; -inf where it is not filtered."""
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    has_top_k = (top_k > 0) & (top_k < size)
-    if (temperature == 0.0) | ((top_p >= 1.0) & (min_p <= 0.0) & (has_top_k == 0)):
+    temperature, top_k, top_p, min_p, filtered = _load_filters(
+        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size
+    )
+    if not filtered:
+        tl.store(low_ptr + row, float("-inf"))
         return
+    SAMPLE: tl.constexpr = 2 * SPLITS * LANES
     logits_ptr += row * size
-    buffer_ptr += row * (SLOTS * BLOCK)
-    inv_temperature = 1.0 / temperature
-    lanes = tl.arange(0, BLOCK)
-
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for begin in tl.range(0, size, BLOCK, num_stages=STAGES):
-        x = tl.load(logits_ptr + begin + lanes, mask=begin + lanes < size, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, x)
-    high = tl.max(best, 0)
-    low = -3.0e38
+    best_ptr += row * SAMPLE
+    stats_ptr += (row * SPLITS + tl.arange(0, SPLITS)) * 3
+    highs = tl.load(stats_ptr)
+    high = tl.max(highs, 0)
+    missed = tl.max(tl.load(stats_ptr + 1), 0)  # all that is larger is in the sample
+    mass = tl.sum(tl.load(stats_ptr + 2) * tl.exp((highs - high) / temperature), 0)
+    low = LOWEST
     if min_p > 0.0:
         low = tl.maximum(low, high + temperature * tl.log(min_p))
-
-    # The lanes' best are a sample of the row, so what they keep is a lower bound of the threshold, and a close one.
-    tl.store(buffer_ptr + lanes, best.to(logits_ptr.dtype.element_ty))
-    tl.debug_barrier()
-    mass = 0.0
-    if has_top_k:
-        low = _search(buffer_ptr, BLOCK, top_k, low, high, inv_temperature, False, SHIFT, BLOCK, STAGES)
-    elif min_p <= 0.0:
-        mass = _measure(logits_ptr, size, low, high, inv_temperature, True, BLOCK, STAGES)
-        low = _search(buffer_ptr, BLOCK, top_p * mass, low, high, inv_temperature, True, SHIFT, BLOCK, STAGES)
-    tl.debug_barrier()
-
-    # Set aside the few that reach the bound, each lane in slots of its own, and search only them.
-    count = tl.zeros((BLOCK,), tl.int32)
-    for begin in tl.range(0, size, BLOCK, num_stages=STAGES):
-        x = tl.load(logits_ptr + begin + lanes, mask=begin + lanes < size, other=float("-inf"))
-        found = x.to(tl.float32) >= low
-        tl.store(buffer_ptr + count * BLOCK + lanes, x, mask=found & (count < SLOTS))
-        count += found.to(tl.int32)
-    slots = tl.max(count, 0)
-    candidates_ptr = logits_ptr
-    num_candidates = size
-    if slots <= SLOTS:
-        for slot in range(slots):
-            tl.store(buffer_ptr + slot * BLOCK + lanes, float("-inf"), mask=count <= slot)
-        candidates_ptr = buffer_ptr
-        num_candidates = slots * BLOCK
-    tl.debug_barrier()
-    if has_top_k:
-        low = _search(candidates_ptr, num_candidates, top_k, low, high, inv_temperature, False, SHIFT, BLOCK, STAGES)
+    if top_k > 0:
+        low = _search(best_ptr, SAMPLE, top_k, low, high, temperature, False, SHIFT, BLOCK)
+        if low <= missed:
+            low = _search(logits_ptr, size, top_k, low, high, temperature, False, SHIFT, BLOCK)
     if top_p < 1.0:
-        if has_top_k | (min_p > 0.0):
-            mass = _measure(candidates_ptr, num_candidates, low, high, inv_temperature, True, BLOCK, STAGES)
-        low = _search(
-            candidates_ptr, num_candidates, top_p * mass, low, high, inv_temperature, True, SHIFT, BLOCK, STAGES
-        )
+        if (top_k > 0) | (min_p > 0.0):
+            if low > missed:
+                mass = _measure(best_ptr, SAMPLE, low, high, temperature, True, BLOCK)
+            else:
+                mass = _measure(logits_ptr, size, low, high, temperature, True, BLOCK)
+        low = _search(best_ptr, SAMPLE, top_p * mass, low, high, temperature, True, SHIFT, BLOCK)
+        if low <= missed:
+            low = _search(logits_ptr, size, top_p * mass, low, high, temperature, True, SHIFT, BLOCK)
+    tl.store(low_ptr + row, low)
 
-    tl.debug_barrier()
-    for begin in tl.range(0, size, BLOCK, num_stages=STAGES):
-        mask = begin + lanes < size
-        x = tl.load(logits_ptr + begin + lanes, mask=mask)
-        tl.store(logits_ptr + begin + lanes, tl.where(x.to(tl.float32) >= low, x, float("-inf")), mask=mask)
+
+@triton.jit
+def _mask_kernel(logits_ptr, low_ptr, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    low = tl.load(low_ptr + row)
+    if low == float("-inf"):
+        return
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * size + offs, mask=offs < size)
+    tl.store(logits_ptr + row * size + offs, tl.where(x.to(tl.float32) >= low, x, float("-inf")), mask=offs < size)
 
 
 def filter_logits_torch(
@@ -157,9 +195,14 @@ def filter_logits(
         return filter_logits_torch(logits, temperature, top_k, top_p, min_p)
     rows, size = logits.shape
     if rows:
-        buffer = torch.empty((rows, SLOTS, BLOCK), dtype=logits.dtype, device=logits.device)
-        _filter_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, buffer, size,
-            SHIFT=SHIFTS[logits.dtype], BLOCK=BLOCK, SLOTS=SLOTS, STAGES=STAGES, num_warps=16,
+        filters = temperature, top_k, top_p, min_p
+        best = torch.empty((rows, SPLITS, 2, LANES), dtype=logits.dtype, device=logits.device)
+        stats = torch.empty((rows, SPLITS, 3), dtype=torch.float32, device=logits.device)
+        low = torch.empty(rows, dtype=torch.float32, device=logits.device)
+        _sample_kernel[(rows, SPLITS)](logits, *filters, best, stats, size, SPLITS=SPLITS, LANES=LANES, num_warps=4)
+        _threshold_kernel[(rows,)](
+            logits, *filters, best, stats, low, size,
+            SHIFT=SHIFTS[logits.dtype], SPLITS=SPLITS, LANES=LANES, BLOCK=BLOCK, num_warps=32,
         )  # fmt: skip
+        _mask_kernel[(rows, triton.cdiv(size, BLOCK))](logits, low, size, BLOCK=BLOCK, num_warps=8)
     return logits

@@ -1,0 +1,92 @@
+"""Small random checkpoints of every supported family, and what transformers generates with them."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+VOCAB_SIZE = 320
+MAX_POSITIONS = 512
+# Enough of them that some requests end by one. Token 1 is in config.json, all are in generation_config.json.
+EOS_TOKEN_IDS = [1, *range(40, 48)]
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.2,  # large enough that the best logit leads clearly
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # so that the scaling changes what 300 tokens attend to
+}
+
+
+def with_rope(config: type[PretrainedConfig], rope: dict, **options) -> PretrainedConfig:
+    """A config with rotary options, in the spelling of this transformers: `rope_parameters` from 5.0 on."""
+    if "rope_parameters" in config().to_dict():
+        return config(rope_parameters=rope, **options)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return config(rope_theta=rope["rope_theta"], rope_scaling=scaling, **options)
+
+
+# No two heads are as wide, so that head_dim is not taken for hidden_size / num_attention_heads (16).
+CONFIGS = {
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "llama": lambda: with_rope(LlamaConfig, LLAMA3_ROPE, **SHAPE, head_dim=24, tie_word_embeddings=False),
+    "llama_bias": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SHAPE | {"num_key_value_heads": 4}, head_dim=20, sliding_window=None),
+}
+FAMILIES = list(CONFIGS)
+
+
+class Checkpoint:
+    """A random float32 model: its folder, and transformers' model of it."""
+
+    def __init__(self, config: PretrainedConfig, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.path = str(folder)
+        self.model = AutoModelForCausalLM.from_config(config).float().eval()
+        for parameter in self.model.parameters():
+            if parameter.dim() == 1:  # norms and biases too, so that none can be skipped or swapped unseen
+                torch.nn.init.normal_(parameter, 1.0 if parameter.mean() > 0.5 else 0.0, 0.3)
+        self.model.generation_config.eos_token_id = EOS_TOKEN_IDS
+        self.model.save_pretrained(folder)
+        self.greedy = cache(self._greedy)
+
+    @torch.inference_mode()
+    def _greedy(self, prompt: tuple[int, ...], max_tokens: int, ignore_eos: bool = False) -> tuple[list[int], str]:
+        """The greedy tokens, each by a forward pass over the whole text, and the finish reason."""
+        ids = list(prompt)
+        for _ in range(max_tokens):
+            ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in EOS_TOKEN_IDS and not ignore_eos:
+                return ids[len(prompt) :], "stop"
+        return ids[len(prompt) :], "length"
+
+
+def random_prompt(seed: int, length: int, vocab_size: int = VOCAB_SIZE) -> tuple[int, ...]:
+    """Token ids that are the same each time."""
+    generator = random.Random(seed)
+    return tuple(generator.randrange(2, vocab_size) for _ in range(length))
+
+
+def mixed_prompts() -> list[tuple[int, ...]]:
+    """Short and long prompts, of which some share one, three or all of their first blocks."""
+    base = random_prompt(0, 270)
+    alone = [random_prompt(length, length) for length in (3, 17, 32, 64, 90, 50, 245, 250)]
+    return [*alone, base, base[:262] + (7, 8, 9), base[:48] + (7, 8), base]

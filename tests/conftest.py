@@ -1,0 +1,30 @@
+"""What all tests share. Engines are small: one thread each leaves the cores to other processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import CONFIGS, Checkpoint
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The random checkpoint of a family, by name; made once."""
+    made: dict[str, Checkpoint] = {}
+
+    def get(family: str) -> Checkpoint:
+        if family not in made:
+            made[family] = Checkpoint(CONFIGS[family](), tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
