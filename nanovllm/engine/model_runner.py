@@ -8,6 +8,8 @@ the tokens of the step before it are seen, and replayed as one CUDA graph from t
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,28 @@ from nanovllm.utils.loader import fill_dummy, load_model
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 CPU_KVCACHE_BYTES = 4 * 2**30
+
+
+# Steps that compute prompts are padded to these numbers to be replayed as graphs; larger ones are launched one kernel
+# at a time, which takes the host less time than the GPU needs.
+GRAPH_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+GRAPH_PROMPTS = (1, 4)
+GRAPH_MIXED_DECODES = (0, 16, 64, 256)
+FIRST_GRAPH_TOKENS = 512  # steps of one prompt up to this length are captured at start-up
+
+
+class StepShape(NamedTuple):
+    """The sizes of a step's tensors, which a CUDA graph fixes."""
+
+    num_decodes: int
+    num_prompts: int
+    num_tokens: int  # of the prompts
+    is_filtered: bool
+
+
+def round_up(value: int, sizes: Sequence[int]) -> int | None:
+    """The smallest of ascending `sizes` that holds `value`, None if none does."""
+    return next((size for size in sizes if size >= value), None)
 
 
 class SampledTokens:
@@ -58,7 +82,7 @@ class ModelRunner:
         else:
             load_model(self.model, config.model)
         self.sampler = Sampler(tp)
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: run once, to be captured if it recurs
         self.graph_pool: tuple[int, int] | None = None
         self._allocate_rows()
 
@@ -75,8 +99,11 @@ class ModelRunner:
         self.block_tables = zeros(num_rows, max_blocks, dtype=torch.int32)
         self.row_ints = zeros(num_rows, 2, dtype=torch.int64)  # top_k, seed
         self.row_floats = zeros(num_rows, 3, dtype=torch.float32)  # temperature, top_p, min_p
+        # What the steps read besides the rows: the rows that decode, and the prompts as _upload_prompts lays them out.
+        self.num_decodes = 0
         self.decode_rows = zeros(self.config.max_num_seqs, dtype=torch.int64)
-        self.num_decode_rows = 0
+        longest = 3 * max(self.config.max_num_batched_tokens, GRAPH_TOKENS[-1])
+        self.prompts = zeros(longest + 4 * num_rows + 1, dtype=torch.int64)
         # Decode steps are padded to these batch sizes: finely where padding would cost much.
         sizes = [1, 2, 4, *range(8, self.config.max_num_seqs + 8, 8)]
         self.graph_sizes = sorted({min(size, self.config.max_num_seqs) for size in sizes})
@@ -87,26 +114,17 @@ class ModelRunner:
     def warmup_model(self) -> int:
         """Runs the largest steps on a cache of one block; returns the bytes of GPU memory they took at most."""
         self._bind_kv_cache(1)
-        limit, length = self.config.max_num_batched_tokens, self.config.max_model_len - 1
-        num_seqs = min(self.config.max_num_seqs, -(-limit // length))
-        lengths = np.full(num_seqs, min(length, limit // num_seqs), dtype=np.int64)
-        step = StepInput(
-            joined_ints=np.zeros((0, 5), dtype=np.int64),
-            joined_floats=np.zeros((0, 3), dtype=np.float32),
-            new_blocks=np.zeros((0, 3), dtype=np.int64),
-            rows=np.arange(num_seqs),
-            starts=np.zeros(num_seqs, dtype=np.int64),
-            num_tokens=lengths,
-            token_ids=np.zeros(lengths.sum(), dtype=np.int64),
-            num_samples=num_seqs,
-            is_filtered=False,
-        )
+        max_num_seqs, limit = self.config.max_num_seqs, self.config.max_num_batched_tokens
+        num_prompts = min(max_num_seqs, -(-limit // (self.config.max_model_len - 1)))
+        num_tokens = np.full(num_prompts, min(limit // num_prompts, self.config.max_model_len - 1))
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.run(step)
-        self.context_lens.zero_()
-        self.decode_rows.copy_(torch.arange(self.config.max_num_seqs))
-        self._decode(self.config.max_num_seqs, is_filtered=False)
+        prompts = StepShape(0, num_prompts, int(num_tokens.sum()), is_filtered=False)
+        token_ids = np.zeros(prompts.num_tokens, dtype=np.int64)
+        self._upload_prompts(np.arange(num_prompts), 0 * num_tokens, num_tokens, token_ids, False, prompts)
+        self._forward(prompts)
+        self.decode_rows.copy_(torch.arange(max_num_seqs))
+        self._forward(StepShape(max_num_seqs, 0, 0, is_filtered=False))
         self.context_lens.zero_()
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
@@ -162,23 +180,24 @@ class ModelRunner:
         for layer, k_cache, v_cache in zip(layers, caches[0], caches[1], strict=True):
             layer.k_cache, layer.v_cache, layer.semaphores = k_cache, v_cache, semaphores
 
-    def capture_cudagraph(self) -> None:
-        """Captures a step of decodes for each of the graph sizes, the largest first to share its memory."""
-        for size in reversed(self.graph_sizes):
-            self._capture(size, is_filtered=False)
-
     @torch.inference_mode()
-    def _capture(self, size: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        rows = self.decode_rows.clone()
+    def capture_cudagraph(self) -> None:
+        """Captures decode steps of each graph size and the short prompts, the largest first to share its memory."""
+        prompts = [size for size in GRAPH_TOKENS if size <= FIRST_GRAPH_TOKENS]
+        shapes = [StepShape(0, 1, size, is_filtered=False) for size in reversed(prompts)]
+        shapes += [StepShape(size, 0, 0, is_filtered=False) for size in reversed(self.graph_sizes)]
         self.decode_rows.fill_(self.padding_row)
-        # Once outside of the graph, where kernels may be compiled and memory be asked for.
-        self._decode(size, is_filtered)
+        for shape in shapes:
+            nothing = np.zeros(0, dtype=np.int64)
+            self._upload_prompts(nothing, nothing, nothing, nothing, False, shape)
+            self._forward(shape)  # outside of the graph, where kernels may be compiled
+            self.graphs[shape] = self._capture(shape)
+
+    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"):
-            self._decode(size, is_filtered)
+            self._forward(shape)
         self.graph_pool = graph.pool()
-        self.decode_rows.copy_(rows)
-        self.graphs[size, is_filtered] = graph
         return graph
 
     # ---- steps ----------------------------------------------------------------------------------------------------
@@ -187,10 +206,17 @@ class ModelRunner:
     def run(self, step: StepInput) -> SampledTokens:
         """Launches a step; does not wait for a GPU."""
         self._apply_changes(step)
-        if len(step.num_tokens):
-            self._prefill(step)
+        shape = StepShape(self.num_decodes, len(step.starts), len(step.token_ids), step.is_filtered)
+        padded = self._padded_shape(shape)
+        if shape.num_prompts:
+            parts = (step.prompt_rows, step.starts, step.num_tokens, step.token_ids, step.is_last_partial)
+            self._upload_prompts(*parts, padded or shape)
+        if padded is None:
+            self._forward(shape, int(step.num_tokens.max(initial=0)))
+        elif (graph := self._graph(padded)) is not None:
+            graph.replay()
         else:
-            self._launch_decode(step)
+            self._forward(padded)
         return SampledTokens(self.last_tokens)
 
     def _apply_changes(self, step: StepInput) -> None:
@@ -204,86 +230,111 @@ class ModelRunner:
         if len(step.new_blocks):
             blocks = self._to_device(step.new_blocks)
             self.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2].int()
-
-    def _launch_decode(self, step: StepInput) -> None:
-        if step.rows is not None:
-            self.num_decode_rows = len(step.rows)
+        if step.decode_rows is not None:
+            self.num_decodes = len(step.decode_rows)
             rows = np.full(self.config.max_num_seqs, self.padding_row)
-            rows[: len(step.rows)] = step.rows
+            rows[: self.num_decodes] = step.decode_rows
             self.decode_rows.copy_(self._to_device(rows))
+
+    def _padded_shape(self, shape: StepShape) -> StepShape | None:
+        """The shape of the graph that holds a step of this shape, None if none does."""
         if self.device.type == "cpu" or self.config.enforce_eager:
-            self._decode(self.num_decode_rows, step.is_filtered)
-            return
-        size = next(size for size in self.graph_sizes if size >= self.num_decode_rows)
-        graph = self.graphs.get((size, step.is_filtered)) or self._capture(size, step.is_filtered)
-        graph.replay()
+            return None
+        if not shape.num_prompts:
+            return shape._replace(num_decodes=round_up(shape.num_decodes, self.graph_sizes))
+        decodes = round_up(shape.num_decodes, (*GRAPH_MIXED_DECODES, self.config.max_num_seqs))
+        prompts = round_up(shape.num_prompts, GRAPH_PROMPTS)
+        tokens = round_up(shape.num_tokens, GRAPH_TOKENS)
+        if decodes > self.config.max_num_seqs or prompts is None or tokens is None:
+            return None
+        return StepShape(decodes, prompts, tokens, shape.is_filtered)
 
-    def _decode(self, batch_size: int, is_filtered: bool) -> None:
-        """One token for each of the first `batch_size` decode rows. Reads and writes device memory only."""
-        rows = self.decode_rows[:batch_size]
-        is_padding = rows == self.padding_row
-        starts = self.context_lens[rows]
-        block_tables = self.block_tables[rows]
-        context_lens = torch.where(is_padding, 0, starts + 1)
+    def _graph(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
+        """The graph of a shape, captured when the shape comes for the second time; None the first time."""
+        if shape in self.graphs and self.graphs[shape] is None:
+            self.graphs[shape] = self._capture(shape)
+        return self.graphs.setdefault(shape, None)
+
+    def _upload_prompts(
+        self,
+        rows: np.ndarray,
+        starts: np.ndarray,
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+        is_last_partial: bool,
+        shape: StepShape,
+    ) -> None:
+        """Writes, in one copy, what `_forward` reads of the prompts, padded to a shape.
+
+        For each token its id, position and row; for each prompt its row, the context length it reaches, the row that
+        gets its sample; then where each prompt's tokens begin.
+        """
+        per_token = np.zeros((3, shape.num_tokens), dtype=np.int64)
+        per_token[2] = self.padding_row
+        per_prompt = np.zeros((3, shape.num_prompts), dtype=np.int64)
+        per_prompt[0] = per_prompt[2] = self.padding_row
+        n, ends = len(rows), num_tokens.cumsum()
+        cu_seqlens = np.full(shape.num_prompts + 1, len(token_ids))
+        cu_seqlens[:n] = ends - num_tokens
+        per_token[0, : len(token_ids)] = token_ids
+        per_token[1, : len(token_ids)] = np.arange(len(token_ids)) + np.repeat(starts - cu_seqlens[:n], num_tokens)
+        per_token[2, : len(token_ids)] = np.repeat(rows, num_tokens)
+        per_prompt[:, :n] = rows, starts + num_tokens, rows
+        if is_last_partial:
+            per_prompt[2, n - 1] = self.padding_row
+        values = np.concatenate([per_token.ravel(), per_prompt.ravel(), cu_seqlens])
+        self.prompts[: len(values)].copy_(self._to_device(values))
+
+    def _forward(self, shape: StepShape, max_seqlen_q: int | None = None) -> None:
+        """Computes and samples a step: one token of each decode row, then the prompts' tokens.
+
+        Reads and writes the tensors of `_allocate_rows` only, so that it can be captured.
+        """
+        d, p, t = shape.num_decodes, shape.num_prompts, shape.num_tokens
+        token_ids, positions, token_rows = self.prompts[: 3 * t].view(3, t)
+        rows, prompt_lens, sample_rows = self.prompts[3 * t : 3 * t + 3 * p].view(3, p)
+        cu_seqlens = self.prompts[3 * t + 3 * p : 3 * t + 4 * p + 1]
+        decode_rows = self.decode_rows[:d]
+        starts = self.context_lens[decode_rows]
+        context_lens = torch.where(decode_rows == self.padding_row, 0, starts + 1)
+        cu_seqlens_q = torch.arange(d + 1, dtype=torch.int32, device=self.device)
+        if p:
+            token_ids = torch.cat([self.last_tokens[decode_rows], token_ids])
+            positions = torch.cat([starts, positions.int()])
+            token_rows = torch.cat([decode_rows, token_rows])
+            rows = torch.cat([decode_rows, rows])
+            sample_rows = torch.cat([decode_rows, sample_rows])
+            context_lens = torch.cat([context_lens, prompt_lens.int()])
+            cu_seqlens_q = torch.cat([cu_seqlens_q[:d], cu_seqlens.int() + d])
+        else:
+            token_ids, positions, token_rows = self.last_tokens[decode_rows], starts, decode_rows
+            rows = sample_rows = decode_rows
         context = Context(
-            slot_mapping=torch.where(is_padding, -1, self._slots(block_tables, starts)),
+            slot_mapping=self._slots(token_rows, positions),
             context_lens=context_lens,
-            block_tables=block_tables,
-            num_decodes=batch_size,
-            cu_seqlens_q=torch.arange(batch_size + 1, dtype=torch.int32, device=self.device),
-            cu_seqlens_k=context_lens,
-            max_seqlen_q=1,
+            block_tables=self.block_tables[rows],
+            num_decodes=d,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)).int() if p else context_lens,
+            max_seqlen_q=t if max_seqlen_q is None else max_seqlen_q,
             max_seqlen_k=self.config.max_model_len,
         )
-        hidden_states = self.model(self.last_tokens[rows], starts, context)
+        hidden_states = self.model(token_ids, positions, context)
+        if p:
+            hidden_states = hidden_states[(cu_seqlens_q[1:] - 1).clamp(min=0)]
         self.context_lens[rows] = context_lens
-        self._sample(hidden_states, rows, context_lens, is_filtered)
+        self.last_tokens[sample_rows] = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
 
-    def _prefill(self, step: StepInput) -> None:
-        """A step in which some rows, the last ones, compute parts of their prompts and the others decode."""
-        num_decodes = len(step.rows) - len(step.num_tokens)
-        num_tokens = np.concatenate([np.ones(num_decodes, dtype=np.int64), step.num_tokens])
-        cu_seqlens_q = np.concatenate([[0], num_tokens.cumsum()])
-        rows = self._to_device(step.rows)
-        # Where a row begins is known on the device for decodes, on the host for prompts.
-        starts = self.context_lens[rows]
-        starts[num_decodes:] = self._to_device(step.starts.astype(np.int32))
-        offsets = self._to_device(np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1], num_tokens)).int()
-        owners = self._to_device(np.repeat(np.arange(len(num_tokens)), num_tokens))
-        cu_seqlens = self._to_device(cu_seqlens_q)
-        positions = starts[owners] + offsets
-        block_tables = self.block_tables[rows]
-        context_lens = starts + cu_seqlens.diff().int()
-        context = Context(
-            slot_mapping=self._slots(block_tables, positions, owners),
-            context_lens=context_lens,
-            block_tables=block_tables,
-            num_decodes=num_decodes,
-            cu_seqlens_q=cu_seqlens.int(),
-            cu_seqlens_k=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)).int(),
-            max_seqlen_q=int(step.num_tokens.max()),
-            max_seqlen_k=self.config.max_model_len,
-        )
-        input_ids = torch.cat([self.last_tokens[rows[:num_decodes]], self._to_device(step.token_ids)])
-        hidden_states = self.model(input_ids, positions, context)
-        self.context_lens[rows] = context_lens
-        if step.num_samples:
-            last = cu_seqlens[1 : step.num_samples + 1] - 1
-            self._sample(hidden_states[last], rows[: step.num_samples], context_lens, step.is_filtered)
-
-    def _slots(
-        self, block_tables: torch.Tensor, positions: torch.Tensor, owners: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Slots of positions [N], of the block tables' rows in order or of rows `owners` [N]."""
+    def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where the KV of tokens at `positions` [N] of `rows` [N] belongs; nowhere for padding."""
         size = self.config.kvcache_block_size
-        index = (positions // size).long()
-        blocks = block_tables.gather(1, index[:, None])[:, 0] if owners is None else block_tables[owners, index]
-        return blocks * size + positions % size
+        blocks = self.block_tables[rows, positions // size]
+        return torch.where(rows == self.padding_row, -1, blocks * size + positions % size)
 
     def _sample(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, context_lens: torch.Tensor, is_filtered: bool
-    ) -> None:
-        """Samples the rows' next tokens; a token's draw depends on its position, which is the context length."""
+    ) -> torch.Tensor:
+        """The rows' next tokens; a token's draw depends on its position, which is the context length."""
         ints, floats = self.row_ints[rows], self.row_floats[rows]
         inputs = SamplingInputs(
             temperatures=floats[:, 0],
@@ -291,10 +342,10 @@ class ModelRunner:
             top_ps=floats[:, 1],
             min_ps=floats[:, 2],
             seeds=ints[:, 1],
-            positions=context_lens[: len(rows)].long(),
+            positions=context_lens,
             is_filtered=is_filtered,
         )
-        self.last_tokens[rows] = self.sampler(self.model.compute_logits(hidden_states), inputs)
+        return self.sampler(self.model.compute_logits(hidden_states), inputs)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)

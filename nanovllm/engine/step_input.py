@@ -11,34 +11,33 @@ from nanovllm.engine.scheduler import Batch
 
 @dataclass(slots=True)
 class StepInput:
-    """Changes to the device's rows, then what to compute.
+    """Changes to the device's rows, then what to compute: D decodes of one token and parts of P prompts.
 
     Attributes:
         joined_ints: [J, 5] int64, rows that join: row, last token, context length, top_k, seed.
         joined_floats: [J, 3] float32, their temperature, top_p, min_p.
         new_blocks: [B, 3] int64, entries of the block tables: row, index, block.
-        rows: [S] int64, the rows that compute, decodes first and the longest of them first; None: those of the last
-            step of decodes.
-        starts, num_tokens: [P] int64, of the last P rows, which compute parts of prompts: the first position and the
-            number of tokens. P is 0 in a step of decodes.
+        decode_rows: [D] int64, the longest first; None: as in the step before.
+        prompt_rows, starts, num_tokens: [P] int64, row, first position and number of tokens of each part.
         token_ids: [sum(num_tokens)] int64, those tokens.
-        num_samples: rows that sample a token, the first ones.
+        is_last_partial: whether the last part does not reach its prompt's end, so that it samples nothing.
         is_filtered: whether a row asks for top-k, top-p or min-p.
     """
 
     joined_ints: np.ndarray
     joined_floats: np.ndarray
     new_blocks: np.ndarray
-    rows: np.ndarray | None
+    decode_rows: np.ndarray | None
+    prompt_rows: np.ndarray
     starts: np.ndarray
     num_tokens: np.ndarray
     token_ids: np.ndarray
-    num_samples: int
+    is_last_partial: bool
     is_filtered: bool
 
 
 class StepInputBuilder:
-    """Turns batches into step inputs, remembering the last step of decodes so as not to send its rows again."""
+    """Turns batches into step inputs, remembering the rows that decode so as not to send them again."""
 
     def __init__(self) -> None:
         self.decode_rows: list[int] = []
@@ -52,30 +51,37 @@ class StepInputBuilder:
             params = seq.sampling_params
             ints.append((seq.row, seq.token_ids[-1], start, params.top_k, _as_int64(seq.seed)))
             floats.append((params.temperature, params.top_p, params.min_p))
-        is_decode = [n == 1 and i < batch.num_samples for i, n in enumerate(batch.num_tokens)]
-        rows: np.ndarray | None = None
-        prefills = [i for i, decode in enumerate(is_decode) if not decode]
-        if prefills or batch.num_joined or batch.rows != self.decode_rows:
-            decodes = [i for i, decode in enumerate(is_decode) if decode]
-            decodes.sort(key=batch.starts.__getitem__, reverse=True)
-            rows = np.array([batch.rows[i] for i in decodes + prefills], dtype=np.int64)
-            self.decode_rows = [] if prefills else batch.rows
+        prompts: list[int] = []
+        rows = batch.rows
+        if batch.num_samples < len(rows) or batch.num_tokens.count(1) < len(rows):
+            prompts = [i for i, n in enumerate(batch.num_tokens) if n > 1 or i >= batch.num_samples]
+            rows = [row for i, row in enumerate(rows) if i not in set(prompts)]
+        is_changed = batch.num_joined > 0 or rows != self.decode_rows
+        if is_changed or prompts:
             self.is_filtered = any(seq.sampling_params.is_filtered for seq in batch.seqs)
+        self.decode_rows = rows
         token_ids: list[int] = []
-        for i in prefills:
+        for i in prompts:
             start = batch.starts[i]
             token_ids += batch.seqs[i].token_ids[start : start + batch.num_tokens[i]]
         return StepInput(
             joined_ints=np.array(ints, dtype=np.int64).reshape(-1, 5),
             joined_floats=np.array(floats, dtype=np.float32).reshape(-1, 3),
             new_blocks=np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
-            rows=rows,
-            starts=np.array([batch.starts[i] for i in prefills], dtype=np.int64),
-            num_tokens=np.array([batch.num_tokens[i] for i in prefills], dtype=np.int64),
+            decode_rows=_longest_first(rows, batch) if is_changed else None,
+            prompt_rows=np.array([batch.rows[i] for i in prompts], dtype=np.int64),
+            starts=np.array([batch.starts[i] for i in prompts], dtype=np.int64),
+            num_tokens=np.array([batch.num_tokens[i] for i in prompts], dtype=np.int64),
             token_ids=np.array(token_ids, dtype=np.int64),
-            num_samples=batch.num_samples,
+            is_last_partial=batch.num_samples < len(batch.seqs),
             is_filtered=self.is_filtered,
         )
+
+
+def _longest_first(rows: list[int], batch: Batch) -> np.ndarray:
+    """A long row that started last would keep the GPU waiting. All grow alike, so the order holds until a change."""
+    lengths = dict(zip(batch.rows, batch.starts, strict=True))
+    return np.array(sorted(rows, key=lengths.__getitem__, reverse=True), dtype=np.int64)
 
 
 def _as_int64(seed: int) -> int:

@@ -1,22 +1,143 @@
-"""Linear layers with what surrounds them."""
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""y = x W^T for few rows, with the norm before it and the activation or the residual addition after it fused in.
 
-from __future__ import annotations
+With few rows a linear layer is a read of its weights, and a decode step a chain of short reads. On Hopper the kernels
+overlap by programmatic dependent launch (PDL): a kernel starts while the one before it still runs, loads weights,
+which nobody writes, and only then waits. The rule that makes it right: every kernel launched so calls `pdl_wait`
+before it reads what an earlier kernel wrote and before it writes anything at all.
+"""
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels import tl, triton, use_triton
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 
+SMALL_BATCH = 8  # rows up to which the kernel beats the matrix product of the library; 0 turns it off
 
-def linear(x, weight, bias=None, norm=None, eps=0.0, residual=None, gated=False):  # noqa: ANN001, ANN201
-    """Placeholder."""
+
+@functools.cache
+def use_pdl(device: torch.device) -> bool:
+    """Whether kernels on `device` can be launched before the one ahead of them ends: Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def pdl_wait(PDL: tl.constexpr):
+    """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, residual_ptr, residual_stride, y_ptr, rows, N,
+    K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # A program computes BLOCK_N features. Its warps split K, BLOCK_K each at a time: axis 0 of the tiles is the warp.
+    STEP: tl.constexpr = WARPS * BLOCK_K
+    features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = features < N
+    if GATED:  # a gate beside its up
+        features = features // 2 + features % 2 * (N // 2)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, WARPS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    w_ptr = weight_ptr + features.to(tl.int64)[None, :, None] * K + k
+    w = tl.load(w_ptr, mask=mask_n[None, :, None] & (k < K), other=0.0)
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0)
+    pdl_wait(PDL)
+    x_ptr += m[None, :, None] * x_stride + k
+    mask_m = (m < rows)[None, :, None]
+    x = tl.load(x_ptr, mask=mask_m & (k < K), other=0.0)
+    acc = tl.zeros((WARPS, BLOCK_M, BLOCK_N), tl.float32)
+    squares = tl.zeros((WARPS, BLOCK_M), tl.float32)
+    for ahead in tl.range(STEP, K + STEP, STEP, num_stages=1):
+        left = ahead + k < K
+        next_w = tl.load(w_ptr + ahead, mask=mask_n[None, :, None] & left, other=0.0)
+        next_x = tl.load(x_ptr + ahead, mask=mask_m & left, other=0.0)
+        if norm_ptr is not None:
+            h = x.to(tl.float32)
+            squares += tl.sum(h * h, 2)
+            x = (h * norm.to(tl.float32)).to(w.dtype)
+            norm = tl.load(norm_ptr + ahead + k, mask=left, other=0.0)
+        if DOT:
+            acc = tl.dot(x, tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
+        else:
+            acc += tl.sum(x.to(tl.float32) * w.to(tl.float32), 2)[:, None, :]
+        w, x = next_w, next_x
+    y = tl.sum(acc, 0)
+    if norm_ptr is not None:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + features, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    SHARE: tl.constexpr = 2 if GATED else 1
+    if GATED:
+        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+        y = gate / (1.0 + tl.exp(-gate)) * up
+    n = tl.program_id(0) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
+    mask = (m < rows)[:, None] & (n < N // SHARE)[None, :]
+    if residual_ptr is not None:
+        offs = m[:, None] * residual_stride + n[None, :]
+        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        offs = m[:, None] * (N // SHARE) + n[None, :]
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """What `linear` computes, one operation after another; also its way with many rows."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
+    if residual is not None and bias is None and not gated:
+        return residual.addmm_(x, weight.t())
+    y = F.linear(x, weight, bias)
     if gated:
-        x = silu_and_mul(x)
-    if residual is None:
-        return F.linear(x, weight, bias)
-    if bias is not None:
-        residual = residual + bias
-    return torch.addmm(residual, x, weight.t())
+        y = silu_and_mul(y)
+    return y if residual is None else residual.add_(y)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
+
+    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],
+    the weight of an RMSNorm of x's rows with `eps`. gated: the features are N/2 gates, then N/2 ups, and y is
+    silu(gate) * up. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
+    returned. All in one dtype: float32, float16 or bfloat16; sums in float32. Returns [M, N] (gated: [M, N/2]).
+    """
+    rows, (n, k) = len(x), weight.shape
+    if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
+        return linear_torch(x, weight, bias, norm, eps, residual, gated)
+    y = residual
+    if y is None:
+        y = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
+    warps, block_n = 8, 8 if n <= 2048 else 16
+    block_k = min(max(triton.next_power_of_2(k) // warps, 16), 256)
+    pdl = use_pdl(x.device)
+    _linear_kernel[(triton.cdiv(n, block_n),)](
+        x, x.stride(0), weight, bias, norm, eps, residual, y.stride(0), y, rows, n,
+        K=k, GATED=gated, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n, BLOCK_K=block_k,
+        WARPS=warps, DOT=True, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return y

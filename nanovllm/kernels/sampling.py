@@ -25,13 +25,13 @@ SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 @triton.jit
 def _load_filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size):
-    """A row's temperature, top_k (0: off), top_p, min_p, and whether it is filtered at all."""
+    """A row's 1 / temperature, top_k (0: off), top_p, min_p, and whether it is filtered at all."""
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_k = tl.where(top_k < size, tl.maximum(top_k, 0), 0)
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
-    return temperature, top_k, top_p, min_p, (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    return 1.0 / temperature, top_k, top_p, min_p, (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _sample_kernel(
     """One of the SPLITS parts of a row: each lane's two best logits and, over all lanes, (best, third best, mass)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    temperature, top_k, top_p, min_p, filtered = _load_filters(
+    inv_temperature, top_k, _top_p, min_p, filtered = _load_filters(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size
     )
     if not filtered:
@@ -65,7 +65,7 @@ def _sample_kernel(
     if (top_k == 0) & (min_p <= 0.0):  # top-p needs the mass of the whole row
         for n in tl.range(begin, end, LANES, loop_unroll_factor=4):
             x = tl.load(logits_ptr + n + lanes, mask=n + lanes < end, other=float("-inf")).to(tl.float32)
-            mass += tl.exp((x - high) / temperature)
+            mass += tl.exp((x - high) * inv_temperature)
     best_ptr += (row * SPLITS + split) * (2 * LANES) + lanes
     tl.store(best_ptr, first)
     tl.store(best_ptr + LANES, second)
@@ -83,20 +83,20 @@ def _to_key(x):
 
 
 @triton.jit
-def _measure(x_ptr, size, low, high, temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _measure(x_ptr, size, low, high, inv_temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The number of x >= low or, with MASS, the sum of their exp((x - high) / temperature)."""
     lanes = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for n in tl.range(0, size, BLOCK, loop_unroll_factor=2):
         x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
-        weight = tl.exp((x - high) / temperature) if MASS else 1.0
+        weight = tl.exp((x - high) * inv_temperature) if MASS else 1.0
         acc += tl.where(x >= low, weight, 0.0)
     return tl.sum(acc, 0)
 
 
 @triton.jit
 def _search(
-    x_ptr, size, target, low, high, temperature, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, size, target, low, high, inv_temperature, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest threshold from low to high that measures `target` or more; low where none does."""
     good = _to_key(low) >> SHIFT
@@ -120,7 +120,7 @@ def _threshold_kernel(
 ):  # fmt: skip
     """The threshold of a row; -inf where it is not filtered."""
     row = tl.program_id(0).to(tl.int64)
-    temperature, top_k, top_p, min_p, filtered = _load_filters(
+    inv_temperature, top_k, top_p, min_p, filtered = _load_filters(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size
     )
     if not filtered:
@@ -133,23 +133,23 @@ def _threshold_kernel(
     highs = tl.load(stats_ptr)
     high = tl.max(highs, 0)
     missed = tl.max(tl.load(stats_ptr + 1), 0)  # all that is larger is in the sample
-    mass = tl.sum(tl.load(stats_ptr + 2) * tl.exp((highs - high) / temperature), 0)
+    mass = tl.sum(tl.load(stats_ptr + 2) * tl.exp((highs - high) * inv_temperature), 0)
     low = LOWEST
     if min_p > 0.0:
-        low = tl.maximum(low, high + temperature * tl.log(min_p))
+        low = tl.maximum(low, high + tl.log(min_p) / inv_temperature)
     if top_k > 0:
-        low = _search(best_ptr, SAMPLE, top_k, low, high, temperature, False, SHIFT, BLOCK)
+        low = _search(best_ptr, SAMPLE, top_k, low, high, inv_temperature, False, SHIFT, BLOCK)
         if low <= missed:
-            low = _search(logits_ptr, size, top_k, low, high, temperature, False, SHIFT, BLOCK)
+            low = _search(logits_ptr, size, top_k, low, high, inv_temperature, False, SHIFT, BLOCK)
     if top_p < 1.0:
         if (top_k > 0) | (min_p > 0.0):
             if low > missed:
-                mass = _measure(best_ptr, SAMPLE, low, high, temperature, True, BLOCK)
+                mass = _measure(best_ptr, SAMPLE, low, high, inv_temperature, True, BLOCK)
             else:
-                mass = _measure(logits_ptr, size, low, high, temperature, True, BLOCK)
-        low = _search(best_ptr, SAMPLE, top_p * mass, low, high, temperature, True, SHIFT, BLOCK)
+                mass = _measure(logits_ptr, size, low, high, inv_temperature, True, BLOCK)
+        low = _search(best_ptr, SAMPLE, top_p * mass, low, high, inv_temperature, True, SHIFT, BLOCK)
         if low <= missed:
-            low = _search(logits_ptr, size, top_p * mass, low, high, temperature, True, SHIFT, BLOCK)
+            low = _search(logits_ptr, size, top_p * mass, low, high, inv_temperature, True, SHIFT, BLOCK)
     tl.store(low_ptr + row, low)
 
 
