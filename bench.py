@@ -97,7 +97,7 @@ class Floor:
         kv_bytes = token_bytes * sum((n - 1) * p + n * (n - 1) // 2 for p, n in lens)
         weight_bytes = step_bytes * (max(n for _, n in lens) - 1)
         cached = prefix * (len(lens) - 1)
-        pairs = (sum(p * p for p, _ in lens) - prefix * cached) // 2
+        pairs = (sum(p * (p + 1) for p, _ in lens) - cached * (prefix + 1)) // 2
         flops = 2 * layers * (sum(p for p, _ in lens) - cached) + 2 * head * len(lens)
         flops += 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
         bandwidth, rate = measure_gpu(dtype)
@@ -107,7 +107,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Result:
-    """All figures of a benchmark; `floor` only where there is a GPU."""
+    """All figures of a benchmark; `model` may be a shape's name, `floor` is only known where there is a GPU."""
 
     engine: str
     model: str
@@ -286,8 +286,8 @@ def profile(llm: LLM, requests: list[Request], sampling: dict[str, Any], path: s
 
 def summarise_trace(path: str, categories: set[str]) -> str:
     """The share of the time in which any event of a Chrome trace's categories ran, and the ten longest by total."""
-    with open(path, encoding="utf-8") as file:
-        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X" and e.get("cat") in categories]
+    events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
+    events = [event for event in events if event.get("ph") == "X" and event.get("cat") in categories]
     if not events:
         return "nothing ran in these steps"
     events.sort(key=lambda event: event["ts"])
@@ -308,10 +308,11 @@ def summarise_trace(path: str, categories: set[str]) -> str:
 
 def length_range(text: str) -> tuple[int, int]:
     """Parses N or LOW-HIGH."""
-    low, _, high = text.partition("-")
-    if 1 <= int(low) <= int(high or low):
-        return int(low), int(high or low)
-    raise argparse.ArgumentTypeError(f"must be N or LOW-HIGH with 1 <= LOW <= HIGH, got {text!r}")
+    low, dash, high = text.partition("-")
+    lens = int(low), int(high if dash else low)
+    if not 1 <= lens[0] <= lens[1]:
+        raise argparse.ArgumentTypeError(f"must be N or LOW-HIGH with 1 <= LOW <= HIGH, got {text!r}")
+    return lens
 
 
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -329,7 +330,9 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     for name, default in (("--repeats", 1), ("--temperature", 0.6), ("--top-p", 1.0), ("--top-k", -1)):
         parser.add_argument(name, type=type(default), default=default)
     parser.add_argument("--json", help="write the results to this file")
-    parser.add_argument("--profile", metavar="JSON", help="nanovllm: Chrome trace of some steps of a further run")
+    parser.add_argument(
+        "--profile", metavar="JSON", help="nanovllm: file for a Chrome trace of steps of a further run"
+    )
     names = set(vars(parser.parse_args([])))
     engine = parser.add_argument_group("engine options", argument_default=argparse.SUPPRESS)
     engine.add_argument("--tp", type=int, default=1, dest="tensor_parallel_size", help="number of GPUs")
@@ -393,10 +396,11 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
     if torch.cuda.is_available():
         dtype = options.get("dtype", config.dtype)
         floor = Floor.measure(config, dtype, requests, args.shared_prefix, options["tensor_parallel_size"])
-    name = args.model or f"{args.shape} with random weights"
     prompt_tokens = sum(len(r.prompt) for r in requests)
     rate = statistics.median(run.tokens_per_second for run in runs)
-    return Result(args.engine, name, sys.argv[1:], prompt_tokens, *times, memory, runs, rate, floor)
+    return Result(
+        args.engine, args.model or args.shape, sys.argv[1:], prompt_tokens, *times, memory, runs, rate, floor
+    )
 
 
 def describe(run: Run) -> str:

@@ -171,11 +171,15 @@ class ModelRunner:
         return int(np.prod(self._kv_cache_shape(num_blocks))) * self.config.torch_dtype.itemsize
 
     def _bind_kv_cache(self, num_blocks: int) -> None:
-        """Zeros, for what lies behind a sequence's end may be read and must then be finite."""
+        """Allocates zeros: what lies behind a sequence's end may be read and must then be finite."""
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer in layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
-        caches = torch.zeros(self._kv_cache_shape(num_blocks), dtype=self.config.torch_dtype, device=self.device)
+        shape, dtype = self._kv_cache_shape(num_blocks), self.config.torch_dtype
+        if self.device.type == "cpu":  # NumPy's zeros take no memory until they are written
+            caches = torch.from_numpy(np.zeros(self._kv_cache_bytes(num_blocks), np.uint8)).view(dtype).view(shape)
+        else:
+            caches = torch.zeros(shape, dtype=dtype, device=self.device)
         semaphores = torch.zeros(self.config.max_num_seqs * caches.size(4), dtype=torch.int32, device=self.device)
         for layer, k_cache, v_cache in zip(layers, caches[0], caches[1], strict=True):
             layer.k_cache, layer.v_cache, layer.semaphores = k_cache, v_cache, semaphores

@@ -8,7 +8,7 @@ that a request draws the same tokens whatever it is batched with and however the
 
 import torch
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import INTERPRETED, tl, triton, use_triton
 
 MASK = 0xFFFFFFFF
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
@@ -61,20 +61,32 @@ def _hash32(x):
 
 
 @triton.jit
-def _exponential(seed, position, token_ids):
+def _log2(x, FAST: tl.constexpr):
+    # tl.log2 takes a dozen instructions, the hardware's own one; the interpreter knows no assembly.
+    if FAST:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def _gumbel2(seed, position, token_ids, FAST: tl.constexpr):
+    """The noise in units of ln 2, less the constant that all tokens share."""
     key = _hash32(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)
     key = _hash32(_hash32(key) ^ _hash32(position.to(tl.uint32)))
     bits = _hash32(token_ids.to(tl.uint32) + key)
     # 2**-32 and the largest float32 below 1.
     uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    # -log(1 - u), by its series where 1 - u would round u away.
-    return tl.where(uniform < 1e-3, uniform * (1 + uniform * (0.5 + uniform / 3)), -tl.log(1 - uniform))
+    # -log2(1 - u), by its series where 1 - u would round u away.
+    series = uniform * (1 + uniform * (0.5 + uniform * 0.33333334)) * 1.442695
+    exponential = tl.where(uniform < 0.03, series, -_log2(1 - uniform, FAST))
+    return -_log2(exponential, FAST)
 
 
 @triton.jit
 def _draw_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, packed_ptr,
     vocab_size, start, temperature_stride, seed_stride, BLOCK: tl.constexpr, PART: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     begin = tl.program_id(1) * PART
@@ -82,17 +94,20 @@ def _draw_kernel(
     seed = tl.load(seed_ptr + row * seed_stride)
     position = tl.load(position_ptr + row)
     logits_ptr += row.to(tl.int64) * vocab_size
+    scale = 1.442695 / temperature  # of no use to greedy rows
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_ids = begin + tl.arange(0, BLOCK)
     for offset in range(begin, begin + PART, BLOCK):
         ids = offset + tl.arange(0, BLOCK)
         scores = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
         if temperature > 0:
-            scores = scores / temperature - tl.log(_exponential(seed, position, start + ids))
+            scores = scores * scale + _gumbel2(seed, position, start + ids, FAST)
         best_ids = tl.where(scores > best, ids, best_ids)
         best = tl.maximum(scores, best)
     top = tl.max(best, 0)
     token_id = start + tl.min(tl.where(best == top, best_ids, 0x7FFFFFFF), 0)
+    if temperature > 0:
+        top = top * 0.6931472 + 0.36651292  # ln 2 and -ln ln 2
     order = top.to(tl.int32, bitcast=True)
     order = order ^ ((order >> 31) & 0x7FFFFFFF)
     packed = (order.to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
@@ -119,18 +134,9 @@ def draw(
         return draw_torch(logits, temperatures, seeds, positions, start)
     batch_size, vocab_size = logits.shape
     packed = torch.full((batch_size,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=logits.device)
-    strides = (temperatures.stride(0), seeds.stride(0))
     _draw_kernel[batch_size, triton.cdiv(vocab_size, PART)](
-        logits,
-        temperatures,
-        seeds,
-        positions,
-        packed,
-        vocab_size,
-        start,
-        *strides,
-        BLOCK=BLOCK,
-        PART=PART,
-        num_warps=8,
-    )
+        logits, temperatures, seeds, positions, packed,
+        vocab_size, start, temperatures.stride(0), seeds.stride(0), BLOCK=BLOCK, PART=PART,
+        FAST=not INTERPRETED, num_warps=8,
+    )  # fmt: skip
     return packed

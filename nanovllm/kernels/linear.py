@@ -26,7 +26,7 @@ def use_pdl(device: torch.device) -> bool:
 
 
 @triton.jit
-def pdl_wait(PDL: tl.constexpr):
+def pdl_wait(PDL: tl.constexpr) -> None:
     """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

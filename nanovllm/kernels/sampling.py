@@ -105,7 +105,7 @@ def _search(
         middle = (good & bad) + ((good ^ bad) >> 1)  # the mean, without overflow
         key = middle << SHIFT
         threshold = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        if _measure(x_ptr, size, threshold, high, temperature, MASS, BLOCK) >= target:
+        if _measure(x_ptr, size, threshold, high, inv_temperature, MASS, BLOCK) >= target:
             good = middle
             low = threshold
         else:

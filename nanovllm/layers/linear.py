@@ -39,10 +39,13 @@ class ColumnParallelLinear(nn.Module):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """The MLP's gate and up projections in one product: [N, hidden] -> [N, gate | up]."""
+    """The MLP's gate and up projections in one product, silu(gate) * up: [N, hidden] -> [N, intermediate / ranks]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__(hidden_size, [intermediate_size] * 2, bias, tp)
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, gated=True)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -58,13 +61,12 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """residual + x W^T + b with the input features split over the ranks, summed: x [N, in / ranks] -> [N, out].
 
-    With `gated`, x is [N, gate | up] and silu(gate) * up takes its place.
+    The residual may be updated in place.
     """
 
-    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel, gated: bool = False) -> None:
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.gated = gated
         size = input_size // tp.size
         self.weight = tp.parameter(output_size, size)
         self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
@@ -73,4 +75,4 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         # One rank adds bias and residual: the sum would count them once a rank.
         bias, residual = (self.bias, residual) if self.tp.rank == 0 else (None, None)
-        return self.tp.all_reduce(linear(x, self.weight, bias, residual=residual, gated=self.gated))
+        return self.tp.all_reduce(linear(x, self.weight, bias, residual=residual))

@@ -16,7 +16,7 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, intermediate_size, bias, tp)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp, gated=True)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp)
 
     def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj(x, norm), residual=x)

@@ -1,0 +1,294 @@
+"""Bad input: refused with argument, value and limit before anything is queued, and then it is as if it had not come."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from checkpoints import VOCAB_SIZE, random_prompt
+from engines import check_idle
+
+from nanovllm import LLM, SamplingParams
+
+PROMPT = list(random_prompt(1, 20))
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+MAX_MODEL_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint):
+    with LLM(checkpoint("qwen3").path, device="cpu", kvcache_block_size=16, max_model_len=MAX_MODEL_LEN) as llm:
+        yield llm
+
+
+@pytest.fixture
+def unharmed(checkpoint, llm):
+    """Whatever the test does, the engine answers as before, and nothing is queued."""
+    num_requests = llm.num_requests
+    yield llm
+    check_idle(llm)
+    assert llm.num_requests == num_requests
+    result = llm.generate([PROMPT], GREEDY, use_tqdm=False)[0]
+    assert result["token_ids"] == checkpoint("qwen3").greedy(tuple(PROMPT), 8, True)[0]
+
+
+BAD_PARAMS = [
+    ({"max_tokens": 0}, ValueError, "max_tokens.*1.*0"),
+    ({"max_tokens": -3}, ValueError, "max_tokens.*1.*-3"),
+    ({"max_tokens": 1.5}, TypeError, r"max_tokens.*1\.5"),
+    ({"max_tokens": True}, TypeError, "max_tokens.*True"),
+    ({"max_tokens": None}, TypeError, "max_tokens.*None"),
+    ({"temperature": -0.1}, ValueError, r"temperature.*0.*-0\.1"),
+    ({"temperature": math.nan}, ValueError, "temperature.*nan"),
+    ({"temperature": math.inf}, ValueError, "temperature.*inf"),
+    ({"temperature": "hot"}, TypeError, "temperature.*hot"),
+    ({"temperature": None}, TypeError, "temperature.*None"),
+    ({"top_p": 0.0}, ValueError, "top_p.*0"),
+    ({"top_p": -0.5}, ValueError, r"top_p.*-0\.5"),
+    ({"top_p": 1.01}, ValueError, r"top_p.*1.*1\.01"),
+    ({"top_p": math.nan}, ValueError, "top_p.*nan"),
+    ({"min_p": -0.1}, ValueError, r"min_p.*-0\.1"),
+    ({"min_p": 1.1}, ValueError, r"min_p.*1\.1"),
+    ({"min_p": math.nan}, ValueError, "min_p.*nan"),
+    ({"top_k": -2}, ValueError, "top_k.*-1.*-2"),
+    ({"top_k": 2.0}, TypeError, r"top_k.*2\.0"),
+    ({"seed": 1.5}, TypeError, r"seed.*1\.5"),
+    ({"seed": 2**64}, ValueError, f"seed.*{2**64}"),
+    ({"ignore_eos": 1}, TypeError, "ignore_eos.*1"),
+    ({"stop": ""}, ValueError, "stop"),
+    ({"stop": ["a", ""]}, ValueError, "stop"),
+    ({"stop": ["a", 7]}, TypeError, "stop.*7"),
+    ({"stop": 7}, TypeError, "stop.*7"),
+    ({"stop_token_ids": [1, "a"]}, TypeError, "stop_token_ids.*a"),
+    ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids.*-1"),
+    ({"stop_token_ids": 7}, TypeError, "stop_token_ids.*7"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD_PARAMS, ids=lambda value: str(value)[:30])
+def test_bad_sampling_params(options, error, match):
+    with pytest.raises(error, match=match):
+        SamplingParams(**options)
+
+
+def test_sampling_params_at_their_limits():
+    for options in ({"temperature": 0}, {"top_p": 1}, {"top_p": 1e-6}, {"min_p": 0}, {"min_p": 1}, {"top_k": -1},
+                    {"top_k": 0}, {"max_tokens": 1}, {"seed": 0}, {"stop": "x"}, {"stop_token_ids": [0]}):  # fmt: skip
+        SamplingParams(**options)
+    with pytest.raises(AttributeError):
+        SamplingParams().temperature = 2.0
+
+
+BAD_PROMPTS = [
+    ([], ValueError, "token"),
+    ([1] * MAX_MODEL_LEN, ValueError, f"max_model_len={MAX_MODEL_LEN}.*{MAX_MODEL_LEN}"),
+    ([1] * 1000, ValueError, f"max_model_len={MAX_MODEL_LEN}.*1000"),
+    ([1, VOCAB_SIZE], ValueError, f"{VOCAB_SIZE - 1}.*{VOCAB_SIZE}"),
+    ([1, -1], ValueError, "-1"),
+    ([1, 2**70], ValueError, str(2**70)),
+    ([1, 2.0], TypeError, r"2\.0"),
+    ([1, "a"], TypeError, "'a'"),
+    ([1, None], TypeError, "None"),
+    ([1, True], TypeError, "True"),
+    ([[1, 2]], TypeError, r"\[1, 2\]"),
+    (np.array([1.0, 2.0]), TypeError, r"1\.0"),
+    ("text", ValueError, "tokenizer.*text"),  # this model has none
+    (None, TypeError, "None"),
+    (1.5, TypeError, r"1\.5"),
+    ({"prompt": "x"}, TypeError, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "error", "match"), BAD_PROMPTS, ids=lambda value: str(value)[:20])
+def test_one_bad_prompt_refuses_the_list(unharmed, prompt, error, match):
+    with pytest.raises(error, match=match):
+        unharmed.generate([PROMPT, prompt, PROMPT], GREEDY, use_tqdm=False)
+    with pytest.raises(error, match=match):
+        unharmed.add_request(prompt, GREEDY)
+
+
+@pytest.mark.parametrize("prompts", [None, 7, 1.5, {"prompt": [1, 2]}, iter([[1, 2]])], ids=str)
+def test_prompts_of_another_type(unharmed, prompts):
+    with pytest.raises(TypeError, match="prompts?"):
+        unharmed.generate(prompts, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "match"),
+    [
+        ([GREEDY], ValueError, "1.*2"),
+        ([GREEDY] * 3, ValueError, "3.*2"),
+        ([], ValueError, "0.*2"),
+        ([GREEDY, None], TypeError, "sampling_params.*None"),
+        ([GREEDY, {"temperature": 0}], TypeError, "sampling_params.*temperature"),
+        ({"temperature": 0}, (TypeError, ValueError), "sampling_params"),
+        (7, TypeError, "sampling_params.*7"),
+    ],
+    ids=str,
+)
+def test_bad_params_for_a_list(unharmed, params, error, match):
+    with pytest.raises(error, match=match):
+        unharmed.generate([PROMPT, PROMPT], params, use_tqdm=False)
+
+
+def test_stop_strings_need_a_tokenizer(unharmed):
+    with pytest.raises(ValueError, match=r"stop.*tokenizer"):
+        unharmed.generate([PROMPT], SamplingParams(stop="x"), use_tqdm=False)
+    with pytest.raises(ValueError, match="tokenizer"):
+        unharmed.stream(PROMPT)
+    with pytest.raises(ValueError, match="tokenizer"):
+        unharmed.chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_refused_call_leaves_queued_requests_alone(checkpoint, llm):
+    request_id = llm.add_request(PROMPT, GREEDY)
+    llm.step()
+    with pytest.raises(ValueError, match="-1"):
+        llm.generate([PROMPT, [-1]], GREEDY, use_tqdm=False)
+    results = {}
+    while not llm.is_finished():
+        results.update(llm.step())
+    assert list(results) == [request_id]
+    assert results[request_id]["token_ids"] == checkpoint("qwen3").greedy(tuple(PROMPT), 8, True)[0]
+
+
+def test_nothing_in_nothing_out(unharmed):
+    assert unharmed.generate([]) == []
+    assert unharmed.generate([], []) == []
+    assert unharmed.generate(()) == []
+
+
+@pytest.mark.parametrize(
+    "prompts", [PROMPT, tuple(PROMPT), np.array(PROMPT), [PROMPT], (PROMPT,), [np.array(PROMPT)]], ids=type
+)
+def test_every_form_of_a_prompt(checkpoint, llm, prompts):
+    results = llm.generate(prompts, [GREEDY], use_tqdm=False)
+    assert [result["token_ids"] for result in results] == [checkpoint("qwen3").greedy(tuple(PROMPT), 8, True)[0]]
+    assert all(type(token_id) is int for token_id in results[0]["token_ids"])
+
+
+def test_the_longest_prompt(llm):
+    result = llm.generate([1] * (MAX_MODEL_LEN - 1), SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)[0]
+    assert len(result["token_ids"]) == 1 and result["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens.*1.*0"),
+        ({"max_num_seqs": 0}, ValueError, "max_num_seqs.*1.*0"),
+        ({"max_num_seqs": 2.5}, TypeError, r"max_num_seqs.*2\.5"),
+        ({"max_model_len": 1}, ValueError, "max_model_len.*2.*1"),
+        ({"max_model_len": "64"}, TypeError, "max_model_len.*64"),
+        ({"gpu_memory_utilization": 0}, ValueError, "gpu_memory_utilization.*0"),
+        ({"gpu_memory_utilization": 1.1}, ValueError, r"gpu_memory_utilization.*1.*1\.1"),
+        ({"gpu_memory_utilization": math.nan}, ValueError, "gpu_memory_utilization.*nan"),
+        ({"tensor_parallel_size": 0}, ValueError, "tensor_parallel_size.*1.*0"),
+        ({"tensor_parallel_size": True}, TypeError, "tensor_parallel_size.*True"),
+        ({"tensor_parallel_size": 3}, ValueError, "tensor_parallel_size=3.*num_attention_heads=4"),
+        ({"tensor_parallel_size": 4}, ValueError, "tensor_parallel_size=4.*num_key_value_heads=2"),
+        ({"kvcache_block_size": 8}, ValueError, "kvcache_block_size.*16.*8"),
+        ({"kvcache_block_size": 48}, ValueError, "kvcache_block_size.*power of two.*48"),
+        ({"kvcache_block_size": 0}, ValueError, "kvcache_block_size.*16.*0"),
+        ({"kvcache_block_size": "16"}, TypeError, "kvcache_block_size.*16"),
+        ({"num_kvcache_blocks": 0}, ValueError, "num_kvcache_blocks.*0"),
+        ({"num_kvcache_blocks": -2}, ValueError, "num_kvcache_blocks.*-2"),
+        ({"enforce_eager": 1}, TypeError, "enforce_eager.*1"),
+        ({"enable_prefix_caching": "yes"}, TypeError, "enable_prefix_caching.*yes"),
+        ({"async_scheduling": None}, TypeError, "async_scheduling.*None"),
+        ({"dtype": "int8"}, ValueError, "dtype.*float32.*int8"),
+        ({"device": "tpu"}, ValueError, "device.*cpu.*tpu"),
+        ({"attention_backend": "magic"}, ValueError, "attention_backend.*triton.*magic"),
+        ({"attention_backend": "triton"}, ValueError, "attention_backend.*triton.*cuda.*cpu"),
+        ({"attention_backend": "flash_attn"}, ValueError, "attention_backend.*flash_attn.*cuda.*cpu"),
+        ({"load_format": "pickle"}, ValueError, "load_format.*dummy.*pickle"),
+        ({"seed": -1}, ValueError, "seed.*-1"),
+        ({"seed": 2**63}, ValueError, f"seed.*{2**63}"),
+        ({"max_num_sequences": 4}, TypeError, "max_num_sequences.*max_num_seqs"),
+        ({"block_size": 16}, TypeError, "block_size.*kvcache_block_size"),
+        ({"tensor_paralel_size": 2}, TypeError, "tensor_paralel_size.*tensor_parallel_size"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_options(checkpoint, options, error, match):
+    with pytest.raises(error, match=match):
+        LLM(checkpoint("qwen3").path, **{"device": "cpu"} | options)
+
+
+def test_more_ranks_than_devices(checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2.*1"):
+        LLM(checkpoint("qwen3").path, device="cuda", tensor_parallel_size=2)
+
+
+def test_cuda_without_a_device(checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=1.*CUDA.*0"):
+        LLM(checkpoint("qwen3").path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kvcache_block_size": 128}, "flash_attn.*kvcache_block_size.*256.*128"),
+        ({"dtype": "float32"}, "flash_attn.*dtype.*float32"),
+    ],
+)
+def test_what_flash_attn_needs(checkpoint, monkeypatch, options, match):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match=match):
+        LLM(checkpoint("qwen3").path, device="cuda", attention_backend="flash_attn", **{"dtype": "float16"} | options)
+
+
+def test_a_vocabulary_that_does_not_divide(checkpoint, tmp_path):
+    config = open(checkpoint("mistral").path + "/config.json").read()
+    (tmp_path / "config.json").write_text(config.replace(f'"vocab_size": {VOCAB_SIZE}', '"vocab_size": 321'))
+    with pytest.raises(ValueError, match="tensor_parallel_size=2.*vocab_size=321"):
+        LLM(str(tmp_path), device="cpu", load_format="dummy", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("model", [None, 7, "", ["a"]], ids=str)
+def test_a_model_of_another_type(model):
+    with pytest.raises(TypeError, match="model"):
+        LLM(model)
+
+
+def test_a_model_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nobody/nothing"):
+        LLM("nobody/nothing", device="cpu")
+    with pytest.raises(ValueError, match="missing"):
+        LLM(str(tmp_path / "missing"), device="cpu")
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7])
+def test_a_cache_too_small_for_one_request(checkpoint, num_blocks):
+    """max_model_len of 120 needs 8 blocks of 16 tokens."""
+    options = {"device": "cpu", "kvcache_block_size": 16, "max_model_len": 120}
+    with pytest.raises(ValueError, match=f"max_model_len=120.* 8 blocks.* {num_blocks};.*num_kvcache_blocks"):
+        LLM(checkpoint("qwen3").path, num_kvcache_blocks=num_blocks, **options)
+    with LLM(checkpoint("qwen3").path, num_kvcache_blocks=8, **options) as llm:
+        result = llm.generate([1] * 119, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)[0]
+        assert len(result["token_ids"]) == 1
+
+
+def test_a_closed_engine(checkpoint):
+    llm = LLM(checkpoint("qwen3").path, device="cpu", max_model_len=64)
+    request_id = llm.add_request(PROMPT, GREEDY)
+    llm.close()
+    llm.close()
+    for call in (
+        lambda: llm.generate([PROMPT]),
+        lambda: llm.generate([]),
+        lambda: llm.chat([]),
+        lambda: llm.stream(PROMPT),
+        lambda: llm.add_request(PROMPT),
+        lambda: llm.abort_request(request_id),
+        llm.step,
+        llm.reset_prefix_cache,
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()

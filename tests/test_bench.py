@@ -1,0 +1,140 @@
+"""bench.py and example.py as users run them, on CPU with the demo checkpoint; bench.py's draws and counts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanovllm.config import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+bench = importlib.import_module("bench")
+
+TINY = {"num_seqs": 4, "input_len": (8, 16), "output_len": (30, 40), "shared_prefix": 5}
+DEFAULT = {"num_seqs": 256, "input_len": (100, 1024), "output_len": (100, 1024), "shared_prefix": 0}
+
+
+def draw(options: dict, vocab_size: int, repeat: int = 0) -> list[bench.Request]:
+    return bench.draw_requests(argparse.Namespace(**options), vocab_size, repeat)
+
+
+def run(script: str, *arguments: str) -> str:
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    process = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def run_tiny(folder: Path, *arguments: str) -> dict:
+    lens = ["--num-seqs", "4", "--input-len", "8-16", "--output-len", "30-40", "--shared-prefix", "5"]
+    run("bench.py", "--model", "demo", *lens, "--json", str(folder / "result.json"), *arguments)
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_figures_are_consistent(tmp_path):
+    trace = tmp_path / "trace.json"
+    engine_options = ("--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "16")
+    result = run_tiny(tmp_path, "--repeats", "2", "--profile", str(trace), *engine_options)
+    requests = draw(TINY, vocab_size=2048)
+    assert result["prompt_tokens"] == sum(len(request.prompt) for request in requests)
+    assert len(result["runs"]) == 2
+    for figures in result["runs"]:
+        assert figures["output_tokens"] == sum(request.max_tokens for request in requests)
+        assert figures["tokens_per_second"] == pytest.approx(figures["output_tokens"] / figures["seconds"])
+        assert 0 < figures["time_to_first_token"] < figures["seconds"]
+        # The longest output has at most 40 tokens.
+        assert 0 < figures["time_per_output_token"] < figures["seconds"] / 20
+    rates = [figures["tokens_per_second"] for figures in result["runs"]]
+    assert result["median_tokens_per_second"] == pytest.approx(sum(rates) / 2)
+    assert result["floor"] is None
+    assert result["import_seconds"] > 0
+    assert result["start_up_seconds"] > 0
+    assert result["peak_memory_bytes"] > 2**27  # torch alone takes more
+    assert any(event.get("name") == "aten::mm" for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_hf_generates_as_many_tokens(tmp_path):
+    result = run_tiny(tmp_path, "--engine", "hf")
+    assert result["engine"] == "hf"
+    assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))
+
+
+def test_example_gives_the_demos_answers():
+    output = run("example.py")
+    with open(ROOT / "nanovllm" / "demo" / "questions.jsonl", encoding="utf-8") as file:
+        answers = {entry["question"]: entry["answer"] for entry in map(json.loads, file)}
+    asked = [line.removeprefix("Question: ") for line in output.splitlines() if line.startswith("Question: ")]
+    assert asked[:2] == ["introduce yourself", "list all prime numbers within 100"]
+    for question in asked:
+        assert f"Question: {question}\nAnswer: {answers[question]}\n" in output
+    assert "tok/s" in output
+
+
+def test_default_draws_are_the_public_benchmarks():
+    requests = draw(DEFAULT, vocab_size=151936)
+    assert sum(request.max_tokens for request in requests) == 133_966
+    assert sum(len(request.prompt) for request in requests) == 142_827
+    assert requests[0].prompt[0] == 6311  # the second draw of seed 0; the first is its length
+    again = draw(DEFAULT, vocab_size=151936, repeat=1)
+    assert [len(r.prompt) for r in again] == [len(r.prompt) for r in requests]
+    assert [r.max_tokens for r in again] == [r.max_tokens for r in requests]
+    assert not any(a.prompt[:16] == b.prompt[:16] for a, b in zip(again, requests, strict=True))
+
+
+def test_draws_share_a_prefix_and_stay_in_the_vocabulary():
+    requests = draw(TINY | {"num_seqs": 50, "shared_prefix": 7}, vocab_size=100)
+    assert len({tuple(request.prompt[:7]) for request in requests}) == 1
+    assert len({tuple(request.prompt[:9]) for request in requests}) > 40
+    assert max(max(request.prompt) for request in requests) == 99
+
+
+def test_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure_gpu", lambda dtype: (4e12, 800e12))
+    bench.write_dummy_model("qwen3-0.6b", str(tmp_path), with_tokenizer=False)
+    config = ModelConfig.from_folder(str(tmp_path))
+    layers, head = bench.count_weights(config)
+    assert layers + head == 596_049_920 - 65_536  # of the published checkpoint, less its norms
+    floor = bench.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), prefix=0, num_gpus=1)
+    assert floor.kv_bytes == 13_853_760_356_352
+    assert floor.weight_bytes == 1023 * 2 * (layers + head)
+    assert floor.seconds == pytest.approx((floor.kv_bytes + floor.weight_bytes) / 4e12 + floor.prefill_flops / 800e12)
+    # Three decode steps of one request, then two requests of which the second computes one token of its own.
+    one = bench.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)], prefix=0, num_gpus=1)
+    assert one.kv_bytes == 114_688 * (11 + 12 + 13)
+    two = bench.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)] * 2, prefix=9, num_gpus=2)
+    assert two.weight_bytes == one.weight_bytes
+    assert two.prefill_flops - one.prefill_flops == 2 * (layers + head) + 4 * 28 * 16 * 128 * 10  # attended pairs
+
+
+def test_trace_summary_counts_overlaps_once(tmp_path):
+    events = [("a", 0, 4), ("b", 2, 4), ("b", 8, 2)]
+    trace = [{"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in events]
+    other = {"ph": "X", "cat": "cpu_op", "name": "c", "ts": 0, "dur": 100}
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [*trace, other]}))
+    busy, *longest = bench.summarise_trace(str(tmp_path / "trace.json"), {"kernel"}).splitlines()
+    assert busy == "busy for 80.0% of 0.010 ms"
+    assert [line.split() for line in longest] == [["0.006", "ms", "2", "x", "b"], ["0.004", "ms", "1", "x", "a"]]
+
+
+@pytest.mark.parametrize("lens", ["0", "9-8", "4-", "x", "-3"])
+def test_bad_lengths_are_refused(lens, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", f"--input-len={lens}"])
+    with pytest.raises(SystemExit):
+        bench.parse_args()
+    assert "--input-len" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_only_given_engine_options_reach_the_engine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--no-prefix-caching", "--block-size", "32", "--top-k", "5"])
+    args, options = bench.parse_args()
+    assert options == {"tensor_parallel_size": 1, "enable_prefix_caching": False, "kvcache_block_size": 32}
+    assert args.top_k == 5

@@ -1,0 +1,192 @@
+"""The small-batch linear kernel equals the operations that it fuses, on a GPU and in Triton's interpreter.
+
+As in test_kernels.py, `test_in_the_interpreter` runs the kernel tests in a child pytest with TRITON_INTERPRET=1.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import HAS_TRITON
+from nanovllm.kernels import linear as linear_module
+from nanovllm.kernels.linear import linear
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
+DOT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+COMBINATIONS = list(itertools.product([False, True], repeat=4))
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def kernel_test(test):
+    """Runs a test in the interpreter's child process, and on a GPU."""
+    return test if INTERPRETED else pytest.mark.gpu(needs_gpu(test))
+
+
+def plain_test(test):
+    """Runs a test once: not in the child process."""
+    return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
+
+
+def inputs(rows, n, k, dtype, biased, normed, added, gated, device=DEVICE):
+    """Arguments of `linear`, x and residual with gaps of NaN between their rows."""
+
+    def randn(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    def gaps(rows, size):
+        base = torch.full((rows, size + 8), math.nan, device=device, dtype=dtype)
+        base[:, :size] = randn(rows, size)
+        return base[:, :size]
+
+    return {
+        "x": gaps(rows, k),
+        "weight": randn(n, k) / k**0.5,
+        "bias": randn(n) if biased else None,
+        "norm": randn(k) if normed else None,
+        "eps": 0.5 if normed else 0.0,
+        "residual": gaps(rows, n // 2 if gated else n) if added else None,
+        "gated": gated,
+    }
+
+
+def definition(x, weight, bias, norm, eps, residual, gated):
+    """`linear` in float64."""
+    x, weight, bias, norm, residual = (
+        None if tensor is None else tensor.double() for tensor in (x, weight, bias, norm, residual)
+    )
+    if norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def check(arguments):
+    expected = definition(**arguments)
+    x, residual = arguments["x"], arguments["residual"]
+    before = x.clone()
+    y = linear(**arguments)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    error = (y.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max().item() <= TOLERANCE[x.dtype]  # false for NaN
+    assert torch.equal(x, before)
+    if residual is not None:
+        assert y.data_ptr() == residual.data_ptr()
+        assert residual._base[:, -8:].isnan().all()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def any_rows(monkeypatch):
+    """The kernel takes any number of rows, and fresh memory holds NaN."""
+    monkeypatch.setattr(linear_module, "SMALL_BATCH", 64)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(linear_module, "linear_torch", None)
+
+
+@plain_test
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout[-5000:]
+    assert " passed" in child.stdout
+
+
+@plain_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_the_torch_function(combination, dtype):
+    check(inputs(5, 36, 52, dtype, *combination, device="cpu"))
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_every_combination(any_rows, combination, dtype):
+    check(inputs(3, 40, 80, dtype, *combination))
+    check(inputs(1, 66, 4100, dtype, *combination))
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_every_number_of_rows(any_rows, rows, dtype):
+    check(inputs(rows, 34, 200, dtype, False, True, True, False))
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (130, 64), (2, 5003), (2500, 33)])
+def test_odd_sizes(any_rows, n, k, dtype):
+    check(inputs(2, n, k, dtype, True, True, True, False))
+    check(inputs(1, 2 * n, k, dtype, False, False, False, True))
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [0, linear_module.SMALL_BATCH, linear_module.SMALL_BATCH + 1])
+def test_any_batch(rows):
+    arguments = inputs(rows, 24, 40, torch.float32, False, True, True, False)
+    if rows:
+        check(arguments)
+    else:
+        assert linear(**arguments).shape == (0, 24)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_chain_of_layers_in_a_cuda_graph():
+    """Kernels that overlap still see what those before them wrote, and overwrite nothing that is still read."""
+    layers = [
+        [
+            inputs(1, n, k, torch.bfloat16, *flags)
+            for n, k, flags in ((2048, 1024, (0, 1, 0, 0)), (1024, 2048, (0,) * 4))
+        ]
+        for _ in range(16)
+    ]
+    start, h = torch.randn(1, 1024, device=DEVICE).bfloat16(), torch.zeros(1, 1024, device=DEVICE).bfloat16()
+
+    def run():
+        for first, second in layers:
+            y = linear(h, first["weight"], norm=first["norm"], eps=1e-6)
+            linear(y, second["weight"], residual=h)
+
+    h.copy_(start)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    expected = start.double()
+    for first, second in layers:
+        y = definition(expected, first["weight"], None, first["norm"], 1e-6, None, False)
+        expected = definition(y, second["weight"], None, None, 0.0, expected, False)
+    results = []
+    for _ in range(20):
+        h.copy_(start)
+        graph.replay()
+        results.append(h.clone())
+    assert ((results[0] - expected).norm() / expected.norm()).item() < 0.05
+    assert all(torch.equal(result, results[0]) for result in results)

@@ -1,0 +1,381 @@
+"""Scheduling without a model: order, budget, ends, and that every token attends to exactly its own prefix.
+
+`Device` stands in for the ranks. It obeys batches as they do, but its KV is symbolic: what a token stores depends on all that it attends to, and so does the token sampled from it. A wrong slot anywhere changes what follows.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from nanovllm import SamplingParams
+from nanovllm.engine.scheduler import Batch, Scheduler
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+EOS_TOKEN_ID = 0
+
+
+def config(**options) -> SimpleNamespace:
+    defaults = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 32,
+        "kvcache_block_size": 4,
+        "enable_prefix_caching": True,
+        "model_config": SimpleNamespace(eos_token_ids=frozenset([EOS_TOKEN_ID])),
+    }
+    return SimpleNamespace(**defaults | options)
+
+
+def stored(attended: list[int], token_id: int) -> int:
+    """The KV of a token that comes after those it attends to."""
+    return hash((*attended, token_id))
+
+
+def sampled(attended: list[int], vocab_size: int) -> int:
+    """The token that follows."""
+    return hash(tuple(attended)) % vocab_size
+
+
+def expected(prompt: list[int], params: SamplingParams, max_model_len: int, vocab_size: int) -> tuple[list[int], str]:
+    """What a request generates, and its finish reason."""
+    kv: list[int] = []
+    for token_id in prompt:
+        kv.append(stored(kv, token_id))
+    token_ids: list[int] = []
+    while True:
+        token_ids.append(sampled(kv, vocab_size))
+        if token_ids[-1] == EOS_TOKEN_ID and not params.ignore_eos:
+            return token_ids, "stop"
+        if len(token_ids) == params.max_tokens or len(prompt) + len(token_ids) == max_model_len:
+            return token_ids, "length"
+        kv.append(stored(kv, token_ids[-1]))
+
+
+class Device:
+    """Rows and KV cache of a rank."""
+
+    def __init__(self, block_size: int, vocab_size: int) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.kv: dict[int, int] = {}
+        self.last_tokens: dict[int, int] = {}
+        self.block_tables: dict[int, dict[int, int]] = {}
+
+    def run(self, batch: Batch) -> dict[int, int]:
+        """Computes a step; returns the last tokens of all rows, as a copy."""
+        first_joined = len(batch.seqs) - batch.num_joined
+        for seq in batch.seqs[first_joined:]:
+            self.last_tokens[seq.row] = seq.token_ids[-1]
+        for row, index, block_id in batch.new_blocks:
+            self.block_tables.setdefault(row, {})[index] = block_id
+        computed = []
+        steps = zip(batch.seqs, batch.rows, batch.starts, batch.num_tokens, strict=True)
+        for index, (seq, row, start, num_tokens) in enumerate(steps):
+            tokens = seq.token_ids[start : start + num_tokens]
+            if num_tokens == 1 and index < batch.num_samples:  # a decode, whose token the host may not have seen
+                tokens = [self.last_tokens[row]]
+            assert len(tokens) == num_tokens
+            computed += [(position, row, token_id) for position, token_id in enumerate(tokens, start)]
+        # Sequences of a step may share blocks that it computes: what a token depends on has lower positions.
+        for position, row, token_id in sorted(computed):
+            self.kv[self.slot(row, position)] = stored(self.attended(row, position), token_id)
+        for row, start, num_tokens in zip(batch.rows, batch.starts, batch.num_tokens[: batch.num_samples], strict=False):
+            self.last_tokens[row] = sampled(self.attended(row, start + num_tokens), self.vocab_size)
+        return dict(self.last_tokens)
+
+    def attended(self, row: int, length: int) -> list[int]:
+        return [self.kv[self.slot(row, position)] for position in range(length)]
+
+    def slot(self, row: int, position: int) -> int:
+        return self.block_tables[row][position // self.block_size] * self.block_size + position % self.block_size
+
+
+class Driver:
+    """Runs a scheduler against a Device as LLMEngine does, with and without the lag of a step, checking each step."""
+
+    def __init__(self, num_blocks: int, is_async: bool = False, vocab_size: int = 50, **options) -> None:
+        self.config = config(**options)
+        self.scheduler = Scheduler(self.config, num_blocks)
+        self.device = Device(self.config.kvcache_block_size, vocab_size)
+        self.is_async = is_async
+        self.in_flight: tuple[Batch, dict[int, int]] | None = None
+        self.seqs: list[Sequence] = []
+        self.ended: list[Sequence] = []
+        self.aborted: set[int] = set()
+        self.num_preemptions = 0
+
+    def add(self, prompt: list[int], **params) -> Sequence:
+        seq = Sequence(len(self.seqs), prompt, SamplingParams(**params), seed=0)
+        self.seqs.append(seq)
+        self.scheduler.add(seq)
+        return seq
+
+    def abort(self, seq: Sequence) -> None:
+        if not seq.is_finished:
+            self.aborted.add(seq.seq_id)
+            self.scheduler.finish(seq)
+            self.check()
+
+    def step(self) -> Batch:
+        was_running = list(self.scheduler.running)
+        batch = self.scheduler.schedule()
+        self.num_preemptions += sum(seq.status is SequenceStatus.WAITING for seq in was_running)
+        self.check_batch(batch)
+        launched = (batch, self.device.run(batch)) if batch.seqs else None
+        if self.is_async:
+            launched, self.in_flight = self.in_flight, launched
+        if launched:
+            batch_seen, tokens = launched
+            rows = batch_seen.rows[: batch_seen.num_samples]
+            self.ended += self.scheduler.postprocess(batch_seen, [tokens[row] for row in rows])
+        self.check()
+        return batch
+
+    def run_until_finished(self) -> None:
+        for _ in range(2000):
+            if self.scheduler.is_finished():
+                break
+            self.step()
+        else:
+            raise AssertionError("the scheduler makes no progress")
+        self.check_end()
+
+    def check_batch(self, batch: Batch) -> None:
+        assert sum(batch.num_tokens) <= self.config.max_num_batched_tokens
+        assert len(batch.seqs) <= self.config.max_num_seqs
+        assert all(num_tokens > 0 for num_tokens in batch.num_tokens)
+        assert len(batch.seqs) - batch.num_samples in (0, 1)
+        assert all(seq.status is SequenceStatus.RUNNING for seq in batch.seqs)
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        scheduler.check_integrity()
+        # Nobody skips ahead, neither when admitted nor when preempted.
+        order = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
+        assert order == sorted(order)
+        assert all(seq.status is SequenceStatus.RUNNING for seq in scheduler.running)
+        assert all(seq.status is SequenceStatus.WAITING for seq in scheduler.waiting)
+
+    def check_end(self) -> None:
+        ended = [seq.seq_id for seq in self.ended]
+        assert sorted([*ended, *self.aborted]) == list(range(len(self.seqs))), "everyone ends exactly once"
+        manager = self.scheduler.block_manager
+        assert len(manager.free_block_ids) == len(manager.blocks)
+        for seq in self.seqs:
+            prompt = seq.token_ids[: seq.num_prompt_tokens]
+            want = expected(prompt, seq.sampling_params, self.config.max_model_len, self.device.vocab_size)
+            if seq.seq_id in self.aborted:
+                assert seq.completion_token_ids == want[0][: len(seq.completion_token_ids)]
+            else:
+                assert (seq.completion_token_ids, seq.finish_reason) == want
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_decodes_come_first_then_prompts_in_order(is_async):
+    driver = Driver(32, is_async, max_num_batched_tokens=10)
+    a, b, c = driver.add([1] * 8), driver.add([2] * 7), driver.add([3])
+    first, second = driver.step(), driver.step()
+    assert (first.seqs, first.num_tokens, first.num_samples) == ([a, b], [8, 2], 1)
+    assert (second.seqs, second.num_tokens, second.num_samples) == ([a, b, c], [1, 5, 1], 3)
+    driver.run_until_finished()
+
+
+def test_a_prompt_is_computed_in_chunks_of_the_budget():
+    driver = Driver(32, max_num_batched_tokens=5)
+    seq = driver.add(list(range(1, 19)), max_tokens=2, ignore_eos=True)
+    steps = [driver.step() for _ in range(5)]
+    assert [step.num_tokens for step in steps] == [[5], [5], [5], [3], [1]]
+    assert [step.starts for step in steps] == [[0], [5], [10], [15], [18]]
+    assert [step.num_samples for step in steps] == [0, 0, 0, 1, 1]
+    assert seq.is_finished
+    driver.check_end()
+
+
+def test_a_long_prompt_is_not_overtaken():
+    """The second request would fit into the free blocks, the first one does not yet: both wait."""
+    driver = Driver(8, max_model_len=32)
+    driver.add([1] * 15, max_tokens=8, ignore_eos=True)
+    driver.step()
+    driver.add([2] * 20, max_tokens=8)
+    driver.add([3], max_tokens=2)
+    batch = driver.step()
+    assert len(batch.seqs) == 1 and [seq.seq_id for seq in driver.scheduler.waiting] == [1, 2]
+    driver.run_until_finished()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_newest_is_preempted_and_goes_first_again(is_async):
+    driver = Driver(4, is_async, max_model_len=16)
+    old, new = (driver.add([token_id] * 7, max_tokens=8, ignore_eos=True) for token_id in (1, 2))
+    third = driver.add([3], max_tokens=1)
+    while new.status is not SequenceStatus.WAITING or new.num_cached_tokens < 0:
+        driver.step()
+    assert old.status is SequenceStatus.RUNNING
+    assert list(driver.scheduler.waiting)[:2] == [new, third]
+    assert new.block_table == [] and new.row == -1
+    driver.run_until_finished()
+    assert driver.ended[0] is old and driver.num_preemptions > 0
+
+
+def test_a_preempted_request_hits_what_it_computed():
+    """It resumes from the blocks that nobody took meanwhile, and reports the hits of its first admission only."""
+    driver = Driver(6, max_model_len=24)
+    old = driver.add([1] * 8 + [2], max_tokens=8, ignore_eos=True)
+    new = driver.add([3] * 9, max_tokens=8, ignore_eos=True)
+    starts = {}
+    while not new.is_finished:
+        batch = driver.step()
+        if new in batch.seqs[len(batch.seqs) - batch.num_joined :]:
+            starts[len(starts)] = batch.starts[batch.seqs.index(new)]
+    assert old.is_finished and len(starts) > 1 and starts[0] == 0 and starts[1] >= 4
+    assert new.num_cached_tokens == 0
+    driver.check_end()
+
+
+def test_prefixes_are_shared_in_the_same_step():
+    driver = Driver(8, max_num_batched_tokens=32)
+    a, b = driver.add([5] * 8 + [6], max_tokens=2), driver.add([5] * 8 + [7, 8], max_tokens=2)
+    batch = driver.step()
+    assert batch.seqs == [a, b] and batch.num_tokens == [9, 2] and b.num_cached_tokens == 8
+    assert b.block_table[:2] == a.block_table[:2]
+    driver.run_until_finished()
+
+
+def test_a_partial_prompt_shares_only_what_is_computed():
+    driver = Driver(16, max_num_batched_tokens=6, max_num_seqs=4)
+    a, b = driver.add([5] * 12, max_tokens=4, ignore_eos=True), driver.add([5] * 12, max_tokens=4, ignore_eos=True)
+    driver.run_until_finished()
+    assert a.num_cached_tokens == 0 and b.num_cached_tokens == 8
+
+
+def test_generated_blocks_are_hit_by_the_next_turn():
+    driver = Driver(16)
+    first = driver.add([4, 5, 6], max_tokens=10, ignore_eos=True)
+    driver.run_until_finished()
+    second = driver.add([*first.token_ids, 9], max_tokens=2)
+    driver.run_until_finished()
+    assert second.num_cached_tokens == (len(first.token_ids) - 1) // 4 * 4 == 12
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("max_tokens", [1, 5, 100])
+def test_known_ends_cost_nothing(is_async, max_tokens):
+    """A request that ends by length samples exactly as many tokens as it returns, even one step ahead."""
+    driver = Driver(16, is_async, max_model_len=20)
+    seq = driver.add([1, 2, 3], max_tokens=max_tokens, ignore_eos=True)
+    num_samples = 0
+    while not driver.scheduler.is_finished():
+        num_samples += driver.step().num_samples
+    assert num_samples == len(seq.completion_token_ids) == min(max_tokens, 17)
+    driver.check_end()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_ends_by_eos(is_async):
+    """Seen one step late with a step in flight: the surplus token is dropped and its blocks are free."""
+    driver = Driver(64, is_async, vocab_size=6)
+    for token_id in range(1, 9):
+        driver.add([token_id, 3, 2], max_tokens=12)
+    num_samples = 0
+    while not driver.scheduler.is_finished():
+        num_samples += driver.step().num_samples
+    driver.check_end()
+    assert {seq.finish_reason for seq in driver.seqs} == {"stop", "length"}
+    surplus = num_samples - sum(len(seq.completion_token_ids) for seq in driver.seqs)
+    assert surplus == is_async * sum(seq.finish_reason == "stop" and len(seq.completion_token_ids) < 12
+                                     for seq in driver.seqs)
+
+
+def test_rows_and_reuse():
+    """At most max_num_seqs run at once, and the row of one that ended goes to the next."""
+    driver = Driver(64, max_num_seqs=2)
+    for token_id in range(5):
+        driver.add([token_id + 1] * 3, max_tokens=2, ignore_eos=True)
+    rows = set()
+    while not driver.scheduler.is_finished():
+        batch = driver.step()
+        assert len(batch.seqs) <= 2
+        rows.update(batch.rows)
+    assert rows == {0, 1}
+    driver.check_end()
+
+
+def test_the_integrity_check_sees_a_lost_row():
+    driver = Driver(8)
+    driver.add([1, 2, 3])
+    driver.step()
+    driver.scheduler.free_rows.pop()
+    with pytest.raises(RuntimeError, match="rows"):
+        driver.scheduler.check_integrity()
+
+
+# Few distinct tokens make shared prefixes and equal blocks common.
+PROMPTS = st.one_of(
+    st.lists(st.integers(1, 2), min_size=1, max_size=19),
+    st.builds(lambda shared, tail: [1, 2, 1, 1, 2, 2, 1, 2, 1, 1, 1, 2][:shared] + tail,
+              st.integers(0, 12), st.lists(st.integers(1, 3), min_size=1, max_size=7)),
+)  # fmt: skip
+REQUESTS = st.tuples(
+    st.integers(0, 12),  # steps to wait before it is added
+    PROMPTS,
+    st.integers(1, 14),  # max_tokens
+    st.booleans(),  # ignore_eos
+    st.one_of(st.none(), st.integers(0, 15)),  # steps after which it is aborted
+)
+
+
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=12),
+    is_async=st.booleans(),
+    block_size=st.sampled_from([1, 2, 4, 8]),
+    spare_blocks=st.integers(0, 12),
+    max_num_batched_tokens=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 6),
+    enable_prefix_caching=st.booleans(),
+    reset_at=st.one_of(st.none(), st.integers(0, 20)),
+    vocab_size=st.sampled_from([3, 20]),
+)
+@example(
+    requests=[(0, [1] * 15, 14, True, None), (0, [1] * 15, 14, True, 6), (0, [2] * 9, 14, True, None)],
+    is_async=True,
+    block_size=2,
+    spare_blocks=1,
+    max_num_batched_tokens=40,
+    max_num_seqs=6,
+    enable_prefix_caching=True,
+    reset_at=4,
+    vocab_size=20,
+)
+def test_any_traffic(requests, is_async, block_size, spare_blocks, reset_at, vocab_size, **options):
+    max_model_len = 20
+    driver = Driver(
+        -(-max_model_len // block_size) + spare_blocks,
+        is_async,
+        vocab_size,
+        kvcache_block_size=block_size,
+        max_model_len=max_model_len,
+        **options,
+    )
+    arrivals = sorted(requests, key=lambda request: request[0])
+    abort_at: dict[int, int] = {}
+    for step in range(2000):
+        while arrivals and arrivals[0][0] <= step:
+            _, prompt, max_tokens, ignore_eos, abort_after = arrivals.pop(0)
+            seq = driver.add(prompt, max_tokens=max_tokens, ignore_eos=ignore_eos)
+            if abort_after is not None:
+                abort_at[seq.seq_id] = step + abort_after
+        for seq in driver.seqs:
+            if abort_at.get(seq.seq_id) == step:
+                driver.abort(seq)
+        if step == reset_at:
+            driver.scheduler.block_manager.reset_prefix_cache()
+            driver.check()
+        driver.step()
+        if not arrivals and driver.scheduler.is_finished():
+            break
+    driver.check_end()
