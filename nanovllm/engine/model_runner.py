@@ -16,6 +16,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput
+from nanovllm.kernels.decode_rows import advance_rows
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler, SamplingInputs
 from nanovllm.models import model_class
@@ -102,6 +103,7 @@ class ModelRunner:
         # What the steps read besides the rows: the rows that decode, and the prompts as _upload_prompts lays them out.
         self.num_decodes = 0
         self.decode_rows = zeros(self.config.max_num_seqs, dtype=torch.int64)
+        self.counts = torch.arange(num_rows + 1, dtype=torch.int32, device=self.device)
         longest = 3 * max(self.config.max_num_batched_tokens, GRAPH_TOKENS[-1])
         self.prompts = zeros(longest + 4 * num_rows + 1, dtype=torch.int64)
         # Decode steps are padded to these batch sizes: finely where padding would cost much.
@@ -299,24 +301,27 @@ class ModelRunner:
         rows, prompt_lens, sample_rows = self.prompts[3 * t : 3 * t + 3 * p].view(3, p)
         cu_seqlens = self.prompts[3 * t + 3 * p : 3 * t + 4 * p + 1]
         decode_rows = self.decode_rows[:d]
-        starts = self.context_lens[decode_rows]
-        context_lens = torch.where(decode_rows == self.padding_row, 0, starts + 1)
-        cu_seqlens_q = torch.arange(d + 1, dtype=torch.int32, device=self.device)
+        block_size = self.config.kvcache_block_size
+        tokens, starts, slots, context_lens, block_tables = advance_rows(
+            decode_rows, self.last_tokens, self.context_lens, self.block_tables, block_size
+        )
+        cu_seqlens_q = self.counts[: d + 1]
         if p:
-            token_ids = torch.cat([self.last_tokens[decode_rows], token_ids])
-            positions = torch.cat([starts, positions.int()])
-            token_rows = torch.cat([decode_rows, token_rows])
-            rows = torch.cat([decode_rows, rows])
-            sample_rows = torch.cat([decode_rows, sample_rows])
-            context_lens = torch.cat([context_lens, prompt_lens.int()])
+            prompt_lens = prompt_lens.int()
+            self.context_lens[rows] = prompt_lens
+            prompt_slots = self.block_tables[token_rows, positions // block_size] * block_size + positions % block_size
+            slots = torch.cat([slots, torch.where(token_rows == self.padding_row, -1, prompt_slots).int()])
+            token_ids, positions = torch.cat([tokens, token_ids]), torch.cat([starts, positions.int()])
+            block_tables = torch.cat([block_tables, self.block_tables[rows]])
+            context_lens = torch.cat([context_lens, prompt_lens])
             cu_seqlens_q = torch.cat([cu_seqlens_q[:d], cu_seqlens.int() + d])
+            rows, sample_rows = torch.cat([decode_rows, rows]), torch.cat([decode_rows, sample_rows])
         else:
-            token_ids, positions, token_rows = self.last_tokens[decode_rows], starts, decode_rows
-            rows = sample_rows = decode_rows
+            token_ids, positions, rows, sample_rows = tokens, starts, decode_rows, decode_rows
         context = Context(
-            slot_mapping=self._slots(token_rows, positions),
+            slot_mapping=slots,
             context_lens=context_lens,
-            block_tables=self.block_tables[rows],
+            block_tables=block_tables,
             num_decodes=d,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)).int() if p else context_lens,
@@ -326,14 +331,7 @@ class ModelRunner:
         hidden_states = self.model(token_ids, positions, context)
         if p:
             hidden_states = hidden_states[(cu_seqlens_q[1:] - 1).clamp(min=0)]
-        self.context_lens[rows] = context_lens
         self.last_tokens[sample_rows] = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
-
-    def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where the KV of tokens at `positions` [N] of `rows` [N] belongs; nowhere for padding."""
-        size = self.config.kvcache_block_size
-        blocks = self.block_tables[rows, positions // size]
-        return torch.where(rows == self.padding_row, -1, blocks * size + positions % size)
 
     def _sample(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, context_lens: torch.Tensor, is_filtered: bool

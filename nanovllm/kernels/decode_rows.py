@@ -1,0 +1,79 @@
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""Reading and advancing the rows of the device's decode batch, in one kernel instead of a dozen tiny ones."""
+
+import torch
+
+from nanovllm.kernels import tl, triton, use_triton
+
+
+def advance_rows_torch(
+    rows: torch.Tensor,
+    last_tokens: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `advance_rows`."""
+    is_padding = rows == len(last_tokens) - 1
+    positions, tables = context_lens[rows], block_tables[rows]
+    blocks = tables.gather(1, (positions // block_size).long()[:, None])[:, 0]
+    slots = torch.where(is_padding, -1, blocks * block_size + positions % block_size)
+    lens = torch.where(is_padding, 0, positions + 1)
+    context_lens[rows] = lens
+    return last_tokens[rows], positions, slots, lens, tables
+
+
+@triton.jit
+def _advance_kernel(
+    rows_ptr, last_tokens_ptr, context_lens_ptr, block_tables_ptr,
+    tokens_ptr, positions_ptr, slots_ptr, lens_ptr, tables_ptr,
+    padding_row, max_blocks, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    row = tl.load(rows_ptr + i)
+    table_ptr = block_tables_ptr + row * max_blocks
+    for begin in range(0, max_blocks, BLOCK):
+        offs = begin + tl.arange(0, BLOCK)
+        blocks = tl.load(table_ptr + offs, mask=offs < max_blocks, other=0)
+        tl.store(tables_ptr + i.to(tl.int64) * max_blocks + offs, blocks, mask=offs < max_blocks)
+    position = tl.load(context_lens_ptr + row)
+    slot = tl.load(table_ptr + position // BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE
+    is_padding = row == padding_row
+    tl.store(tokens_ptr + i, tl.load(last_tokens_ptr + row))
+    tl.store(positions_ptr + i, position)
+    tl.store(slots_ptr + i, tl.where(is_padding, -1, slot))
+    tl.store(lens_ptr + i, tl.where(is_padding, 0, position + 1))
+    if not is_padding:
+        tl.store(context_lens_ptr + row, position + 1)
+
+
+def advance_rows(
+    rows: torch.Tensor,
+    last_tokens: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a step needs of the rows that decode one token, whose context lengths grow by it.
+
+    Args:
+        rows: int64 [B], each once, but for the padding row, which is the last one and stays empty.
+        last_tokens: int64 [R]; context_lens: int32 [R], in place; block_tables: int32 [R, max_blocks].
+        block_size: tokens of a block.
+
+    Returns:
+        Of each of the B rows: its token (int64), its position (int32), the slot for its KV (int32, -1: none), the
+        context length with it (int32, 0 for padding), the block table (int32 [B, max_blocks]).
+    """
+    if not use_triton(rows):
+        return advance_rows_torch(rows, last_tokens, context_lens, block_tables, block_size)
+    batch_size, max_blocks = len(rows), block_tables.size(1)
+    tokens = torch.empty_like(rows)
+    positions, slots, lens = torch.empty(3, batch_size, dtype=torch.int32, device=rows.device)
+    tables = torch.empty(batch_size, max_blocks, dtype=torch.int32, device=rows.device)
+    if batch_size:
+        _advance_kernel[(batch_size,)](
+            rows, last_tokens, context_lens, block_tables, tokens, positions, slots, lens, tables,
+            len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1,
+        )  # fmt: skip
+    return tokens, positions, slots, lens, tables
