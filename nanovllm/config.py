@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,10 +55,10 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
+    num_key_value_heads: int
+    head_dim: int
     rope_theta: float
     rope_scaling: dict[str, Any]
     tie_word_embeddings: bool
@@ -65,6 +66,11 @@ class ModelConfig:
     mlp_bias: bool
     dtype: str
     eos_token_ids: frozenset[int]
+
+    REQUIRED: ClassVar = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("max_position_embeddings", "rms_norm_eps"),
+    )
 
     @classmethod
     def from_folder(cls, folder: str) -> ModelConfig:
@@ -74,44 +80,34 @@ class ModelConfig:
             ValueError: no config.json, a key is missing, or the model needs what no layer here does.
         """
         raw = read_json(os.path.join(folder, "config.json"))
+        generation = read_json(os.path.join(folder, "generation_config.json"))
         if not raw:
             raise ValueError(f"model={folder!r} has no config.json")
-
-        def need(key: str) -> Any:
-            if raw.get(key) is None:
-                raise ValueError(f"{folder}/config.json has no {key!r}")
-            return raw[key]
-
-        rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {})}
+        for name in (*cls.REQUIRED, "architectures"):
+            if raw.get(name) is None:
+                raise ValueError(f"{folder}/config.json has no {name!r}")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise ValueError(f"rope type {rope_type!r} is not supported, only 'default' and 'llama3'")
-        sliding = raw.get("use_sliding_window", True) and raw.get("sliding_window")
-        if sliding and sliding < need("max_position_embeddings"):
-            raise ValueError(f"sliding_window={sliding} is not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={raw['hidden_act']!r} is not supported, only 'silu'")
-        if raw.get("quantization_config"):
-            raise ValueError("quantized checkpoints are not supported (config.json has quantization_config)")
-        generation = read_json(os.path.join(folder, "generation_config.json"))
+        sliding = (raw.get("use_sliding_window", True) and raw.get("sliding_window")) or math.inf
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        for problem, is_there in (
+            (f"rope type {rope_type!r}", rope_type not in ("default", "llama3")),
+            (f"sliding_window={sliding}", sliding < raw["max_position_embeddings"]),
+            (f"hidden_act={raw.get('hidden_act')!r}", raw.get("hidden_act", "silu") != "silu"),
+            ("quantization_config", bool(raw.get("quantization_config"))),
+            (f"head_dim odd or above 256, here {head_dim},", head_dim % 2 or head_dim > 256),
+        ):
+            if is_there:
+                raise ValueError(f"{problem} is not supported ({folder}/config.json)")
         eos_token_ids: set[int] = set()
         for ids in (raw.get("eos_token_id"), generation.get("eos_token_id")):
             if ids is not None:
                 eos_token_ids.update(ids if isinstance(ids, list) else [ids])
-        head_dim = raw.get("head_dim") or need("hidden_size") // need("num_attention_heads")
-        if head_dim % 2 or not 2 <= head_dim <= 256:
-            raise ValueError(f"head_dim must be even and at most 256, got {head_dim}")
         return cls(
-            architecture=need("architectures")[0],
-            vocab_size=need("vocab_size"),
-            hidden_size=need("hidden_size"),
-            intermediate_size=need("intermediate_size"),
-            num_hidden_layers=need("num_hidden_layers"),
-            num_attention_heads=need("num_attention_heads"),
-            num_key_value_heads=raw.get("num_key_value_heads") or need("num_attention_heads"),
+            **{name: raw[name] for name in cls.REQUIRED},
+            architecture=raw["architectures"][0],
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
             head_dim=head_dim,
-            max_position_embeddings=need("max_position_embeddings"),
-            rms_norm_eps=need("rms_norm_eps"),
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
             rope_scaling=rope if rope_type == "llama3" else {},
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),

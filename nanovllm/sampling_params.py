@@ -67,16 +67,21 @@ class SamplingParams:
             raise TypeError(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**64 - 1)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
         for text in stop:
-            if not isinstance(text, str):
-                raise TypeError(f"stop must hold strings, got {text!r}")
-            if not text:
-                raise ValueError("stop must not hold an empty string, got ''")
-        for token_id in self.stop_token_ids or ():
+            if not isinstance(text, str) or not text:
+                raise (ValueError if text == "" else TypeError)(f"stop must hold non-empty strings, got {text!r}")
+        stop_token_ids = self._as_tuple("stop_token_ids")
+        for token_id in stop_token_ids:
             check_int("stop_token_ids", token_id, 0)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+
+    def _as_tuple(self, name: str) -> tuple:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list, got {value!r}")
+        return tuple(value or ())
 
     @property
     def is_filtered(self) -> bool:

@@ -122,10 +122,14 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
+        if not isinstance(prompts, (str, list, tuple, np.ndarray)):
+            raise TypeError(f"prompts must be a string, a list of token ids or a list of these, got {prompts!r}")
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
             prompts = [prompts]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if not isinstance(sampling_params, (list, tuple)):
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         checked = [self._check_params(params) for params in sampling_params]

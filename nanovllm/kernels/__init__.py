@@ -7,6 +7,7 @@ interpreter; the tests use that. Where triton has no wheel (macOS) the package s
 This file knows nothing of the engine: the functions take tensors and numbers.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -37,3 +38,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def use_triton(x: torch.Tensor) -> bool:
     """Whether a kernel, and not the torch function beside it, computes on `x`."""
     return HAS_TRITON and (x.is_cuda or INTERPRETED)
+
+
+@functools.cache
+def use_pdl(device: torch.device) -> bool:
+    """Whether kernels on `device` can start before the one ahead of them ends (PDL): Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def pdl_wait(PDL: tl.constexpr):  # noqa: ANN201
+    """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible.
+
+    Every program of a kernel that is launched with `launch_pdl` calls this once: before it reads what the step
+    computes, and before it writes anything at all, for memory may still be in use by an earlier kernel. What it may
+    read sooner is what a kernel wrote that ended before some ordinary launch since: weights, and the step's inputs.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -12,11 +12,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import INTERPRETED, tl, triton, use_triton
+from nanovllm.kernels import INTERPRETED, pdl_wait, tl, triton, use_triton
 
 LOG2_E = 1.4426950408889634
-PROGRAMS_PER_SM = 4
-MIN_ROWS = 256
+MIN_ROWS = 256  # one compiled kernel serves any batch up to this
 
 
 def paged_attention_torch(
@@ -77,62 +76,81 @@ def _load_tile(
 
 
 @triton.jit
-def _softmax_step(scores, v, acc, high, total, scale, PRECISION: tl.constexpr):
-    """One tile of the online softmax (Milakov & Gimelshein, 2018), base 2; `scale` includes log2(e)."""
-    new_high = tl.maximum(high, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - new_high[:, None])
-    alpha = tl.exp2(high - new_high)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, new_high, total * alpha + tl.sum(p, 1)
+def _attend(
+    q, k_ptr, v_ptr, table_ptr, begin, end, last_key, acc, high, total, scale, MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Online softmax (Milakov & Gimelshein, 2018) of the rows of q over the keys from begin to end.
+
+    acc / total is the result so far, high the largest score; base 2, `scale` includes log2(e). With MASKED, a row
+    sees the keys up to its last_key only.
+    """
+    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        k, v = _load_tile(k_ptr, v_ptr, table_ptr, n, end, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            visible = n + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
+            scores = tl.where(visible, scores, float("-inf"))
+        new_high = tl.maximum(high, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - new_high[:, None])
+        alpha = tl.exp2(high - new_high)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        total = total * alpha + tl.sum(p, 1)
+        high = new_high
+    return acc, high, total
 
 
 @triton.jit
 def _merge(
     partial_ptr, lse_ptr, first, last,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, COLS_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The attention of one (row, KV head) from the parts that programs first..last left: [GROUP_PAD, DIM_PAD]."""
-    heads = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)
-    dims = tl.arange(0, DIM_PAD)
-    acc = tl.zeros((GROUP_PAD, DIM_PAD), tl.float32)
-    total = tl.zeros((GROUP_PAD,), tl.float32)
-    high = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
+    """The attention of one (row, KV head) from its parts first..last: [COLS_PAD], the GROUP heads one by one."""
+    cols = tl.arange(0, COLS_PAD)
+    acc = tl.zeros((COLS_PAD,), tl.float32)
+    total = tl.zeros((COLS_PAD,), tl.float32)
+    high = tl.full((COLS_PAD,), float("-inf"), tl.float32)
     for begin in range(first, last + 1, PARTS):
-        programs = begin + tl.arange(0, PARTS)
-        parts = (2 * programs + (programs == first).to(tl.int32))[:, None] * GROUP + heads[None, :]
-        left = (programs <= last)[:, None]
-        lse = tl.load(lse_ptr + parts, mask=left, other=float("-inf"))
-        offs = parts[:, :, None] * DIM + dims[None, None, :]
-        o = tl.load(partial_ptr + offs, mask=left[:, :, None] & (dims < DIM)[None, None, :], other=0.0)
-        new_high = tl.maximum(high, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_high[None, :])
-        alpha = tl.exp2(high - new_high)
-        acc = acc * alpha[:, None] + tl.sum(o * weights[:, :, None], 0)
-        total = total * alpha + tl.sum(weights, 0)
-        high = new_high
-    return acc / total[:, None]
+        for i in tl.static_range(PARTS):
+            mask = (begin + i <= last) & (cols < GROUP * DIM)
+            lse = tl.load(lse_ptr + (begin + i) * GROUP + cols // DIM, mask=mask, other=float("-inf"))
+            o = tl.load(partial_ptr + (begin + i) * (GROUP * DIM) + cols, mask=mask, other=0.0)
+            new_high = tl.maximum(high, lse)
+            weight = tl.exp2(lse - new_high)
+            alpha = tl.exp2(high - new_high)
+            acc = acc * alpha + o * weight
+            total = total * alpha + weight
+            high = new_high
+    return acc / total
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "num_big"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, batch, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr,
+    num_big,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
+    COLS_PAD: tl.constexpr, PARTS: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # All tiles of all (row, KV head) units stand in one line, of which every program takes an equal share.
+    # The tiles of all units (row, KV head) stand in one line, which the programs share out. An empty row still owns
+    # a tile per head, so that somebody writes its zeros.
     rows = tl.arange(0, ROWS_PAD)
     lens = tl.load(lens_ptr + rows, mask=rows < batch, other=0)
-    # An empty row still owns a tile per head, so that somebody writes its zeros.
     ends = tl.cumsum(tl.where(rows < batch, tl.maximum(tl.cdiv(lens, BLOCK_N), 1) * KV_HEADS, 0), 0)
     line = tl.max(ends, 0)
-    share = tl.cdiv(line, tl.num_programs(0))
+    # Some SMs get less of the memory's bandwidth than others: the first programs, one for each place on the GPU, take
+    # 3/4 of the line, and small programs that start as places fall free take the rest.
+    big = tl.cdiv(line * BIG_QUARTERS, 4 * num_big)
+    num_small = tl.num_programs(0) - num_big
+    small = tl.maximum(tl.cdiv(line - num_big * big, tl.maximum(num_small, 1)), 1)
     program = tl.program_id(0)
-    tile = program * share
-    stop = tl.minimum(tile + share, line)
+    tile = tl.minimum(program, num_big) * big + tl.maximum(program - num_big, 0) * small
+    stop = tl.minimum(tile + tl.where(program < num_big, big, small), line)
     row = tl.sum((ends <= tile).to(tl.int32), 0)
     row_start = tl.max(tl.where(rows < row, ends, 0), 0)
-    heads = tl.arange(0, 16)[:, None]  # tl.dot wants 16 rows
+    pdl_wait(PDL)
+    heads = tl.arange(0, BLOCK_M)[:, None]
     dims = tl.arange(0, DIM_PAD)[None, :]
     mask = (heads < GROUP) & (dims < DIM)
     while tile < stop:
@@ -144,48 +162,33 @@ def _decode_kernel(
         first = tile - unit_start
         tile = tl.minimum(unit_start + unit_tiles, stop)
         offs = (unit.to(tl.int64) * GROUP + heads) * DIM + dims
-        q = tl.load(q_ptr + offs, mask=mask, other=0.0)
-        acc = tl.zeros((16, DIM_PAD), tl.float32)
-        total = tl.zeros((16,), tl.float32)
-        high = tl.full((16,), float("-inf"), tl.float32)
-        begin, end = first * BLOCK_N, tl.minimum((tile - unit_start) * BLOCK_N, length)
-        table_ptr = tables_ptr + row.to(tl.int64) * table_stride
-        for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-            k, v = _load_tile(
-                k_ptr + head * DIM,
-                v_ptr + head * DIM,
-                table_ptr,
-                n,
-                length,
-                KV_HEADS,
-                DIM,
-                DIM_PAD,
-                BLOCK_SIZE,
-                BLOCK_N,
-            )
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            scores = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
-            acc, high, total = _softmax_step(scores, v, acc, high, total, scale, PRECISION)
+        acc, high, total = _attend(
+            tl.load(q_ptr + offs, mask=mask, other=0.0), k_ptr + head * DIM, v_ptr + head * DIM,
+            tables_ptr + row.to(tl.int64) * table_stride, first * BLOCK_N,
+            tl.minimum((tile - unit_start) * BLOCK_N, length), tl.full((BLOCK_M,), 0, tl.int32) + length - 1,
+            tl.zeros((BLOCK_M, DIM_PAD), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
+            tl.zeros((BLOCK_M,), tl.float32), scale, True,
+            KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
+        )  # fmt: skip
         o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-
         if tile - unit_start - first == unit_tiles:
             tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
         else:
-            # Two slots a program: at most one unit runs on from an earlier program, and one into a later.
-            part = (2 * program + (first == 0).to(tl.int32)) * GROUP + heads
+            # A unit's programs follow each other, and so do a program's units: their sum numbers the parts.
+            part = (program + unit) * GROUP + heads
             tl.store(partial_ptr + part * DIM + dims, o, mask=mask)
             tl.store(lse_ptr + part, (high + tl.log2(total))[:, None], mask=heads < GROUP)
             tl.debug_barrier()
-            first_program = unit_start // share
-            last_program = (unit_start + unit_tiles - 1) // share
+            first_program = _owner(unit_start, big, small, num_big)
+            last_program = _owner(unit_start + unit_tiles - 1, big, small, num_big)
             arrived = tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel")
             if arrived == last_program - first_program:
                 merged = _merge(
-                    partial_ptr, lse_ptr, first_program, last_program, GROUP, GROUP_PAD, DIM, DIM_PAD, PARTS
+                    partial_ptr, lse_ptr, unit + first_program, unit + last_program, GROUP, DIM, COLS_PAD, PARTS
                 )
-                group = tl.minimum(tl.arange(0, GROUP_PAD), GROUP - 1)[:, None]
-                merged_ptr = o_ptr + (unit.to(tl.int64) * GROUP + group) * DIM + dims
-                tl.store(merged_ptr, merged.to(o_ptr.dtype.element_ty), mask=dims < DIM)
+                cols = tl.arange(0, COLS_PAD)
+                o_cols = o_ptr + unit.to(tl.int64) * (GROUP * DIM) + cols
+                tl.store(o_cols, merged.to(o_ptr.dtype.element_ty), mask=cols < GROUP * DIM)
                 tl.store(semaphores_ptr + unit, 0)
         if tile == row_start + unit_tiles * KV_HEADS:
             row += 1
