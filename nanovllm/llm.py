@@ -59,8 +59,9 @@ class LLM(LLMEngine):
         self.close()
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Iterator[str]:
-        seq = self._add(token_ids, params, is_streamed=True)
+        request_id = self.num_requests
         try:
+            seq = self._add(token_ids, params, is_streamed=True)
             is_finished = False
             while not is_finished:
                 self._check_alive()
@@ -71,9 +72,8 @@ class LLM(LLMEngine):
                 if piece:
                     yield piece
         finally:
-            self.results.pop(seq.seq_id, None)
-            if self.failure is None:
-                self.abort_request(seq.seq_id)
+            self._drop(request_id)
+            self.results.pop(request_id, None)
 
     def _render(self, conversation: Items[Message]) -> list[int]:
         if self.tokenizer is None or not self.tokenizer.chat_template:

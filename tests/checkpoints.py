@@ -86,7 +86,7 @@ def random_prompt(seed: int, length: int, vocab_size: int = VOCAB_SIZE) -> tuple
 
 
 def mixed_prompts() -> list[tuple[int, ...]]:
-    """Short and long prompts, of which some share one, three or all of their first blocks."""
+    """Short and long prompts, of which some share their first blocks, and the last one all but its last token."""
     base = random_prompt(0, 270)
     alone = [random_prompt(length, length) for length in (3, 17, 32, 64, 90, 50, 245, 250)]
-    return [*alone, base, base[:262] + (7, 8, 9), base[:48] + (7, 8), base]
+    return [*alone, base, (*base[:262], 7, 8, 9), (*base[:48], 7, 8), base[:257]]

@@ -1,8 +1,9 @@
-"""Bad input: refused with argument, value and limit before anything is queued, and then it is as if it had not come."""
+"""Bad input is refused with argument, value and limit before anything is queued, and leaves no trace."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_one_bad_prompt_refuses_the_list(unharmed, prompt, error, match):
 
 @pytest.mark.parametrize("prompts", [None, 7, 1.5, {"prompt": [1, 2]}, iter([[1, 2]])], ids=str)
 def test_prompts_of_another_type(unharmed, prompts):
-    with pytest.raises(TypeError, match="prompts?"):
+    with pytest.raises(TypeError, match="prompt"):
         unharmed.generate(prompts, GREEDY, use_tqdm=False)
 
 
@@ -243,9 +244,9 @@ def test_what_flash_attn_needs(checkpoint, monkeypatch, options, match):
 
 
 def test_a_vocabulary_that_does_not_divide(checkpoint, tmp_path):
-    config = open(checkpoint("mistral").path + "/config.json").read()
+    config = Path(checkpoint("mistral").path, "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace(f'"vocab_size": {VOCAB_SIZE}', '"vocab_size": 321'))
-    with pytest.raises(ValueError, match="tensor_parallel_size=2.*vocab_size=321"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2.*vocab_size=321"):
         LLM(str(tmp_path), device="cpu", load_format="dummy", tensor_parallel_size=2)
 
 

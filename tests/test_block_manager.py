@@ -104,9 +104,10 @@ def test_the_parent_confirms_a_name(monkeypatch):
     monkeypatch.setattr(
         BlockManager, "compute_hash", staticmethod(lambda token_ids, parent_hash=None: names[tuple(token_ids)])
     )
-    manager = BlockManager(8, 2)
+    manager = BlockManager(12, 2)
     computed(manager, 0, 0, 5, 5, 9)
-    assert computed(manager, 1, 1, 5, 5, 9).num_cached_tokens == 0
+    computed(manager, 1, 1, 9)
+    assert computed(manager, 1, 1, 5, 5, 9).num_cached_tokens == 2
     assert computed(manager, 0, 0, 5, 5, 9).num_cached_tokens == 4
 
 

@@ -2,65 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from checkpoints import EOS_TOKEN_IDS, FAMILIES, MAX_POSITIONS, mixed_prompts, random_prompt
-from engines import Trace, check_idle
+from engines import (
+    GREEDY,
+    MAX_TOKENS,
+    SCENARIOS,
+    Trace,
+    check_idle,
+    check_scenario,
+    engine,
+    expected,
+    generate,
+    tokens,
+)
 
 from nanovllm import LLM, SamplingParams
-
-MAX_TOKENS = 24
-MAX_MODEL_LEN = 320
-GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-TOKENS = ("token_ids", "finish_reason")
-
-
-def engine(path: str, **options) -> LLM:
-    options = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 16, "kvcache_block_size": 16} | options
-    return LLM(path, device="cpu", **options)
-
-
-def generate(llm: LLM, prompts, params=GREEDY) -> list[dict]:
-    results = llm.generate([list(prompt) for prompt in prompts], params, use_tqdm=False)
-    check_idle(llm)
-    return results
-
-
-def tokens(results: list[dict]) -> list[tuple[list[int], str]]:
-    return [tuple(result[key] for key in TOKENS) for result in results]
-
-
-def expected(checkpoint, prompts) -> list[tuple[list[int], str]]:
-    want = [checkpoint.greedy(prompt, MAX_TOKENS) for prompt in prompts]
-    assert {reason for _, reason in want} == {"stop", "length"}, "the prompts must show both ends"
-    return want
-
-
-def few_blocks(block_size: int) -> int:
-    """A cache that a few of the prompts fill, which makes their growth preempt others."""
-    return {16: 20, 64: 6, 256: 3}[block_size]
-
-
-# What each scenario changes, and how its trace shows that it happened.
-SCENARIOS = {
-    "plain": (lambda block_size: {}, lambda trace: trace.num_chunks == trace.num_preemptions == 0),
-    "chunked": (
-        lambda block_size: {"max_num_batched_tokens": 24},
-        lambda trace: trace.num_chunks > 20 and trace.most_tokens == 24,
-    ),
-    "preempted": (
-        lambda block_size: {"num_kvcache_blocks": few_blocks(block_size)},
-        lambda trace: trace.num_preemptions > 0,
-    ),
-    "few_seqs": (lambda block_size: {"max_num_seqs": 3}, lambda trace: trace.most_seqs == 3),
-    "all_at_once": (
-        lambda block_size: {
-            "num_kvcache_blocks": few_blocks(block_size),
-            "max_num_batched_tokens": 40,
-            "max_num_seqs": 7,
-        },
-        lambda trace: trace.num_preemptions > 0 and trace.num_chunks > 0 and trace.most_seqs <= 7,
-    ),
-}
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -68,22 +27,7 @@ SCENARIOS = {
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(checkpoint, family, scenario, block_size, async_scheduling):
-    options, happened = SCENARIOS[scenario]
-    prompts, checkpoint = mixed_prompts(), checkpoint(family)
-    with engine(
-        checkpoint.path,
-        kvcache_block_size=block_size,
-        async_scheduling=async_scheduling,
-        **options(block_size),
-    ) as llm:
-        trace = Trace(llm)
-        results = generate(llm, prompts)
-        assert tokens(results) == expected(checkpoint, prompts)
-        assert happened(trace)
-        if scenario == "plain":  # prompts 8 and 9 share 262 tokens, and all were admitted in the first step
-            assert len(trace.batches[0].seqs) == len(prompts)
-            assert results[9]["num_cached_tokens"] == 262 // block_size * block_size
-            assert results[8]["num_cached_tokens"] == 0
+    check_scenario(checkpoint(family), scenario, block_size, async_scheduling=async_scheduling)
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -165,9 +109,7 @@ def test_max_model_len_ends_a_request(checkpoint, async_scheduling):
     checkpoint = checkpoint("llama_bias")
     prompts = [random_prompt(6, 35), random_prompt(7, 63), random_prompt(8, 2)]
     params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
-    with engine(
-        checkpoint.path, max_model_len=64, num_kvcache_blocks=9, async_scheduling=async_scheduling
-    ) as llm:
+    with engine(checkpoint.path, max_model_len=64, num_kvcache_blocks=9, async_scheduling=async_scheduling) as llm:
         results = generate(llm, prompts, params)
     for prompt, result in zip(prompts, results, strict=True):
         assert result["token_ids"] == checkpoint.greedy(prompt, 64 - len(prompt), True)[0]
@@ -228,12 +170,10 @@ SAMPLED = [
 
 def sampled_alone(llm: LLM) -> list[list[int]]:
     """Tokens of the prompts with SAMPLED, one request after the other."""
-    alone = [
+    return [
         generate(llm, [prompt], params)[0]["token_ids"]
         for prompt, params in zip(mixed_prompts(), SAMPLED, strict=True)
     ]
-    assert alone[8] != alone[11], "the same prompt with other seeds draws other tokens"
-    return alone
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -242,6 +182,8 @@ def test_seeded_draws_do_not_depend_on_the_batch(checkpoint, async_scheduling):
     with engine(path) as llm:
         alone = sampled_alone(llm)
         assert [result["token_ids"] for result in generate(llm, prompts, SAMPLED)] == alone
+        same_prompt = generate(llm, [prompts[0]] * 2, [SAMPLED[0], replace(SAMPLED[0], seed=7)])
+        assert same_prompt[0]["token_ids"] == alone[0] != same_prompt[1]["token_ids"]
     with engine(path, num_kvcache_blocks=22, max_num_batched_tokens=40, async_scheduling=async_scheduling) as llm:
         trace = Trace(llm)
         results = generate(llm, prompts[::-1], SAMPLED[::-1])

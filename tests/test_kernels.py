@@ -282,8 +282,8 @@ def test_paged_decode(heads, kv_heads, dim, block_size, dtype):
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("contexts", [[700], [1], [0], [513, 0, 2], [128, 640]])
 def test_paged_decode_of_few_rows_is_split(contexts, dtype):
-    *inputs, starts = paged_inputs([1] * len(contexts), contexts, 6, 2, 64, 16, dtype)
-    semaphores = torch.zeros(2 * len(contexts), dtype=torch.int32, device=DEVICE)
+    *inputs, starts = paged_inputs([1] * len(contexts), contexts, 3, 1, 64, 16, dtype)
+    semaphores = torch.zeros(len(contexts), dtype=torch.int32, device=DEVICE)
     for _ in range(2):  # the second call finds the semaphores as the first left them
         assert_rows_close(paged_decode(*inputs, semaphores, 0.1), reference(*inputs, starts, 0.1), dtype)
         assert not semaphores.any()

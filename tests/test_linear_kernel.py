@@ -140,9 +140,10 @@ def test_every_number_of_rows(any_rows, rows, dtype):
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (130, 64), (2, 5003), (2500, 33)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (2, 5003), (2500, 33), (4098, 8), (8194, 8)])
 def test_odd_sizes(any_rows, n, k, dtype):
-    check(inputs(2, n, k, dtype, True, True, True, False))
+    for rows in (1, 2, 5):
+        check(inputs(rows, n, k, dtype, True, True, True, False))
     check(inputs(1, 2 * n, k, dtype, False, False, False, True))
 
 

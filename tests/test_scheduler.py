@@ -1,6 +1,7 @@
 """Scheduling without a model: order, budget, ends, and that every token attends to exactly its own prefix.
 
-`Device` stands in for the ranks. It obeys batches as they do, but its KV is symbolic: what a token stores depends on all that it attends to, and so does the token sampled from it. A wrong slot anywhere changes what follows.
+`Device` stands in for the ranks. It obeys batches as they do, but its KV is symbolic: what a token stores depends on
+all that it attends to, and so does the token sampled from it. A wrong slot anywhere changes what follows.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Device:
         # Sequences of a step may share blocks that it computes: what a token depends on has lower positions.
         for position, row, token_id in sorted(computed):
             self.kv[self.slot(row, position)] = stored(self.attended(row, position), token_id)
-        for row, start, num_tokens in zip(batch.rows, batch.starts, batch.num_tokens[: batch.num_samples], strict=False):
+        for row, start, num_tokens in zip(
+            batch.rows, batch.starts, batch.num_tokens[: batch.num_samples], strict=False
+        ):
             self.last_tokens[row] = sampled(self.attended(row, start + num_tokens), self.vocab_size)
         return dict(self.last_tokens)
 
@@ -252,8 +255,9 @@ def test_a_partial_prompt_shares_only_what_is_computed():
     assert a.num_cached_tokens == 0 and b.num_cached_tokens == 8
 
 
-def test_generated_blocks_are_hit_by_the_next_turn():
-    driver = Driver(16)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_generated_blocks_are_hit_by_the_next_turn(is_async):
+    driver = Driver(16, is_async)
     first = driver.add([4, 5, 6], max_tokens=10, ignore_eos=True)
     driver.run_until_finished()
     second = driver.add([*first.token_ids, 9], max_tokens=2)
@@ -286,8 +290,9 @@ def test_ends_by_eos(is_async):
     driver.check_end()
     assert {seq.finish_reason for seq in driver.seqs} == {"stop", "length"}
     surplus = num_samples - sum(len(seq.completion_token_ids) for seq in driver.seqs)
-    assert surplus == is_async * sum(seq.finish_reason == "stop" and len(seq.completion_token_ids) < 12
-                                     for seq in driver.seqs)
+    assert surplus == is_async * sum(
+        seq.finish_reason == "stop" and len(seq.completion_token_ids) < 12 for seq in driver.seqs
+    )
 
 
 def test_rows_and_reuse():

@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
@@ -36,6 +35,8 @@ SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines diff
 class LLMEngine:
     """Drives a scheduler and the ranks; with async scheduling, one step behind what it launches."""
 
+    failure: str | None = "it was not started"
+
     def __init__(self, model: str, **options: Any) -> None:
         """Starts an engine for a model folder or hub name; `options` are those of Config.
 
@@ -43,23 +44,23 @@ class LLMEngine:
             TypeError, ValueError: an option, the checkpoint or the memory does not do.
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
-        self.failure: str | None = "it was not started"
         self.config = Config.create(model, options)
-        self.tokenizer = load_tokenizer(self.config.model)
+        self.ranks = RankGroup(self.config)
         try:
-            self.ranks = RankGroup(self.config)
+            with deferred_interrupt():
+                self.ranks.spawn()
+            self.tokenizer = load_tokenizer(self.config.model)
+            self.ranks.load()
             num_blocks = self.ranks.call("allocate_kv_cache")
             if self.config.device == "cuda" and not self.config.enforce_eager:
                 self.ranks.call("capture_cudagraph")
-        except torch.OutOfMemoryError as error:
-            self.close()
-            raise RuntimeError(
-                f"out of GPU memory at start-up; lower max_num_batched_tokens or max_num_seqs: {error}"
-            ) from error
-        except BaseException:
+            self.ranks.check()
+            self.scheduler = Scheduler(self.config, num_blocks)
+        except (TypeError, ValueError):
             self.close()
             raise
-        self.scheduler = Scheduler(self.config, num_blocks)
+        except BaseException as error:
+            self._die(error)
         self.step_inputs = StepInputBuilder()
         self.in_flight: tuple[Batch, SampledTokens] | None = None
         self.requests: dict[int, Sequence] = {}  # unfinished, by id
@@ -96,9 +97,7 @@ class LLMEngine:
     def abort_request(self, request_id: int) -> None:
         """Drops a request and what it holds; does nothing if it has finished."""
         self._check_alive()
-        seq = self.requests.pop(request_id, None)
-        if seq is not None:
-            self.scheduler.finish(seq)
+        self._drop(request_id)
 
     def generate(
         self,
@@ -134,16 +133,18 @@ class LLMEngine:
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         checked = [self._check_params(params) for params in sampling_params]
         encoded = [self._encode(prompt) for prompt in prompts]
-        ids = [self._add(token_ids, params).seq_id for token_ids, params in zip(encoded, checked, strict=True)]
+        ids = range(self.num_requests, self.num_requests + len(encoded))
         try:
+            for token_ids, params in zip(encoded, checked, strict=True):
+                self._add(token_ids, params)
             self._run_until_finished(set(ids), use_tqdm)
+            return [self.results.pop(request_id) for request_id in ids]
         except BaseException:
-            if self.failure is None:
+            with deferred_interrupt():
                 for request_id in ids:
-                    self.abort_request(request_id)
+                    self._drop(request_id)
                     self.results.pop(request_id, None)
             raise
-        return [self.results.pop(request_id) for request_id in ids]
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -155,7 +156,8 @@ class LLMEngine:
         if self.failure is None:
             self.failure = "it was closed"
         if hasattr(self, "ranks"):
-            self.ranks.close()
+            with deferred_interrupt():
+                self.ranks.close()
 
     close = exit
 
@@ -178,7 +180,7 @@ class LLMEngine:
 
     def _advance(self) -> list[int]:
         """Launches the next step, then takes in the tokens of the one before; returns the ids that finished."""
-        with deferred_interrupt():
+        with deferred_interrupt(second_breaks=True):
             try:
                 batch = self.scheduler.schedule()
                 launched = None
@@ -188,13 +190,12 @@ class LLMEngine:
                     launched, self.in_flight = self.in_flight, launched
                 return self._take_in(*launched) if launched else []
             except BaseException as error:
-                self._die(error)  # host and device are in different states now
-                raise
+                self._die(error)
 
     def _take_in(self, batch: Batch, sampled: SampledTokens) -> list[int]:
         if self.config.tensor_parallel_size > 1:
             while not sampled.is_ready():  # a rank that died would leave the others waiting for ever
-                self.ranks.raise_failure()
+                self.ranks.check()
                 time.sleep(POLL_SECONDS)
         tokens = sampled.wait()
         finished = self.scheduler.postprocess(batch, [tokens[row] for row in batch.rows[: batch.num_samples]])
@@ -230,10 +231,17 @@ class LLMEngine:
         seq = Sequence(self.num_requests, token_ids, params, seed)
         if is_streamed or params.stop:
             seq.detokenizer = self._detokenizer(seq)
-        self.num_requests += 1
-        self.requests[seq.seq_id] = seq
-        self.scheduler.add(seq)
+        with deferred_interrupt():
+            self.num_requests += 1
+            self.requests[seq.seq_id] = seq
+            self.scheduler.add(seq)
         return seq
+
+    def _drop(self, request_id: int) -> None:
+        with deferred_interrupt():
+            seq = self.requests.pop(request_id, None)
+            if seq is not None and self.failure is None:
+                self.scheduler.finish(seq)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """The checked token ids of a prompt."""
@@ -267,10 +275,18 @@ class LLMEngine:
     def _check_alive(self) -> None:
         if self.failure is not None:
             raise RuntimeError(f"the engine is dead: {self.failure}")
+        try:
+            self.ranks.check()
+        except RuntimeError as error:
+            self._die(error)
 
-    def _die(self, error: BaseException) -> None:
-        self.failure = f"a step failed: {error!r}"
+    def _die(self, error: BaseException) -> NoReturn:
+        """Ends the engine after an error that left host and devices in different states, and raises why."""
+        self.failure = self.ranks.cause(error)
         self.exit()
+        if isinstance(error, Exception):
+            raise RuntimeError(f"the engine is dead: {self.failure}") from error
+        raise error
 
     def _describe(self, num_blocks: int) -> str:
         config = self.config
@@ -291,8 +307,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Lets a first Ctrl-C take effect only behind the block, a second one at once."""
+def deferred_interrupt(second_breaks: bool = False) -> Iterator[None]:
+    """Lets Ctrl-C take effect only behind the block; a second one at once if the block may take long."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
@@ -300,9 +316,9 @@ def deferred_interrupt() -> Iterator[None]:
     received: list[int] = []
 
     def defer(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        if second_breaks and len(received) == 2:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, defer)
     try:

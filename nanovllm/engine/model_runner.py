@@ -16,7 +16,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput
-from nanovllm.kernels.decode_rows import advance_rows
+from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler, SamplingInputs
 from nanovllm.models import model_class
@@ -52,18 +52,16 @@ def round_up(value: int, sizes: Sequence[int]) -> int | None:
 class SampledTokens:
     """The tokens that a launched step samples, on their way to the host."""
 
-    def __init__(self, last_tokens: torch.Tensor) -> None:
-        self._tokens = last_tokens.to("cpu", non_blocking=True, copy=True)
-        self._event = torch.cuda.Event() if last_tokens.is_cuda else None
-        if self._event is not None:
-            self._event.record()
+    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event | None) -> None:
+        self._tokens = tokens
+        self._event = event
 
     def is_ready(self) -> bool:
         """Whether the step is done."""
         return self._event is None or self._event.query()
 
     def wait(self) -> list[int]:
-        """The last token of each row once the step is done."""
+        """By row, the tokens of the rows that sampled one, once the step is done."""
         if self._event is not None:
             self._event.synchronize()
         return self._tokens.tolist()
@@ -81,7 +79,7 @@ class ModelRunner:
         if config.load_format == "dummy":
             fill_dummy(self.model, config.seed)
         else:
-            load_model(self.model, config.model)
+            load_model(self.model, config.model, tp.check)
         self.sampler = Sampler(tp)
         self.graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: run once, to be captured if it recurs
         self.graph_pool: tuple[int, int] | None = None
@@ -96,10 +94,13 @@ class ModelRunner:
 
         self.padding_row = num_rows - 1
         self.last_tokens = zeros(num_rows, dtype=torch.int64)
+        # Steps write their tokens to host memory in turn: at most two are in flight.
+        self.token_ring = torch.zeros(4, num_rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self.step_count, self.device_step_count = 0, zeros(1, dtype=torch.int64)
         self.context_lens = zeros(num_rows, dtype=torch.int32)
         self.block_tables = zeros(num_rows, max_blocks, dtype=torch.int32)
-        self.row_ints = zeros(num_rows, 2, dtype=torch.int64)  # top_k, seed
-        self.row_floats = zeros(num_rows, 3, dtype=torch.float32)  # temperature, top_p, min_p
+        self.row_ints = zeros(2, num_rows, dtype=torch.int64)  # top_k, seed
+        self.row_floats = zeros(3, num_rows, dtype=torch.float32)  # temperature, top_p, min_p
         # What the steps read besides the rows: the rows that decode, and the prompts as _upload_prompts lays them out.
         self.num_decodes = 0
         self.decode_rows = zeros(self.config.max_num_seqs, dtype=torch.int64)
@@ -128,6 +129,7 @@ class ModelRunner:
         self.decode_rows.copy_(torch.arange(max_num_seqs))
         self._forward(StepShape(max_num_seqs, 0, 0, is_filtered=False))
         self.context_lens.zero_()
+        self.device_step_count.zero_()
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
@@ -196,12 +198,12 @@ class ModelRunner:
         for shape in shapes:
             nothing = np.zeros(0, dtype=np.int64)
             self._upload_prompts(nothing, nothing, nothing, nothing, False, shape)
-            self._forward(shape)  # outside of the graph, where kernels may be compiled
             self.graphs[shape] = self._capture(shape)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="thread_local"):
+        # "relaxed": a kernel may have to be loaded, or compiled, on the way.
+        with torch.cuda.graph(graph, self.graph_pool, capture_error_mode="relaxed"):
             self._forward(shape)
         self.graph_pool = graph.pool()
         return graph
@@ -223,7 +225,11 @@ class ModelRunner:
             graph.replay()
         else:
             self._forward(padded)
-        return SampledTokens(self.last_tokens)
+        event = torch.cuda.Event() if self.device.type == "cuda" else None
+        if event is not None:
+            event.record()
+        self.step_count += 1
+        return SampledTokens(self.token_ring[(self.step_count - 1) % len(self.token_ring)], event)
 
     def _apply_changes(self, step: StepInput) -> None:
         if len(step.joined_ints):
@@ -231,8 +237,8 @@ class ModelRunner:
             rows = ints[:, 0]
             self.last_tokens[rows] = ints[:, 1]
             self.context_lens[rows] = ints[:, 2].int()
-            self.row_ints[rows] = ints[:, 3:]
-            self.row_floats[rows] = floats
+            self.row_ints[:, rows] = ints[:, 3:].T
+            self.row_floats[:, rows] = floats.T
         if len(step.new_blocks):
             blocks = self._to_device(step.new_blocks)
             self.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2].int()
@@ -331,22 +337,15 @@ class ModelRunner:
         hidden_states = self.model(token_ids, positions, context)
         if p:
             hidden_states = hidden_states[(cu_seqlens_q[1:] - 1).clamp(min=0)]
-        self.last_tokens[sample_rows] = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
+        token_ids = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
+        store_tokens(token_ids, sample_rows, self.last_tokens, self.token_ring, self.device_step_count)
 
     def _sample(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, context_lens: torch.Tensor, is_filtered: bool
     ) -> torch.Tensor:
         """The rows' next tokens; a token's draw depends on its position, which is the context length."""
-        ints, floats = self.row_ints[rows], self.row_floats[rows]
-        inputs = SamplingInputs(
-            temperatures=floats[:, 0],
-            top_ks=ints[:, 0].int(),
-            top_ps=floats[:, 1],
-            min_ps=floats[:, 2],
-            seeds=ints[:, 1],
-            positions=context_lens,
-            is_filtered=is_filtered,
-        )
+        top_ks, seeds = self.row_ints[:, rows]
+        inputs = SamplingInputs(*self.row_floats[:, rows], top_ks, seeds, context_lens, is_filtered)
         return self.sampler(self.model.compute_logits(hidden_states), inputs)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
@@ -361,4 +360,5 @@ class ModelRunner:
         del self.model, self.sampler
         gc.collect()
         if self.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()

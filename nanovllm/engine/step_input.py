@@ -8,6 +8,8 @@ import numpy as np
 
 from nanovllm.engine.scheduler import Batch
 
+COLDEST = 1e-5  # colder draws are greedy, and logits / temperature might overflow
+
 
 @dataclass(slots=True)
 class StepInput:
@@ -17,7 +19,7 @@ class StepInput:
         joined_ints: [J, 5] int64, rows that join: row, last token, context length, top_k, seed.
         joined_floats: [J, 3] float32, their temperature, top_p, min_p.
         new_blocks: [B, 3] int64, entries of the block tables: row, index, block.
-        decode_rows: [D] int64, the longest first; None: as in the step before.
+        decode_rows: [D] int64; None: as in the step before.
         prompt_rows, starts, num_tokens: [P] int64, row, first position and number of tokens of each part.
         token_ids: [sum(num_tokens)] int64, those tokens.
         is_last_partial: whether the last part does not reach its prompt's end, so that it samples nothing.
@@ -50,7 +52,8 @@ class StepInputBuilder:
         for seq, start in zip(batch.seqs[first_joined:], batch.starts[first_joined:], strict=True):
             params = seq.sampling_params
             ints.append((seq.row, seq.token_ids[-1], start, params.top_k, _as_int64(seq.seed)))
-            floats.append((params.temperature, params.top_p, params.min_p))
+            temperature = params.temperature if params.temperature >= COLDEST else 0.0
+            floats.append((temperature, params.top_p, params.min_p))
         prompts: list[int] = []
         rows = batch.rows
         if batch.num_samples < len(rows) or batch.num_tokens.count(1) < len(rows):
@@ -68,7 +71,7 @@ class StepInputBuilder:
             joined_ints=np.array(ints, dtype=np.int64).reshape(-1, 5),
             joined_floats=np.array(floats, dtype=np.float32).reshape(-1, 3),
             new_blocks=np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
-            decode_rows=_longest_first(rows, batch) if is_changed else None,
+            decode_rows=np.array(rows, dtype=np.int64) if is_changed else None,
             prompt_rows=np.array([batch.rows[i] for i in prompts], dtype=np.int64),
             starts=np.array([batch.starts[i] for i in prompts], dtype=np.int64),
             num_tokens=np.array([batch.num_tokens[i] for i in prompts], dtype=np.int64),
@@ -76,12 +79,6 @@ class StepInputBuilder:
             is_last_partial=batch.num_samples < len(batch.seqs),
             is_filtered=self.is_filtered,
         )
-
-
-def _longest_first(rows: list[int], batch: Batch) -> np.ndarray:
-    """A long row that started last would keep the GPU waiting. All grow alike, so the order holds until a change."""
-    lengths = dict(zip(batch.rows, batch.starts, strict=True))
-    return np.array(sorted(rows, key=lengths.__getitem__, reverse=True), dtype=np.int64)
 
 
 def _as_int64(seed: int) -> int:

@@ -1,8 +1,9 @@
 """The tensor-parallel ranks: rank 0 in the caller's process, the others in processes of their own.
 
 Rank 0 sends every call to the others through a pipe each, then makes it itself. A pipe keeps messages in order until
-they are read, blocks an idle rank without burning a core, and ends when either side dies, so that nothing survives
-the caller. A thread watches the processes; a rank that fails ends all of them with one error that says why.
+they are read, blocks an idle rank without burning a core, and ends when either side dies. A thread watches the
+processes; the first rank that fails ends all of them and leaves behind the reason. The ranks hold nothing that
+outlives a process, so they are always ended by SIGKILL, whatever they are doing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import signal
 import threading
 import time
 import traceback
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -26,153 +30,170 @@ from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.utils.tensor_parallel import TensorParallel
 
-EXIT_SECONDS = 3.0
+CAUSE_SECONDS = 2.0  # a rank that failed is heard of by then
+MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
 
 class RankState:
-    """What the watching thread tells the caller; it must not keep the engine alive."""
+    """The processes and what became of them; apart from RankGroup, so that its users do not keep the engine alive."""
 
-    def __init__(self, processes: list[BaseProcess], connections: list[Connection]) -> None:
-        self.processes = processes
-        self.connections = connections
-        self.tp: TensorParallel | None = None
+    def __init__(self, tp: TensorParallel) -> None:
+        self.tp = tp
+        self.processes: list[BaseProcess] = []
+        self.connections: list[Connection] = []
+        self.store: dist.TCPStore | None = None  # where the ranks meet
+        self.watcher: threading.Thread | None = None
         self.num_ready = 0
         self.failure: str | None = None
-        self.is_closing = False
         self.changed = threading.Condition()
+        self.caller = os.getpid()
 
     def watch(self) -> None:
         """Until all ranks are gone: takes in what they report, and on the first failure stops all."""
-        pending = {connection: rank for rank, connection in enumerate(self.connections, start=1)}
+        pending = dict(zip(self.connections, enumerate(self.processes, start=1), strict=True))
         while pending:
             for connection in wait(list(pending)):
-                rank = pending[connection]
+                rank, process = pending[connection]
                 try:
                     report = connection.recv()
                 except (EOFError, OSError):
                     del pending[connection]
-                    process = self.processes[rank - 1]
-                    process.join(EXIT_SECONDS)
+                    process.join(CAUSE_SECONDS)
                     report = f"rank {rank} ended with exit code {process.exitcode}"
+                    if self.num_ready < len(self.processes) and (process.exitcode or 0) > 0:
+                        report += f"; its own output says why ({MAIN_GUARD})"
                 with self.changed:
                     if report is None:
                         self.num_ready += 1
-                    elif self.failure is None and not self.is_closing:
-                        self.failure = report
-                        self.stop()
-                    self.changed.notify_all()
+                        self.changed.notify_all()
+                    else:
+                        self.stop(report)
 
-    def stop(self) -> None:
-        """Kills the ranks and breaks off collectives that wait for them."""
+    def stop(self, reason: str) -> None:
+        """Kills the ranks and breaks off what waits for them. Only the first reason counts."""
+        with self.changed:
+            if self.failure is None:
+                self.failure = reason
+                for process in self.processes:
+                    process.kill()
+                self.store = None
+                self.tp.abort()
+                self.changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the ranks, the watching thread and the process group. Can be called again."""
+        if os.getpid() != self.caller:
+            return  # the finalizer of a fork: the ranks are not its own
+        self.stop("it was closed")
         for process in self.processes:
-            process.kill()
-        if self.tp is not None:
-            self.tp.abort()
+            process.join()
+        if self.watcher not in (None, threading.current_thread()):
+            self.watcher.join()
+        self.processes, self.connections = [], []
+        self.tp.group = None
 
 
 class RankGroup:
     """All ranks of one engine."""
 
     def __init__(self, config: Config) -> None:
-        """Starts the ranks and loads their weights.
-
-        Raises:
-            RuntimeError: a rank failed; or the script that makes the engine has no main guard.
-        """
+        """Starts nothing yet."""
         self.config = config
         self.runner: ModelRunner | None = None
-        self.state = RankState([], [])
-        store = self._spawn() if config.tensor_parallel_size > 1 else None
+        self.state = RankState(make_tensor_parallel(config, 0))
+        weakref.finalize(self, self.state.close)  # at the latest when the interpreter exits
+
+    def spawn(self) -> None:
+        """Starts the processes of the ranks, which load their weights.
+
+        Raises:
+            RuntimeError: the script that makes the engine has no main guard.
+        """
+        state, size = self.state, self.config.tensor_parallel_size
+        if size == 1:
+            return
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise RuntimeError(f"tensor_parallel_size={size} starts processes that import this script: {MAIN_GUARD}")
+        state.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
+        spawn = multiprocessing.get_context("spawn")
+        # Ctrl-C is the caller's; the ranks inherit the mask. The tracker is first, as its start ends a mask.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            self.tp = make_tensor_parallel(config, 0)
-            self.runner = ModelRunner(config, self.tp)
-            if store is not None:
-                self._connect(store)
-        except BaseException:
-            self.close()
-            raise
+            for rank in range(1, size):
+                ours, theirs = spawn.Pipe()
+                args = (self.config, rank, state.caller, state.store.port, theirs)
+                process = spawn.Process(target=run_rank, args=args, daemon=True)
+                process.start()
+                theirs.close()
+                state.processes.append(process)
+                state.connections.append(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        state.watcher = threading.Thread(target=state.watch, daemon=True, name="nanovllm-watch")
+        state.watcher.start()
+
+    def load(self) -> None:
+        """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs."""
+        state = self.state
+        self.runner = ModelRunner(self.config, state.tp)
+        if not state.processes:
+            return
+        self._wait(lambda: state.num_ready == len(state.processes))
+        outcome: list[Exception | None] = []
+
+        # In a thread: joining takes no interrupt, nor does it end by itself when a rank dies.
+        def connect(state: RankState, port: int) -> None:
+            try:
+                state.tp.connect(dist.TCPStore("127.0.0.1", port, is_master=False))
+                outcome.append(None)
+            except Exception as error:
+                outcome.append(error)
+            with state.changed:
+                state.changed.notify_all()
+
+        threading.Thread(target=connect, args=(state, state.store.port), daemon=True, name="nanovllm-join").start()
+        self._wait(lambda: bool(outcome))
+        if outcome[0] is not None:
+            raise outcome[0]
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls a method of every rank's ModelRunner; returns rank 0's result.
 
         Raises:
-            RuntimeError: a rank has failed.
+            RuntimeError, OSError: a rank has failed, see `cause`.
         """
-        try:
-            if self.state.connections:
-                message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
-                for connection in self.state.connections:
-                    connection.send_bytes(message)
-            return getattr(self.runner, method)(*args)
-        except (RuntimeError, OSError) as error:
-            self.raise_failure(error)
-            raise
+        self.check()
+        if self.state.connections:
+            message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
+            for connection in self.state.connections:
+                connection.send_bytes(message)
+        return getattr(self.runner, method)(*args)
 
-    def raise_failure(self, error: BaseException | None = None) -> None:
-        """Raises RuntimeError if a rank has failed; after an `error` of rank 0, waits a moment for its cause."""
+    def check(self) -> None:
+        """Raises RuntimeError if a rank has failed."""
+        if self.state.failure is not None:
+            raise RuntimeError("a rank has failed")
+
+    def cause(self, error: BaseException) -> str:
+        """What was behind an error that rank 0 saw: the first failure of another rank, or the error itself."""
         state = self.state
-        if error is not None and state.connections:
+        if state.processes and isinstance(error, (RuntimeError, OSError)):
             with state.changed:
-                state.changed.wait_for(lambda: state.failure is not None, EXIT_SECONDS)
-        if state.failure is not None:
-            raise RuntimeError(f"the engine is dead: {state.failure}") from error
+                state.changed.wait_for(lambda: state.failure is not None, CAUSE_SECONDS)
+        return state.failure or describe_failure(0, error, repr(error))
 
     def close(self) -> None:
         """Ends all ranks and frees their memory. Can be called again."""
-        state = self.state
-        state.is_closing = True
-        for connection in state.connections:
-            with suppress(OSError):
-                connection.send_bytes(pickle.dumps(("exit", ())))
-        deadline = time.monotonic() + EXIT_SECONDS
-        for process in state.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        state.stop()
-        for process in state.processes:
-            process.join()
-        for connection in state.connections:
-            connection.close()
-        state.connections, state.processes, state.tp = [], [], None
-        if self.runner is not None:
-            self.runner.exit()
-            self.runner = None
+        self.state.close()
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.exit()
 
-    def _spawn(self) -> dist.TCPStore:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise RuntimeError(
-                "tensor_parallel_size > 1 starts processes that import this script again: "
-                'make the LLM below `if __name__ == "__main__":`'
-            )
-        size = self.config.tensor_parallel_size
-        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
-        spawn = multiprocessing.get_context("spawn")
-        for rank in range(1, size):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=run_rank, args=(self.config, rank, store.port, theirs), daemon=True)
-            self.state.connections.append(ours)
-            self.state.processes.append(process)
-            process.start()
-            theirs.close()
-        threading.Thread(target=self.state.watch, daemon=True, name="nanovllm-watch").start()
-        return store
-
-    def _connect(self, store: dist.Store) -> None:
-        """Joins the ranks' process group, in a thread: joining cannot be broken off when a rank dies."""
-        state = self.state
-        with state.changed:
-            state.changed.wait_for(lambda: state.failure or state.num_ready == len(state.processes))
-        self.raise_failure()
-
-        def connect() -> None:
-            self.tp.connect(store)
-            with state.changed:
-                state.tp = self.tp
-                state.changed.notify_all()
-
-        threading.Thread(target=connect, daemon=True).start()
-        with state.changed:
-            state.changed.wait_for(lambda: state.failure or state.tp is not None)
-        self.raise_failure()
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        with self.state.changed:
+            self.state.changed.wait_for(lambda: self.state.failure is not None or condition())
+        self.check()
 
 
 def make_tensor_parallel(config: Config, rank: int) -> TensorParallel:
@@ -181,10 +202,16 @@ def make_tensor_parallel(config: Config, rank: int) -> TensorParallel:
     return TensorParallel(rank, config.tensor_parallel_size, device, config.torch_dtype)
 
 
-def run_rank(config: Config, rank: int, port: int, connection: Connection) -> None:
-    """The life of a process that is a rank other than 0: obeys calls until told to exit or the caller is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's; the ranks end with it
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+def describe_failure(rank: int, error: BaseException, details: str) -> str:
+    """One text that names the rank, its error and the remedy if there is one."""
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    remedy = "out of GPU memory; lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs: "
+    return f"rank {rank} failed: {remedy if is_memory else ''}{details}"
+
+
+def run_rank(config: Config, rank: int, caller: int, port: int, connection: Connection) -> None:
+    """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
+    threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
     try:
         tp = make_tensor_parallel(config, rank)
         if tp.device.type == "cuda":
@@ -195,20 +222,17 @@ def run_rank(config: Config, rank: int, port: int, connection: Connection) -> No
         connection.send(None)
         tp.connect(dist.TCPStore("127.0.0.1", port, is_master=False))
         while True:
-            method, args = pickle.loads(connection.recv_bytes())
+            method, args = connection.recv()
             getattr(runner, method)(*args)
-            if method == "exit":
-                break
-    except (EOFError, ConnectionError):
-        pass
-    except BaseException:
-        connection.send(f"rank {rank} failed:\n{traceback.format_exc()}")
+    except BaseException as error:
+        with suppress(OSError):
+            connection.send(describe_failure(rank, error, traceback.format_exc()))
     # At once: destructors of a broken process group may wait for ranks that are gone.
-    os._exit(0)
+    os._exit(1)
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _exit_with(caller: int) -> None:
+    """Ends this process when the caller's is gone. A pipe would not tell if the caller has forked."""
+    while os.getppid() == caller:
+        time.sleep(1)
+    os._exit(1)

@@ -47,7 +47,7 @@ def use_pdl(device: torch.device) -> bool:
 
 
 @triton.jit
-def pdl_wait(PDL: tl.constexpr):  # noqa: ANN201
+def pdl_wait(PDL: tl.constexpr) -> None:
     """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible.
 
     Every program of a kernel that is launched with `launch_pdl` calls this once: before it reads what the step

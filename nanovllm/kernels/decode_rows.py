@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
-"""Reading and advancing the rows of the device's decode batch, in one kernel instead of a dozen tiny ones."""
+"""Reading, advancing and writing the rows of the device's decode batch, in one kernel each instead of many."""
 
 import torch
 
@@ -77,3 +77,47 @@ def advance_rows(
             len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1,
         )  # fmt: skip
     return tokens, positions, slots, lens, tables
+
+
+def store_tokens_torch(
+    token_ids: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor, count: torch.Tensor
+) -> None:
+    """See `store_tokens`."""
+    last_tokens[rows] = token_ids
+    ring[int(count) % len(ring), rows] = token_ids
+    count += 1
+
+
+@triton.jit
+def _store_kernel(
+    token_ids_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows, BLOCK: tl.constexpr
+):  # fmt: skip
+    count = tl.load(count_ptr)
+    ring_ptr += count % ring_size * num_rows
+    for begin in range(0, batch_size, BLOCK):
+        offs = begin + tl.arange(0, BLOCK)
+        mask = offs < batch_size
+        rows = tl.load(rows_ptr + offs, mask=mask)
+        token_ids = tl.load(token_ids_ptr + offs, mask=mask)
+        tl.store(last_tokens_ptr + rows, token_ids, mask=mask)
+        tl.store(ring_ptr + rows, token_ids, mask=mask)
+    tl.store(count_ptr, count + 1)
+
+
+def store_tokens(
+    token_ids: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor, count: torch.Tensor
+) -> None:
+    """Writes sampled tokens to their rows, and to the host's memory, without a copy that the next step would wait for.
+
+    Args:
+        token_ids, rows: int64 [B].
+        last_tokens: int64 [R], in place.
+        ring: int64 [S, R] in (pinned) host memory; entry count % S is written, at the rows.
+        count: int64 [1] on the device, the steps so far; grows by one.
+    """
+    if not use_triton(rows):
+        return store_tokens_torch(token_ids, rows, last_tokens, ring, count)
+    # One warp: the count must not be written before all have read it.
+    _store_kernel[(1,)](
+        token_ids, rows, last_tokens, ring, count, len(rows), *ring.shape, BLOCK=128, num_warps=1
+    )  # fmt: skip

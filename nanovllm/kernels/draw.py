@@ -85,13 +85,13 @@ def _gumbel2(seed, position, token_ids, FAST: tl.constexpr):
 @triton.jit
 def _draw_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, packed_ptr,
-    vocab_size, start, temperature_stride, seed_stride, BLOCK: tl.constexpr, PART: tl.constexpr,
+    vocab_size, start, BLOCK: tl.constexpr, PART: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     begin = tl.program_id(1) * PART
-    temperature = tl.load(temperature_ptr + row * temperature_stride)
-    seed = tl.load(seed_ptr + row * seed_stride)
+    temperature = tl.load(temperature_ptr + row)
+    seed = tl.load(seed_ptr + row)
     position = tl.load(position_ptr + row)
     logits_ptr += row.to(tl.int64) * vocab_size
     scale = 1.442695 / temperature  # of no use to greedy rows
@@ -136,7 +136,7 @@ def draw(
     packed = torch.full((batch_size,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=logits.device)
     _draw_kernel[batch_size, triton.cdiv(vocab_size, PART)](
         logits, temperatures, seeds, positions, packed,
-        vocab_size, start, temperatures.stride(0), seeds.stride(0), BLOCK=BLOCK, PART=PART,
+        vocab_size, start, BLOCK=BLOCK, PART=PART,
         FAST=not INTERPRETED, num_warps=8,
     )  # fmt: skip
     return packed

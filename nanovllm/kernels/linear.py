@@ -1,43 +1,25 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
 """y = x W^T for few rows, with the norm before it and the activation or the residual addition after it fused in.
 
-With few rows a linear layer is a read of its weights, and a decode step a chain of short reads. On Hopper the kernels
-overlap by programmatic dependent launch (PDL): a kernel starts while the one before it still runs, loads weights,
-which nobody writes, and only then waits. The rule that makes it right: every kernel launched so calls `pdl_wait`
-before it reads what an earlier kernel wrote and before it writes anything at all.
+With few rows a linear layer is a read of its weights, and a decode step a chain of short reads. Where kernels can
+start before the one ahead of them ends (`use_pdl`), this one loads weights, which nobody writes, before it waits.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 
 SMALL_BATCH = 8  # rows up to which the kernel beats the matrix product of the library; 0 turns it off
 
 
-@functools.cache
-def use_pdl(device: torch.device) -> bool:
-    """Whether kernels on `device` can be launched before the one ahead of them ends: Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@triton.jit
-def pdl_wait(PDL: tl.constexpr) -> None:
-    """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
-    x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, residual_ptr, residual_stride, y_ptr, rows, N,
-    K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, y_stride, rows, N,
+    K: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A program computes BLOCK_N features. Its warps split K, BLOCK_K each at a time: axis 0 of the tiles is the warp.
     STEP: tl.constexpr = WARPS * BLOCK_K
@@ -66,7 +48,7 @@ def _linear_kernel(
             squares += tl.sum(h * h, 2)
             x = (h * norm.to(tl.float32)).to(w.dtype)
             norm = tl.load(norm_ptr + ahead + k, mask=left, other=0.0)
-        if BLOCK_M == 1:
+        if BLOCK_M == 1:  # too little to multiply for the tensor cores to pay
             acc += tl.sum(x.to(tl.float32) * w.to(tl.float32), 2)[:, None, :]
         else:
             acc = tl.dot(x, tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
@@ -82,23 +64,25 @@ def _linear_kernel(
         y = gate / (1.0 + tl.exp(-gate)) * up
     n = tl.program_id(0) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
     mask = (m < rows)[:, None] & (n < N // SHARE)[None, :]
-    if residual_ptr is not None:
-        offs = m[:, None] * residual_stride + n[None, :]
-        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    else:
-        offs = m[:, None] * (N // SHARE) + n[None, :]
+    offs = m[:, None] * y_stride + n[None, :]
+    if ADDED:
+        y += tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _tile_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_K and warps, as measured on an H200 with the shapes of Qwen3-0.6B and 8B."""
-    whole_k = max(triton.next_power_of_2(k), 16)
-    if n <= 2048:  # few programs: each has more warps, to have all of its weights on the way at once
+    """BLOCK_N, BLOCK_K and warps: what was fastest on an H200 with the shapes of Qwen3-0.6B and 8B."""
+    if n <= 2048:  # few programs: each has many warps, to have all of its weights on the way at once
         block_n, block_k, warps = 8, 256, 16 if rows == 1 else 8
     elif rows == 1:
-        block_n, block_k, warps = 8 if n <= 4096 else 16, 256, 4
+        block_n, block_k, warps = 16 if 4096 < n <= 8192 else 8, 256, 4
+    elif n > 8192:
+        block_n, block_k, warps = 32, 64, 4
+    elif rows <= 4:
+        block_n, block_k, warps = 8 if n <= 4096 else 16, 128, 4
     else:
-        block_n, block_k, warps = (16, 128, 4) if n <= 8192 else (32, 64, 4)
+        block_n, block_k, warps = 16, 64, 8 if n <= 4096 else 4
+    whole_k = max(triton.next_power_of_2(k), 16)
     block_k = min(block_k, whole_k)
     return block_n, block_k, min(warps, whole_k // block_k)
 
@@ -148,8 +132,8 @@ def linear(
     block_n, block_k, warps = _tile_shape(rows, n, k)
     pdl = use_pdl(x.device)
     _linear_kernel[(triton.cdiv(n, block_n),)](
-        x, x.stride(0), weight, bias, norm, eps, residual, y.stride(0), y, rows, n,
-        K=k, GATED=gated, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n, BLOCK_K=block_k,
-        WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        x, x.stride(0), weight, bias, norm, eps, y, y.stride(0), rows, n,
+        K=k, GATED=gated, ADDED=residual is not None, BLOCK_M=triton.next_power_of_2(rows),
+        BLOCK_N=block_n, BLOCK_K=block_k, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return y

@@ -12,7 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import INTERPRETED, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels import INTERPRETED, pdl_wait, tl, triton, use_pdl, use_triton
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 256  # one compiled kernel serves any batch up to this
@@ -113,7 +113,7 @@ def _merge(
     high = tl.full((COLS_PAD,), float("-inf"), tl.float32)
     for begin in range(first, last + 1, PARTS):
         for i in tl.static_range(PARTS):
-            mask = (begin + i <= last) & (cols < GROUP * DIM)
+            mask = cols < tl.where(begin + i <= last, GROUP * DIM, 0)
             lse = tl.load(lse_ptr + (begin + i) * GROUP + cols // DIM, mask=mask, other=float("-inf"))
             o = tl.load(partial_ptr + (begin + i) * (GROUP * DIM) + cols, mask=mask, other=0.0)
             new_high = tl.maximum(high, lse)
@@ -125,31 +125,55 @@ def _merge(
     return acc / total
 
 
-@triton.jit(do_not_specialize=["batch", "num_big"])
-def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, batch, scale,
-    num_big,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
-    COLS_PAD: tl.constexpr, PARTS: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _first_tile(program, num_big, big, small):
+    return tl.minimum(program, num_big) * big + tl.maximum(program - num_big, 0) * small
+
+
+@triton.jit
+def _owner(tile, num_big, big, small):
+    return tl.where(tile < num_big * big, tile // big, num_big + (tile - num_big * big) // small)
+
+
+@triton.jit
+def _find_work(
+    lens_ptr, batch, num_big, big_share, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr
 ):  # fmt: skip
-    # The tiles of all units (row, KV head) stand in one line, which the programs share out. An empty row still owns
-    # a tile per head, so that somebody writes its zeros.
+    """This program's tiles, as (first, end, row of the first, first tile of that row), and the two sizes of shares.
+
+    The tiles of all units (row, KV head) stand in one line. An empty row owns a tile per head too, so that somebody
+    writes its zeros. SMs do not get equal shares of the memory's bandwidth, so equal shares of the work would end at
+    different times: `num_big` programs, as many as run at a time, take big_share / 16 of the line, and the rest of the
+    programs, which start as places fall free, small shares of what is left.
+    """
     rows = tl.arange(0, ROWS_PAD)
     lens = tl.load(lens_ptr + rows, mask=rows < batch, other=0)
     ends = tl.cumsum(tl.where(rows < batch, tl.maximum(tl.cdiv(lens, BLOCK_N), 1) * KV_HEADS, 0), 0)
     line = tl.max(ends, 0)
-    # Some SMs get less of the memory's bandwidth than others: the first programs, one for each place on the GPU, take
-    # 3/4 of the line, and small programs that start as places fall free take the rest.
-    big = tl.cdiv(line * BIG_QUARTERS, 4 * num_big)
-    num_small = tl.num_programs(0) - num_big
-    small = tl.maximum(tl.cdiv(line - num_big * big, tl.maximum(num_small, 1)), 1)
+    big = tl.cdiv(line * big_share, 16 * num_big)
+    num_small = tl.maximum(tl.num_programs(0) - num_big, 1)
+    small = tl.maximum(tl.cdiv(line - num_big * big, num_small), 1)
     program = tl.program_id(0)
-    tile = tl.minimum(program, num_big) * big + tl.maximum(program - num_big, 0) * small
-    stop = tl.minimum(tile + tl.where(program < num_big, big, small), line)
+    tile = _first_tile(program, num_big, big, small)
+    stop = tl.minimum(_first_tile(program + 1, num_big, big, small), line)
     row = tl.sum((ends <= tile).to(tl.int32), 0)
     row_start = tl.max(tl.where(rows < row, ends, 0), 0)
+    return tile, stop, row, row_start, big, small
+
+
+@triton.jit(do_not_specialize=["batch", "num_big", "big_share"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, batch, scale,
+    num_big, big_share,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
+    COLS_PAD: tl.constexpr, PARTS: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile, stop, row, row_start, big, small = _find_work(
+        lens_ptr, batch, num_big, big_share, KV_HEADS, BLOCK_N, ROWS_PAD
+    )
     pdl_wait(PDL)
+    program = tl.program_id(0)
     heads = tl.arange(0, BLOCK_M)[:, None]
     dims = tl.arange(0, DIM_PAD)[None, :]
     mask = (heads < GROUP) & (dims < DIM)
@@ -158,31 +182,33 @@ def _decode_kernel(
         unit_tiles = tl.maximum(tl.cdiv(length, BLOCK_N), 1)
         head = (tile - row_start) // unit_tiles
         unit_start = row_start + head * unit_tiles
+        unit_end = unit_start + unit_tiles
         unit = row * KV_HEADS + head
-        first = tile - unit_start
-        tile = tl.minimum(unit_start + unit_tiles, stop)
+        begin = (tile - unit_start) * BLOCK_N
+        tile = tl.minimum(unit_end, stop)
+        end = tl.minimum((tile - unit_start) * BLOCK_N, length)
         offs = (unit.to(tl.int64) * GROUP + heads) * DIM + dims
+        q = tl.load(q_ptr + offs, mask=mask, other=0.0)
+        acc = tl.zeros((BLOCK_M, DIM_PAD), tl.float32)
+        high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
         acc, high, total = _attend(
-            tl.load(q_ptr + offs, mask=mask, other=0.0), k_ptr + head * DIM, v_ptr + head * DIM,
-            tables_ptr + row.to(tl.int64) * table_stride, first * BLOCK_N,
-            tl.minimum((tile - unit_start) * BLOCK_N, length), tl.full((BLOCK_M,), 0, tl.int32) + length - 1,
-            tl.zeros((BLOCK_M, DIM_PAD), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
-            tl.zeros((BLOCK_M,), tl.float32), scale, True,
+            q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride, begin, end,
+            tl.full((BLOCK_M,), 0, tl.int32) + end - 1, acc, high, total, scale, True,
             KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        if tile - unit_start - first == unit_tiles:
+        first_program = _owner(unit_start, num_big, big, small)
+        last_program = _owner(unit_end - 1, num_big, big, small)
+        if first_program == last_program:
             tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
         else:
-            # A unit's programs follow each other, and so do a program's units: their sum numbers the parts.
-            part = (program + unit) * GROUP + heads
+            # Along the line, each part has a new program or a new unit (or both): their sum numbers the parts.
+            part = (unit + program) * GROUP + heads
             tl.store(partial_ptr + part * DIM + dims, o, mask=mask)
             tl.store(lse_ptr + part, (high + tl.log2(total))[:, None], mask=heads < GROUP)
             tl.debug_barrier()
-            first_program = _owner(unit_start, big, small, num_big)
-            last_program = _owner(unit_start + unit_tiles - 1, big, small, num_big)
-            arrived = tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
+            if tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel") == last_program - first_program:
                 merged = _merge(
                     partial_ptr, lse_ptr, unit + first_program, unit + last_program, GROUP, DIM, COLS_PAD, PARTS
                 )
@@ -198,14 +224,13 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, starts_ptr, num_seqs, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQS_PAD: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
+    SEQS_PAD: tl.constexpr,
 ):  # fmt: skip
     # The rows of a sequence are its (token, query head of the group) pairs. Numbering the tiles of sequence s from
-    # rows before s // BLOCK_M + s leaves room for each one's ragged end, and a program can find its own s.
-    # The last tiles of a sequence see most keys: they go first.
-    head = tl.program_id(0)
+    # (rows before it) // BLOCK_M + s leaves room for every ragged end, so a program can find its own s. The last tiles
+    # of a sequence see the most keys: they go first.
     program = tl.num_programs(1) - 1 - tl.program_id(1)
     seqs = tl.arange(0, SEQS_PAD)
     starts = tl.load(starts_ptr + seqs, mask=seqs < num_seqs, other=0)
@@ -216,43 +241,40 @@ def _prefill_kernel(
     first_row = (program - start * GROUP // BLOCK_M - seq) * BLOCK_M
     if first_row >= q_len * GROUP:
         return
+    head = tl.program_id(0)
     rows = first_row + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, DIM_PAD)
-    tokens = tl.minimum(rows // GROUP, q_len - 1)
-    heads = head * GROUP + rows % GROUP
-    offs = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * DIM + dims[None, :]
-    mask = (rows < q_len * GROUP)[:, None] & (dims < DIM)[None, :]
+    tokens = rows // GROUP
+    offs = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * DIM + dims
+    mask = (tokens < q_len)[:, None] & (dims < DIM)[None, :]
     q = tl.load(q_ptr + offs, mask=mask, other=0.0)
-
     context = tl.load(lens_ptr + seq)
-    positions = context - q_len + tokens
-    # Keys up to the first row's position need no mask; those after the last row's need no visit.
     first_position = context - q_len + first_row // GROUP
-    unmasked = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
-    length = tl.minimum(context, context - q_len + (first_row + BLOCK_M - 1) // GROUP + 1)
+    last_position = context - q_len + (first_row + BLOCK_M - 1) // GROUP
+    unmasked = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N  # all rows see the keys before
+    end = tl.minimum(last_position + 1, context)
+    positions = context - q_len + tokens
     k_ptr += head * DIM
     v_ptr += head * DIM
     table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
     acc = tl.zeros((BLOCK_M, DIM_PAD), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
     high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for n in tl.range(0, unmasked, BLOCK_N, num_stages=STAGES):
-        k, v = _load_tile(k_ptr, v_ptr, table_ptr, n, length, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        acc, high, total = _softmax_step(scores, v, acc, high, total, scale, PRECISION)
-    for n in tl.range(unmasked, length, BLOCK_N, num_stages=STAGES):
-        k, v = _load_tile(k_ptr, v_ptr, table_ptr, n, length, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        visible = n + tl.arange(0, BLOCK_N)[None, :] <= positions[:, None]
-        scores = tl.where(visible, scores, float("-inf"))
-        acc, high, total = _softmax_step(scores, v, acc, high, total, scale, PRECISION)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc, high, total = _attend(
+        q, k_ptr, v_ptr, table_ptr, 0, unmasked, positions, acc, high, total, scale, False,
+        KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
+    )  # fmt: skip
+    acc, high, total = _attend(
+        q, k_ptr, v_ptr, table_ptr, unmasked, end, positions, acc, high, total, scale, True,
+        KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
+    )  # fmt: skip
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
 
 
-@functools.lru_cache
+@functools.cache
 def _num_sms(device: torch.device) -> int:
-    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _shapes(q: torch.Tensor, k_cache: torch.Tensor) -> dict:
@@ -278,8 +300,8 @@ def paged_decode(
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
     As `paged_attention_torch` with q [B, Hq, D] contiguous and one row a sequence; a padding row has context 0 and
-    gives zeros. The number of programs depends on the device alone; each finds its equal share of all tiles from the
-    context lengths on the device, so that one CUDA graph serves any lengths. A (row, KV head) that several programs
+    gives zeros. The number of programs depends on B and the device alone, and each finds its share of the work from
+    the context lengths on the device, so one CUDA graph serves any lengths. A (row, KV head) that several programs
     share is put together by the last of them to finish. semaphores: int32, B * Hkv or more, zero before and after.
     Returns o [B, Hq, D].
     """
@@ -288,15 +310,20 @@ def paged_decode(
         return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
     o = torch.empty_like(q)
     shapes = _shapes(q, k_cache)
-    group, dim = shapes["GROUP"], shapes["DIM"]
-    group_pad = triton.next_power_of_2(group)
-    programs = _num_sms(q.device) * PROGRAMS_PER_SM
-    partial = torch.empty((2 * programs, group, dim), dtype=torch.float32, device=q.device)
-    lse = torch.empty((2 * programs, group), dtype=torch.float32, device=q.device)
+    units, cols = len(q) * shapes["KV_HEADS"], shapes["GROUP"] * shapes["DIM"]
+    num_sms = _num_sms(q.device)
+    num_big, programs, stages = (num_sms, num_sms, 5) if units <= num_sms // 4 else (num_sms * 4, num_sms * 12, 3)
+    parts = units + programs
+    partial = torch.empty((parts, cols), dtype=torch.float32, device=q.device)
+    lse = torch.empty((parts, shapes["GROUP"]), dtype=torch.float32, device=q.device)
+    cols_pad = triton.next_power_of_2(cols)
+    pdl = use_pdl(q.device)
     _decode_kernel[(programs,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
-        len(q), scale * LOG2_E, **shapes, GROUP_PAD=group_pad, PARTS=max(1, 32 // group_pad),
-        ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), STAGES=5, num_warps=4,
+        len(q), scale * LOG2_E, num_big, 12 if programs > num_big else 16,
+        **shapes, STAGES=stages, BLOCK_M=max(16, triton.next_power_of_2(shapes["GROUP"])), COLS_PAD=cols_pad,
+        PARTS=max(1, min(8, 4096 // cols_pad)), ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), PDL=pdl,
+        launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
     return o
 
@@ -321,11 +348,11 @@ def paged_prefill(
     o = torch.empty_like(q)
     shapes = _shapes(q, k_cache)
     num_seqs, group = len(context_lens), shapes["GROUP"]
-    block_m = 128 if max_seqlen_q * group > 16 else 16
+    block_m = 64 if max_seqlen_q * group > 16 and q.dtype != torch.float32 else 16
     grid = (shapes["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs)
     _prefill_kernel[grid](
         q, k_cache, v_cache, o, block_tables, block_tables.stride(0), context_lens, cu_seqlens_q, num_seqs,
-        scale * LOG2_E, **shapes, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)), STAGES=3,
-        num_warps=8 if block_m == 128 else 4,
+        scale * LOG2_E, **shapes, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)), STAGES=5,
+        num_warps=4,
     )  # fmt: skip
     return o

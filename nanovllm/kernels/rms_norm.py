@@ -3,24 +3,25 @@
 
 import torch
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 
 
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, x_stride, residual_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, SIZE_PAD)
     mask = offs < SIZE
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    pdl_wait(PDL)
     x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = residual_ptr + row * residual_stride + offs
         x += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
         tl.store(residual, x.to(residual_ptr.dtype.element_ty), mask=mask)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
-    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * SIZE + offs, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -52,9 +53,10 @@ def rms_norm(
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows:
         size_pad = triton.next_power_of_2(size)
+        pdl = use_pdl(x.device)
         _rms_norm_kernel[(rows,)](
             x, residual, weight, y, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            HAS_RESIDUAL=residual is not None, SIZE=size, SIZE_PAD=size_pad,
-            num_warps=min(max(size_pad // 512, 1), 16),
+            HAS_RESIDUAL=residual is not None, SIZE=size, SIZE_PAD=size_pad, PDL=pdl,
+            launch_pdl=pdl, num_warps=min(max(size_pad // 512, 1), 16),
         )  # fmt: skip
     return y if residual is None else (y, residual)

@@ -202,7 +202,7 @@ def filter_logits(
         _sample_kernel[(rows, SPLITS)](logits, *filters, best, stats, size, SPLITS=SPLITS, LANES=LANES, num_warps=4)
         _threshold_kernel[(rows,)](
             logits, *filters, best, stats, low, size,
-            SHIFT=SHIFTS[logits.dtype], SPLITS=SPLITS, LANES=LANES, BLOCK=BLOCK, num_warps=32,
+            SHIFT=SHIFTS[logits.dtype], SPLITS=SPLITS, LANES=LANES, BLOCK=BLOCK, num_warps=16,
         )  # fmt: skip
         _mask_kernel[(rows, triton.cdiv(size, BLOCK))](logits, low, size, BLOCK=BLOCK, num_warps=8)
     return logits

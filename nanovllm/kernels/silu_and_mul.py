@@ -4,13 +4,14 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 
 BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -37,5 +38,8 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows:
-        _silu_and_mul_kernel[(rows, triton.cdiv(size, BLOCK))](x, y, x.stride(0), size, BLOCK=BLOCK, num_warps=4)
+        pdl = use_pdl(x.device)
+        _silu_and_mul_kernel[(rows, triton.cdiv(size, BLOCK))](
+            x, y, x.stride(0), size, BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4
+        )
     return y

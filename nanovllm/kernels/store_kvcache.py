@@ -7,23 +7,30 @@ memory bus once. It knows nothing of sequences: a row has a position and a slot.
 
 import torch
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 from nanovllm.kernels.rms_norm import rms_norm_torch
 
 
 @triton.jit
-def _norm_rope(
-    x_ptr, norm_ptr, cos, sin, eps, out_ptr,
-    HAS_NORM: tl.constexpr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr,
-):  # fmt: skip
-    """Normalise and rotate the heads at x_ptr; write them to out_ptr."""
+def _load_halves(x_ptr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
+    """The halves of the heads at x_ptr that the rotation pairs, and the first one's offsets and mask."""
     heads = tl.arange(0, HEADS_PAD)[:, None]
     half = tl.arange(0, HALF_PAD)[None, :]
     offs = heads * DIM + half
     mask = (heads < HEADS) & (half < DIM // 2)
     a = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + offs + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    return a, b, offs, mask
+
+
+@triton.jit
+def _norm_rope(
+    a, b, offs, mask, norm_ptr, cos, sin, eps, out_ptr,
+    HAS_NORM: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr,
+):  # fmt: skip
+    """Normalise, rotate and write to out_ptr what `_load_halves` gave."""
     if HAS_NORM:
+        half = tl.arange(0, HALF_PAD)[None, :]
         rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / DIM + eps)[:, None]
         a *= rstd * tl.load(norm_ptr + half, mask=half < DIM // 2, other=0.0).to(tl.float32)
         b *= rstd * tl.load(norm_ptr + half + DIM // 2, mask=half < DIM // 2, other=0.0).to(tl.float32)
@@ -37,24 +44,29 @@ def _rope_store_kernel(
     qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, eps,
     q_ptr, k_cache_ptr, v_cache_ptr,
     HAS_NORM: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_PAD: tl.constexpr, KV_PAD: tl.constexpr,
-    DIM: tl.constexpr, HALF_PAD: tl.constexpr,
+    DIM: tl.constexpr, HALF_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
     half = tl.arange(0, HALF_PAD)[None, :]
     angles = cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM + half
     cos = tl.load(angles, mask=half < DIM // 2, other=0.0)
     sin = tl.load(angles + DIM // 2, mask=half < DIM // 2, other=0.0)
+    pdl_wait(PDL)
+    # All loads come before the first store: the compiler cannot know that they do not overlap.
     q = qkv_ptr + row * qkv_stride
+    k = q + Q_HEADS * DIM
+    q_a, q_b, q_offs, q_mask = _load_halves(q, Q_HEADS, Q_PAD, DIM, HALF_PAD)
+    k_a, k_b, k_offs, k_mask = _load_halves(k, KV_HEADS, KV_PAD, DIM, HALF_PAD)
+    v_offs = tl.arange(0, 2 * KV_PAD * HALF_PAD)
+    v_mask = v_offs < KV_HEADS * DIM
+    v = tl.load(k + KV_HEADS * DIM + v_offs, mask=v_mask)
     q_out = q_ptr + row * (Q_HEADS * DIM)
-    _norm_rope(q, q_norm_ptr, cos, sin, eps, q_out, HAS_NORM, Q_HEADS, Q_PAD, DIM, HALF_PAD)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    _norm_rope(q_a, q_b, q_offs, q_mask, q_norm_ptr, cos, sin, eps, q_out, HAS_NORM, DIM, HALF_PAD)
     if slot >= 0:
-        k = q + Q_HEADS * DIM
         k_out = k_cache_ptr + slot * (KV_HEADS * DIM)
-        _norm_rope(k, k_norm_ptr, cos, sin, eps, k_out, HAS_NORM, KV_HEADS, KV_PAD, DIM, HALF_PAD)
-        offs = tl.arange(0, 2 * KV_PAD * HALF_PAD)
-        v = tl.load(k + KV_HEADS * DIM + offs, mask=offs < KV_HEADS * DIM)
-        tl.store(v_cache_ptr + slot * (KV_HEADS * DIM) + offs, v, mask=offs < KV_HEADS * DIM)
+        _norm_rope(k_a, k_b, k_offs, k_mask, k_norm_ptr, cos, sin, eps, k_out, HAS_NORM, DIM, HALF_PAD)
+        tl.store(v_cache_ptr + slot * (KV_HEADS * DIM) + v_offs, v, mask=v_mask)
 
 
 def rope_store_kvcache_torch(
@@ -113,10 +125,11 @@ def rope_store_kvcache(
     kv_heads, dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
+        pdl = use_pdl(qkv.device)
         _rope_store_kernel[(len(qkv),)](
             qkv, qkv.stride(0), cos_sin, positions, slot_mapping, q_norm, k_norm, eps, q, k_cache, v_cache,
             HAS_NORM=q_norm is not None, Q_HEADS=num_heads, KV_HEADS=kv_heads,
             Q_PAD=triton.next_power_of_2(num_heads), KV_PAD=triton.next_power_of_2(kv_heads),
-            DIM=dim, HALF_PAD=triton.next_power_of_2(dim // 2), num_warps=4,
+            DIM=dim, HALF_PAD=triton.next_power_of_2(dim // 2), PDL=pdl, launch_pdl=pdl, num_warps=4,
         )  # fmt: skip
     return q

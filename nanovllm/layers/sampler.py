@@ -18,9 +18,9 @@ class SamplingInputs:
     """Sampling parameters of B rows, each [B]; `is_filtered`: some row asks for top-k, top-p or min-p."""
 
     temperatures: torch.Tensor
-    top_ks: torch.Tensor
     top_ps: torch.Tensor
     min_ps: torch.Tensor
+    top_ks: torch.Tensor
     seeds: torch.Tensor
     positions: torch.Tensor
     is_filtered: bool
@@ -37,7 +37,7 @@ class Sampler(nn.Module):
         if inputs.is_filtered:
             # Filters need whole distributions; every rank then draws alike.
             logits = self.tp.all_gather(logits)
-            filter_logits(logits, inputs.temperatures, inputs.top_ks, inputs.top_ps, inputs.min_ps)
+            filter_logits(logits, inputs.temperatures, inputs.top_ks.int(), inputs.top_ps, inputs.min_ps)
             packed = draw(logits, inputs.temperatures, inputs.seeds, inputs.positions)
         else:
             # Each rank offers its best candidate.

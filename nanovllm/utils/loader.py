@@ -7,6 +7,7 @@ order of the model's `packed_modules_mapping`, or just one. A parameter without 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob
@@ -29,10 +30,10 @@ class Shard:
     size: int
 
 
-def load_model(model: nn.Module, folder: str) -> None:
+def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:
     """Fills every parameter of the model from the safetensors files of a folder.
 
-    All names and shapes are checked before any data is read.
+    All names and shapes are checked before any data is read. `check` is called between tensors, to break off.
 
     Raises:
         ValueError: no or unreadable files; a missing, unexpected or mis-shaped tensor, by name.
@@ -55,6 +56,7 @@ def load_model(model: nn.Module, folder: str) -> None:
             if (shape := tuple(found[name].get_shape())) != shard.full_shape:
                 raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {shard.full_shape}")
         for name, (parameter, shard) in targets.items():
+            check()
             rows = slice(shard.start, shard.start + shard.size)
             source = found[name][rows] if shard.dim == 0 else found[name][:, rows]
             parameter.data.narrow(shard.dim, shard.offset, shard.size).copy_(source)

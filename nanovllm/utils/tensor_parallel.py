@@ -6,6 +6,7 @@ that several engines, and a caller that uses torch.distributed itself, live side
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
@@ -24,17 +25,28 @@ class TensorParallel:
         self.device = device
         self.dtype = dtype
         self.group: dist.ProcessGroup | None = None
+        self.is_aborted = False
 
     def connect(self, store: dist.Store) -> None:
         """Meets the other ranks; to be called on all of them before the first collective."""
-        group_class = dist.ProcessGroupNCCL if self.device.type == "cuda" else dist.ProcessGroupGloo
-        self.group = group_class(store, self.rank, self.size, TIMEOUT)
+        if self.device.type == "cuda":
+            # NCCL's watchdog would answer the death of a rank by ending this process, which may be the caller's.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
+        else:
+            self.group = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
         self.min(0)
 
     def abort(self) -> None:
-        """Breaks off collectives that wait for ranks which will not come."""
+        """Breaks off collectives that wait for ranks which will not come, and refuses new ones."""
+        self.is_aborted = True
         if self.group is not None:
             self.group.abort()
+
+    def check(self) -> None:
+        """Raises RuntimeError after an abort."""
+        if self.is_aborted:
+            raise RuntimeError("the ranks were given up")
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A parameter of this rank, yet to be filled."""
@@ -42,6 +54,7 @@ class TensorParallel:
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""
+        self.check()
         if self.group is not None:
             options = dist.AllreduceOptions()
             options.reduceOp = op
@@ -58,4 +71,6 @@ class TensorParallel:
 
     def min(self, value: int) -> int:
         """The smallest of the ranks' values."""
-        return int(self.all_reduce(torch.tensor(value, device=self.device), dist.ReduceOp.MIN))
+        smallest = int(self.all_reduce(torch.tensor(value, device=self.device), dist.ReduceOp.MIN))
+        self.check()  # else it may be anything
+        return smallest

@@ -1,0 +1,22 @@
+"""A minute of tests/soak.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_soak(ranks):
+    """In a process of its own, which gets interrupts. A new seed finds more: run it by hand."""
+    script = Path(__file__).parent / "soak.py"
+    command = [sys.executable, script, "--seconds", "30", "--ranks", str(ranks), "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-5000:]
+    parts = (part.split(" ", 1) for part in done.stdout.split(": ")[2].split(", "))
+    counts = {name.strip(): int(number) for number, name in parts}
+    assert min(counts[name] for name in ("requests", "finished", "aborted", "refused", "interrupts")) > 0

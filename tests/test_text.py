@@ -1,0 +1,368 @@
+"""Tokens to text: stop strings, streaming, whole characters, chat, and driving the engine by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from checkpoints import SHAPE, Checkpoint, random_prompt
+from engines import check_idle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen3Config
+
+import nanovllm.demo
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.detokenizer import Detokenizer
+
+DEMO = Path(nanovllm.demo.__file__).parent
+TOKENIZER = AutoTokenizer.from_pretrained(DEMO)
+EOS_TOKEN_ID = TOKENIZER.eos_token_id
+ANSWERS = {
+    line["question"]: line["answer"]
+    for line in map(json.loads, (DEMO / "questions.jsonl").read_text(encoding="utf-8").splitlines())
+}
+INTRODUCTION = ANSWERS["introduce yourself"]
+QUESTION = [{"role": "user", "content": "introduce yourself"}]
+MIXED_TEXTS = [
+    "plain text",
+    "naïve café",
+    "你好，世界！很高兴",
+    "👋🏽 waves 👩‍👩‍👧‍👦 and 🇩🇪",
+    "a👋",
+    "中",
+    "\n\n  spaces  \t",
+    "עברית ✓",
+]
+
+
+def greedy(**options) -> SamplingParams:
+    return SamplingParams(temperature=0, **{"max_tokens": 200} | options)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model, which knows its answers by heart."""
+    with LLM(str(DEMO), device="cpu", dtype="float32", kvcache_block_size=16, max_model_len=512) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory):
+    """A random model with the demo's tokenizer: its text is full of broken characters."""
+    folder = tmp_path_factory.mktemp("babbler")
+    Checkpoint(Qwen3Config(**SHAPE | {"vocab_size": 2048}), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+    with LLM(str(folder), device="cpu", kvcache_block_size=16, max_model_len=512, max_num_seqs=32) as llm:
+        yield llm
+
+
+def answer(llm: LLM, params: SamplingParams) -> dict:
+    result = llm.chat(QUESTION, params, use_tqdm=False)[0]
+    check_idle(llm)
+    return result
+
+
+def prompt_ids(messages=QUESTION) -> list[int]:
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+# ---- the detokenizer alone -----------------------------------------------------------------------------------------
+
+
+def pieces(token_ids: list[int], prompt: list[int] = (), stop: tuple[str, ...] = ()) -> list[str]:
+    """What is streamed after each token, and at the end."""
+    detokenizer = Detokenizer(TOKENIZER, list(prompt), stop)
+    taken = []
+    for token_id in token_ids:
+        is_stopped = detokenizer.push([token_id])
+        taken.append(detokenizer.take(is_stopped))
+        if is_stopped:
+            break
+    taken.append(detokenizer.take(True))
+    assert "".join(taken) == detokenizer.text
+    return taken
+
+
+WAVE = TOKENIZER.encode("👋")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest"), [([], []), (prompt_ids(), []), (WAVE[:-1], WAVE[-1:])], ids=["none", "chat", "begun"]
+)
+@pytest.mark.parametrize("text", MIXED_TEXTS)
+def test_whole_characters(text, prompt, rest):
+    """Also behind a prompt that ends within a character, whose rest then comes first."""
+    taken = pieces(rest + TOKENIZER.encode(text), prompt)
+    assert "".join(taken) == "👋" * bool(rest) + text
+    assert not any("\ufffd" in piece for piece in taken)
+
+
+def test_characters_are_split_between_tokens_here():
+    """Otherwise the tests above would show nothing."""
+    assert all(len(TOKENIZER.encode(character)) > 1 for character in ("👋", "中", "ï"))
+    assert "\ufffd" in TOKENIZER.decode(TOKENIZER.encode("👋")[:-1])
+
+
+def test_an_incomplete_character_at_the_end_is_held_back():
+    assert "".join(pieces(TOKENIZER.encode("done 👋")[:-1])) == "done "
+
+
+TOKEN_IDS = st.lists(st.one_of(st.integers(0, 2047), st.integers(0, 255)), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(token_ids=TOKEN_IDS, prompt=TOKEN_IDS, cuts=st.lists(st.integers(0, 60)))
+def test_text_does_not_depend_on_when_tokens_come(token_ids, prompt, cuts):
+    """One at a time, in any groups or all at once; broken bytes in the middle are what the tokenizer makes of them."""
+    whole = Detokenizer(TOKENIZER, prompt, ())
+    whole.push(token_ids)
+    assert "".join(pieces(token_ids, prompt)) == whole.text
+    grouped = Detokenizer(TOKENIZER, prompt, ())
+    borders = [0, *sorted(cuts), len(token_ids)]
+    for start, end in pairwise(borders):
+        grouped.push(token_ids[start:end])
+    assert grouped.text == whole.text
+    if not prompt:
+        assert whole.text == TOKENIZER.decode(token_ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab中👋 "), max_size=30),
+    stop=st.lists(st.text(st.sampled_from("ab中👋 "), min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_strings_cut_the_text(text, stop):
+    """The text ends before the stop string that is complete first; nothing of it is ever streamed."""
+    token_ids = TOKENIZER.encode(text)
+    taken = pieces(token_ids, stop=tuple(stop))
+    streamed = "".join(taken)
+    ends = {text.find(string) for string in stop} - {-1}
+    if not ends:
+        assert streamed == text
+    else:
+        assert text.startswith(streamed) and not any(string in streamed for string in stop)
+        assert any(text.startswith(string, len(streamed)) for string in stop)
+        first_end = min(text.find(string) + len(string) for string in stop if string in text)
+        assert len(streamed) <= first_end
+    for end in range(len(taken)):  # at no time more than the final text
+        assert streamed.startswith("".join(taken[:end]))
+
+
+def test_the_earliest_of_stop_strings_in_one_token():
+    token_ids = TOKENIZER.encode(" inference")
+    assert len(token_ids) == 1
+    assert "".join(pieces(token_ids, stop=("rence", "fer", "zz"))) == " in"
+
+
+# ---- through the engine --------------------------------------------------------------------------------------------
+
+
+def test_eos_is_not_in_the_text(demo):
+    result = answer(demo, greedy())
+    assert result["text"] == INTRODUCTION
+    assert result["token_ids"] == [*TOKENIZER.encode(INTRODUCTION), EOS_TOKEN_ID]
+    assert result["finish_reason"] == "stop"
+
+
+def test_ignore_eos(demo):
+    result = answer(demo, greedy(ignore_eos=True, max_tokens=150))
+    assert len(result["token_ids"]) == 150 and result["finish_reason"] == "length"
+    assert result["text"].startswith(INTRODUCTION) and EOS_TOKEN_ID in result["token_ids"]
+
+
+def test_length_ends_in_the_middle(demo):
+    token_ids = TOKENIZER.encode(INTRODUCTION)
+    result = answer(demo, greedy(max_tokens=10))
+    assert result["token_ids"] == token_ids[:10] and result["finish_reason"] == "length"
+    assert result["text"] == TOKENIZER.decode(token_ids[:10])
+    result = answer(demo, greedy(max_tokens=len(token_ids) - 1))  # the last one ends the waving hand
+    assert result["text"] == INTRODUCTION[:-1] and "\ufffd" not in result["text"]
+
+
+def test_stop_token_ids(demo):
+    token_ids = TOKENIZER.encode(INTRODUCTION)
+    stop = next(token_id for token_id in token_ids[8:] if token_ids.count(token_id) == 1)
+    end = token_ids.index(stop)
+    for params in (greedy(stop_token_ids=[stop]), greedy(stop_token_ids=[stop], ignore_eos=True)):
+        result = answer(demo, params)
+        assert result["token_ids"] == token_ids[: end + 1] and result["finish_reason"] == "stop"
+        assert result["text"] == TOKENIZER.decode(token_ids[:end])
+    assert "".join(demo.stream(prompt_ids(), greedy(stop_token_ids=[stop]))) == TOKENIZER.decode(token_ids[:end])
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        " Qwen3",
+        "of a few mega",
+        "wen",
+        ["nowhere to be found", "megabytes", " two hundred"],
+        "👋",
+        "I",
+        ["\n", ". 👋"],
+    ],
+    ids=str,
+)
+def test_stop_strings(demo, stop):
+    strings = [stop] if isinstance(stop, str) else stop
+    end = min(INTRODUCTION.find(string) for string in strings if string in INTRODUCTION)
+    result = answer(demo, greedy(stop=stop))
+    assert result["text"] == INTRODUCTION[:end] and result["finish_reason"] == "stop"
+    assert len(result["token_ids"]) < len(TOKENIZER.encode(INTRODUCTION)) + 1
+    taken = list(demo.stream(prompt_ids(), greedy(stop=stop)))
+    assert "".join(taken) == INTRODUCTION[:end] and "" not in taken
+    check_idle(demo)
+
+
+def test_a_stop_string_that_never_comes(demo):
+    result = answer(demo, greedy(stop="👋👋"))
+    assert result["text"] == INTRODUCTION and result["token_ids"][-1] == EOS_TOKEN_ID
+    assert "".join(demo.stream(prompt_ids(), greedy(stop="👋👋"))) == INTRODUCTION
+
+
+def test_a_stop_string_is_not_looked_for_in_the_prompt(demo):
+    """The prompt has the string, and its end together with the first token would make it up."""
+    assert answer(demo, greedy(stop=["user", "\nI", "assistant\n"]))["text"] == INTRODUCTION
+
+
+@pytest.mark.parametrize("stop", [None, ["e", " a"], "\n"], ids=str)
+def test_streamed_pieces_are_the_text(babbler, stop):
+    """Random tokens, among them many bytes that are no character."""
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=50, stop=stop) for seed in range(12)]
+    prompts = [list(random_prompt(seed, 12, 2048)) for seed in range(12)]
+    results = babbler.generate(prompts, params, use_tqdm=False)
+    assert any("\ufffd" in result["text"] for result in results) or stop
+    for prompt, param, result in zip(prompts, params, results, strict=True):
+        taken = list(babbler.stream(prompt, param))
+        assert "".join(taken) == result["text"] and "" not in taken
+        assert not any(piece.endswith("\ufffd") for piece in taken)
+    check_idle(babbler)
+
+
+def test_streaming_is_streaming(demo):
+    stream = demo.stream("introduce yourself", greedy(max_tokens=30, ignore_eos=True))
+    first = next(stream)
+    assert demo.requests and first
+    assert len([first, *stream]) > 10
+    check_idle(demo)
+
+
+def test_an_abandoned_stream_frees_its_request(demo):
+    stream = demo.stream(prompt_ids(), greedy())
+    next(stream)
+    assert not demo.is_finished()
+    stream.close()
+    check_idle(demo)
+    demo.stream(prompt_ids(), greedy())  # never begun
+    check_idle(demo)
+
+
+def test_streams_and_generate_interleave(demo):
+    questions = list(ANSWERS)[:3]
+    first, second = (
+        demo.stream(prompt_ids([{"role": "user", "content": question}]), greedy()) for question in questions[:2]
+    )
+    texts = [next(first), next(second)]
+    texts[0] += next(first)
+    result = demo.chat([{"role": "user", "content": questions[2]}], greedy(max_tokens=20), use_tqdm=False)[0]
+    assert ANSWERS[questions[2]].startswith(result["text"]) and len(result["token_ids"]) == 20
+    texts[1] += next(second) + "".join(second)
+    texts[0] += "".join(first)
+    assert texts == [ANSWERS[question] for question in questions[:2]]
+    check_idle(demo)
+
+
+def test_generate_finishes_while_a_stream_waits(demo):
+    """The stream's request ends inside `generate`; its text is still all there afterwards."""
+    stream = demo.stream(prompt_ids(), greedy())
+    text = next(stream)
+    demo.generate("x", greedy(ignore_eos=True), use_tqdm=False)
+    assert text + "".join(stream) == INTRODUCTION
+    check_idle(demo)
+
+
+def test_chat(demo):
+    questions = list(ANSWERS)[2:5]
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    results = demo.chat(conversations, greedy(), use_tqdm=False)
+    assert [result["text"] for result in results] == [ANSWERS[question] for question in questions]
+    assert demo.chat(tuple(conversations[0]), greedy(), use_tqdm=False)[0]["text"] == ANSWERS[questions[0]]
+    assert demo.chat([], use_tqdm=False) == []
+    prompts = [
+        TOKENIZER.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        for conversation in conversations
+    ]
+    assert [result["text"] for result in demo.generate(prompts, greedy(), use_tqdm=False)] == [
+        result["text"] for result in results
+    ]
+
+
+def test_a_second_turn_hits_the_first(demo):
+    demo.reset_prefix_cache()
+    first = answer(demo, greedy())
+    turns = [*QUESTION, {"role": "assistant", "content": first["text"]}, {"role": "user", "content": "And now?"}]
+    result = demo.chat(turns, greedy(max_tokens=5), use_tqdm=False)[0]
+    num_computed = len(prompt_ids()) + len(first["token_ids"]) - 1
+    assert result["num_cached_tokens"] == num_computed // 16 * 16 > len(prompt_ids())
+
+
+def test_driving_the_engine_by_hand(demo):
+    questions = list(ANSWERS)[:4]
+    assert demo.is_finished() and demo.step() == []
+    ids = [demo.add_request(prompt_ids([{"role": "user", "content": question}]), greedy()) for question in questions]
+    late, results = None, {}
+    for step in range(1000):
+        if demo.is_finished():
+            break
+        finished = demo.step()
+        assert not set(dict(finished)) & set(results), "a result is handed out once"
+        results.update(finished)
+        if step == 5:
+            demo.abort_request(ids[1])
+            late = demo.add_request("introduce", greedy(max_tokens=3, ignore_eos=True))
+    assert sorted(results) == sorted({*ids, late} - {ids[1]})
+    for request_id, question in zip(ids, questions, strict=True):
+        if request_id != ids[1]:
+            assert results[request_id]["text"] == ANSWERS[question]
+    assert len(results[late]["token_ids"]) == 3
+    check_idle(demo)
+
+
+def test_generate_leaves_the_results_of_others(demo):
+    """A request that ends while `generate` runs is handed out by the next `step`, and `generate` returns its own."""
+    request_id = demo.add_request(prompt_ids(), greedy(max_tokens=4))
+    result = demo.generate(prompt_ids(), greedy(max_tokens=9), use_tqdm=False)
+    assert len(result) == 1 and len(result[0]["token_ids"]) == 9
+    assert not demo.is_finished()
+    assert [(found, len(result["token_ids"])) for found, result in demo.step()] == [(request_id, 4)]
+    check_idle(demo)
+
+
+def test_the_progress_bar(demo, capsys):
+    demo.generate(["a", "b", "c"], greedy(max_tokens=3, ignore_eos=True), use_tqdm=True)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown and "prefill" in shown and "decode" in shown and "tok/s" in shown
+    demo.generate("a", greedy(max_tokens=3), use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupted_generate_leaves_nothing(demo, monkeypatch):
+    """Requests of the call that are waiting, running or finished are dropped; the next call works."""
+
+    class Interrupted(tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    params = [greedy(max_tokens=n, ignore_eos=True) for n in (2, 2, 50, 50)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nanovllm.engine.llm_engine.tqdm", Interrupted)
+        demo.generate(["a", "b", "c", "d"], params, use_tqdm=True)
+    check_idle(demo)
+    assert answer(demo, greedy())["text"] == INTRODUCTION
