@@ -1,7 +1,5 @@
 """What one request asks for: how its tokens are drawn and when it ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

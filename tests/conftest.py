@@ -9,6 +9,11 @@ from checkpoints import CONFIGS, Checkpoint
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """An exception that ends a thread of the engine fails the test."""
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked `gpu` where there is none."""
     if not torch.cuda.is_available():

@@ -61,7 +61,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
 
 def engine(path: str, **options) -> LLM:
     """A small engine on the CPU, unless the options say otherwise."""
-    options = {"device": "cpu", "max_model_len": 320, "max_num_seqs": 16, "kvcache_block_size": 16} | options
+    options = {"device": "cpu", "max_model_len": 300, "max_num_seqs": 16, "kvcache_block_size": 16} | options
     return LLM(path, **options)
 
 
@@ -87,7 +87,7 @@ def expected(checkpoint: Checkpoint, prompts: Iterable[tuple[int, ...]]) -> list
 def scenario_options(scenario: str, block_size: int) -> dict:
     """What brings `mixed_prompts` into a scenario."""
     # A cache that a few of the prompts fill, so that their growth preempts others.
-    few_blocks = {"num_kvcache_blocks": {16: 20, 64: 6, 256: 3}[block_size], "kvcache_block_size": block_size}
+    few_blocks = {"num_kvcache_blocks": {16: 19, 64: 6, 256: 3}[block_size], "kvcache_block_size": block_size}
     return {
         "plain": {"kvcache_block_size": block_size},
         "chunked": {"kvcache_block_size": block_size, "max_num_batched_tokens": 24},

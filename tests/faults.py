@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -121,7 +122,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def traces() -> dict[str, object]:
-    """What this process has beyond its memory: processes, threads, pipes, sockets and with them ports, shared memory."""
+    """What this process has beyond its memory: processes, threads, files, sockets and so ports, shared memory."""
     resource_tracker.ensure_running()
     task, fd = Path("/proc/self/task"), Path("/proc/self/fd")
     links = []
@@ -133,6 +134,6 @@ def traces() -> dict[str, object]:
     return {
         "processes": children(),
         "threads": len(list(task.iterdir())),
-        "files": sorted(links),
+        "files": dict(Counter(links)),
         "shared memory": sorted(os.listdir("/dev/shm")),
     }

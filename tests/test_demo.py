@@ -40,15 +40,18 @@ def test_there_is_enough_to_answer():
     assert {"introduce yourself", "list all prime numbers within 100"} <= {line["question"] for line in LINES}
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float32", "async_scheduling": False, "kvcache_block_size": 64}])
-def test_on_the_cpu(options):
-    check_answers(device="cpu", **options)
+def test_on_the_cpu():
+    check_answers(device="cpu")
+
+
+def test_on_the_cpu_in_float32_without_async_scheduling():
+    check_answers(LINES[:80], device="cpu", dtype="float32", async_scheduling=False, kvcache_block_size=64)
 
 
 def test_on_the_cpu_with_little_of_everything():
     """Small blocks, a small budget and few blocks: the answers stay."""
     trace = check_answers(
-        LINES[:60],
+        LINES[:40],
         device="cpu",
         dtype="float32",
         kvcache_block_size=16,

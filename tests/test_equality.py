@@ -61,7 +61,7 @@ def test_second_turn_hits_the_generated_tokens(checkpoint):
 
 def test_without_prefix_caching(checkpoint):
     checkpoint, prompts = checkpoint("qwen2"), mixed_prompts()
-    with engine(checkpoint.path, enable_prefix_caching=False, num_kvcache_blocks=22) as llm:
+    with engine(checkpoint.path, enable_prefix_caching=False, num_kvcache_blocks=19) as llm:
         trace = Trace(llm)
         for _ in range(2):
             results = generate(llm, prompts)
@@ -128,7 +128,7 @@ def test_max_model_len_is_capped_by_the_model(checkpoint):
 def test_abort_in_the_middle(checkpoint, async_scheduling):
     """Aborts a waiting, a partly computed, a decoding and a preempted request; the others do not notice."""
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
-    options = {"num_kvcache_blocks": 20, "max_num_batched_tokens": 24, "async_scheduling": async_scheduling}
+    options = {"num_kvcache_blocks": 19, "max_num_batched_tokens": 24, "async_scheduling": async_scheduling}
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
     with engine(checkpoint.path, **options) as llm:
         trace = Trace(llm)
@@ -184,7 +184,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(checkpoint, async_scheduling):
         assert [result["token_ids"] for result in generate(llm, prompts, SAMPLED)] == alone
         same_prompt = generate(llm, [prompts[0]] * 2, [SAMPLED[0], replace(SAMPLED[0], seed=7)])
         assert same_prompt[0]["token_ids"] == alone[0] != same_prompt[1]["token_ids"]
-    with engine(path, num_kvcache_blocks=22, max_num_batched_tokens=40, async_scheduling=async_scheduling) as llm:
+    with engine(path, num_kvcache_blocks=19, max_num_batched_tokens=40, async_scheduling=async_scheduling) as llm:
         trace = Trace(llm)
         results = generate(llm, prompts[::-1], SAMPLED[::-1])
         assert trace.num_preemptions > 0
@@ -205,7 +205,7 @@ def test_draws_without_a_seed_follow_the_engine_seed(checkpoint):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("qwen3", {"num_kvcache_blocks": 22, "max_num_batched_tokens": 40}),
+        ("qwen3", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}),
         ("llama_bias", {"num_kvcache_blocks": 6, "kvcache_block_size": 64, "async_scheduling": False}),
         ("qwen2", {"max_num_batched_tokens": 24, "async_scheduling": False}),
         ("llama", {"num_kvcache_blocks": 3, "kvcache_block_size": 256}),

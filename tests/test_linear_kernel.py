@@ -140,11 +140,20 @@ def test_every_number_of_rows(any_rows, rows, dtype):
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (2, 5003), (2500, 33), (4098, 8), (8194, 8)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (130, 64), (2, 5003)])
 def test_odd_sizes(any_rows, n, k, dtype):
-    for rows in (1, 2, 5):
-        check(inputs(rows, n, k, dtype, True, True, True, False))
+    check(inputs(2, n, k, dtype, True, True, True, False))
     check(inputs(1, 2 * n, k, dtype, False, False, False, True))
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("features", [2048, 4096, 8192, 8193])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_every_tile_shape(any_rows, monkeypatch, rows, features, dtype):
+    tile_shape = linear_module._tile_shape
+    monkeypatch.setattr(linear_module, "_tile_shape", lambda rows, n, k: tile_shape(rows, features, k))
+    check(inputs(rows, 70, 4100, dtype, False, True, False, True))
 
 
 @kernel_test

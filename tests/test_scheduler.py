@@ -333,7 +333,7 @@ REQUESTS = st.tuples(
 )
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=12),
     is_async=st.booleans(),

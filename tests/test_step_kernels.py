@@ -1,4 +1,4 @@
-"""The kernels around a decode step equal their torch functions: in the interpreter, in a child process, and on a GPU."""
+"""The kernels around a decode step equal their torch functions: in the interpreter (a child process), on a GPU."""
 
 import os
 import subprocess

@@ -6,8 +6,6 @@ training goes on until, with the saved weights, every answer token's logit leads
 in bfloat16. Kernels that round differently then still agree on every greedy token.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

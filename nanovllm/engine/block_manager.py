@@ -6,8 +6,6 @@ block keeps its contents and its name until it is handed out again, the least re
 takes O(1) a block. The device's memory is not touched here.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable

@@ -282,7 +282,7 @@ class LLMEngine:
 
     def _die(self, error: BaseException) -> NoReturn:
         """Ends the engine after an error that left host and devices in different states, and raises why."""
-        self.failure = self.ranks.cause(error)
+        self.failure = self.ranks.state.cause(error)
         self.exit()
         if isinstance(error, Exception):
             raise RuntimeError(f"the engine is dead: {self.failure}") from error

@@ -5,8 +5,6 @@ A step of decodes reads and advances these rows and needs nothing else from the 
 the tokens of the step before it are seen, and replayed as one CUDA graph from token ids to sampled token ids.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Sequence
 from typing import NamedTuple

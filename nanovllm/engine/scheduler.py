@@ -6,8 +6,6 @@ waiting ones fill the rest of the token budget in their order. Only lengths are 
 a step can be scheduled before the tokens of the one before it are known.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from dataclasses import dataclass, field

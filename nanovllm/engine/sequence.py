@@ -1,7 +1,5 @@
 """One request's state on the host. Nothing here knows of devices, text or other requests."""
 
-from __future__ import annotations
-
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,5 @@
 """What the ranks are told of a step: only what the device cannot know, so that it does not grow with the context."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

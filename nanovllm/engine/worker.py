@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -30,7 +29,7 @@ from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.utils.tensor_parallel import TensorParallel
 
-CAUSE_SECONDS = 2.0  # a rank that failed is heard of by then
+CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
 
@@ -52,22 +51,39 @@ class RankState:
         """Until all ranks are gone: takes in what they report, and on the first failure stops all."""
         pending = dict(zip(self.connections, enumerate(self.processes, start=1), strict=True))
         while pending:
+            reports = []
             for connection in wait(list(pending)):
-                rank, process = pending[connection]
                 try:
-                    report = connection.recv()
+                    reports.append(connection.recv())
                 except (EOFError, OSError):
-                    del pending[connection]
-                    process.join(CAUSE_SECONDS)
-                    report = f"rank {rank} ended with exit code {process.exitcode}"
-                    if self.num_ready < len(self.processes) and (process.exitcode or 0) > 0:
-                        report += f"; its own output says why ({MAIN_GUARD})"
-                with self.changed:
-                    if report is None:
-                        self.num_ready += 1
-                        self.changed.notify_all()
-                    else:
-                        self.stop(report)
+                    reports.append((0.0, self._describe_end(*pending.pop(connection))))
+            # In the order of time: a rank's end makes the others fail, but they cannot tell before it shows here.
+            for _, failure in sorted(reports):
+                if failure:
+                    self.stop(failure)
+                else:
+                    self.count_ready()
+
+    def count_ready(self) -> None:
+        """One more rank has loaded its weights, or rank 0 has joined them all."""
+        with self.changed:
+            self.num_ready += 1
+            self.changed.notify_all()
+
+    def join(self, store: dist.Store) -> None:
+        """Joins rank 0 with the others."""
+        try:
+            self.tp.connect(store)
+            self.count_ready()
+        except Exception as error:
+            self.stop(self.cause(error))
+
+    def cause(self, error: BaseException) -> str:
+        """What was behind an error that rank 0 saw: the first failure of another rank, or the error itself."""
+        if self.processes and isinstance(error, (RuntimeError, OSError)):
+            with self.changed:
+                self.changed.wait_for(lambda: self.failure is not None, CAUSE_SECONDS)
+        return self.failure or describe_failure(0, error, repr(error))
 
     def stop(self, reason: str) -> None:
         """Kills the ranks and breaks off what waits for them. Only the first reason counts."""
@@ -91,6 +107,15 @@ class RankState:
             self.watcher.join()
         self.processes, self.connections = [], []
         self.tp.group = None
+
+    def _describe_end(self, rank: int, process: BaseProcess) -> str:
+        for other in self.processes:
+            if other is not process:
+                other.kill()
+        process.join(CAUSE_SECONDS - 0.5)  # its pipe ends before it does: it may have much memory to free
+        hint = f"; its own output says why ({MAIN_GUARD})"
+        is_unexplained = self.num_ready < len(self.processes) and (process.exitcode or 0) > 0
+        return f"rank {rank} ended with exit code {process.exitcode}{hint * is_unexplained}"
 
 
 class RankGroup:
@@ -139,29 +164,20 @@ class RankGroup:
         self.runner = ModelRunner(self.config, state.tp)
         if not state.processes:
             return
-        self._wait(lambda: state.num_ready == len(state.processes))
-        outcome: list[Exception | None] = []
-
+        self._wait(len(state.processes))
+        server = state.store  # must not go before the client, which ends with it, is connected
+        self.check()
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        del server
         # In a thread: joining takes no interrupt, nor does it end by itself when a rank dies.
-        def connect(state: RankState, port: int) -> None:
-            try:
-                state.tp.connect(dist.TCPStore("127.0.0.1", port, is_master=False))
-                outcome.append(None)
-            except Exception as error:
-                outcome.append(error)
-            with state.changed:
-                state.changed.notify_all()
-
-        threading.Thread(target=connect, args=(state, state.store.port), daemon=True, name="nanovllm-join").start()
-        self._wait(lambda: bool(outcome))
-        if outcome[0] is not None:
-            raise outcome[0]
+        threading.Thread(target=state.join, args=(client,), daemon=True, name="nanovllm-join").start()
+        self._wait(len(state.processes) + 1)
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls a method of every rank's ModelRunner; returns rank 0's result.
 
         Raises:
-            RuntimeError, OSError: a rank has failed, see `cause`.
+            RuntimeError, OSError: a rank has failed, see `RankState.cause`.
         """
         self.check()
         if self.state.connections:
@@ -175,14 +191,6 @@ class RankGroup:
         if self.state.failure is not None:
             raise RuntimeError("a rank has failed")
 
-    def cause(self, error: BaseException) -> str:
-        """What was behind an error that rank 0 saw: the first failure of another rank, or the error itself."""
-        state = self.state
-        if state.processes and isinstance(error, (RuntimeError, OSError)):
-            with state.changed:
-                state.changed.wait_for(lambda: state.failure is not None, CAUSE_SECONDS)
-        return state.failure or describe_failure(0, error, repr(error))
-
     def close(self) -> None:
         """Ends all ranks and frees their memory. Can be called again."""
         self.state.close()
@@ -190,9 +198,9 @@ class RankGroup:
         if runner is not None:
             runner.exit()
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
+    def _wait(self, num_ready: int) -> None:
         with self.state.changed:
-            self.state.changed.wait_for(lambda: self.state.failure is not None or condition())
+            self.state.changed.wait_for(lambda: self.state.failure is not None or self.state.num_ready == num_ready)
         self.check()
 
 
@@ -219,14 +227,14 @@ def run_rank(config: Config, rank: int, caller: int, port: int, connection: Conn
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
         runner = ModelRunner(config, tp)
-        connection.send(None)
+        connection.send((0.0, ""))
         tp.connect(dist.TCPStore("127.0.0.1", port, is_master=False))
         while True:
             method, args = connection.recv()
             getattr(runner, method)(*args)
     except BaseException as error:
         with suppress(OSError):
-            connection.send(describe_failure(rank, error, traceback.format_exc()))
+            connection.send((time.monotonic(), describe_failure(rank, error, traceback.format_exc())))
     # At once: destructors of a broken process group may wait for ranks that are gone.
     os._exit(1)
 

@@ -2,17 +2,14 @@
 """Reading, advancing and writing the rows of the device's decode batch, in one kernel each instead of many."""
 
 import torch
+from torch import Tensor
 
 from nanovllm.kernels import tl, triton, use_triton
 
 
 def advance_rows_torch(
-    rows: torch.Tensor,
-    last_tokens: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_tables: Tensor, block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `advance_rows`."""
     is_padding = rows == len(last_tokens) - 1
     positions, tables = context_lens[rows], block_tables[rows]
@@ -48,12 +45,8 @@ def _advance_kernel(
 
 
 def advance_rows(
-    rows: torch.Tensor,
-    last_tokens: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_tables: Tensor, block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a step needs of the rows that decode one token, whose context lengths grow by it.
 
     Args:
@@ -79,9 +72,7 @@ def advance_rows(
     return tokens, positions, slots, lens, tables
 
 
-def store_tokens_torch(
-    token_ids: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor, count: torch.Tensor
-) -> None:
+def store_tokens_torch(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
     """See `store_tokens`."""
     last_tokens[rows] = token_ids
     ring[int(count) % len(ring), rows] = token_ids
@@ -104,9 +95,7 @@ def _store_kernel(
     tl.store(count_ptr, count + 1)
 
 
-def store_tokens(
-    token_ids: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, ring: torch.Tensor, count: torch.Tensor
-) -> None:
+def store_tokens(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
     """Writes sampled tokens to their rows, and to the host's memory, without a copy that the next step would wait for.
 
     Args:

@@ -7,6 +7,7 @@ that a request draws the same tokens whatever it is batched with and however the
 """
 
 import torch
+from torch import Tensor
 
 from nanovllm.kernels import INTERPRETED, tl, triton, use_triton
 
@@ -16,14 +17,14 @@ BLOCK = 2048
 PART = 8 * BLOCK  # logits of one program
 
 
-def hash32(x: torch.Tensor) -> torch.Tensor:
+def hash32(x: Tensor) -> Tensor:
     """Mixes 32-bit numbers held in int64 (the constants of C. Wellons' "lowbias32")."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
     return x ^ (x >> 16)
 
 
-def gumbel_noise_torch(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def gumbel_noise_torch(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float32 [B, V], of int64 seeds [B], positions [B] and token ids [V]."""
     keys = hash32(hash32(seeds & MASK) ^ ((seeds >> 32) & MASK))
     keys = hash32(keys ^ hash32(positions))
@@ -33,9 +34,7 @@ def gumbel_noise_torch(seeds: torch.Tensor, positions: torch.Tensor, token_ids: 
     return -torch.log(-torch.log1p(-uniform))
 
 
-def draw_torch(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, start: int = 0
-) -> torch.Tensor:
+def draw_torch(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, start: int = 0) -> Tensor:
     """See `draw`."""
     scores = logits.float()
     if temperatures.any():
@@ -48,7 +47,7 @@ def draw_torch(
     return (order << 32) | (MASK - (start + index))
 
 
-def unpack_token_ids(packed: torch.Tensor) -> torch.Tensor:
+def unpack_token_ids(packed: Tensor) -> Tensor:
     """The token ids, int64 [B], of what `draw` returns."""
     return MASK - (packed & MASK)
 
@@ -114,9 +113,7 @@ def _draw_kernel(
     tl.atomic_max(packed_ptr + row, packed)
 
 
-def draw(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, start: int = 0
-) -> torch.Tensor:
+def draw(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, start: int = 0) -> Tensor:
     """The best of logits / temperature + noise in each row, and the token id that has it.
 
     Args:

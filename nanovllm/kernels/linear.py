@@ -7,6 +7,7 @@ start before the one ahead of them ends (`use_pdl`), this one loads weights, whi
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 from nanovllm.kernels.rms_norm import rms_norm
@@ -88,14 +89,9 @@ def _tile_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
 
 
 def linear_torch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, gated: bool = False,
+) -> Tensor:  # fmt: skip
     """What `linear` computes, one operation after another; also its way with many rows."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
@@ -108,14 +104,9 @@ def linear_torch(
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, gated: bool = False,
+) -> Tensor:  # fmt: skip
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
     x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],

@@ -126,52 +126,31 @@ def _merge(
 
 
 @triton.jit
-def _first_tile(program, num_big, big, small):
-    return tl.minimum(program, num_big) * big + tl.maximum(program - num_big, 0) * small
+def _find_work(lens_ptr, batch, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr):
+    """This program's tiles, as (first, end, row of the first, first tile of that row), and the size of a share.
 
-
-@triton.jit
-def _owner(tile, num_big, big, small):
-    return tl.where(tile < num_big * big, tile // big, num_big + (tile - num_big * big) // small)
-
-
-@triton.jit
-def _find_work(
-    lens_ptr, batch, num_big, big_share, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr
-):  # fmt: skip
-    """This program's tiles, as (first, end, row of the first, first tile of that row), and the two sizes of shares.
-
-    The tiles of all units (row, KV head) stand in one line. An empty row owns a tile per head too, so that somebody
-    writes its zeros. SMs do not get equal shares of the memory's bandwidth, so equal shares of the work would end at
-    different times: `num_big` programs, as many as run at a time, take big_share / 16 of the line, and the rest of the
-    programs, which start as places fall free, small shares of what is left.
+    The tiles of all units (row, KV head) stand in one line, of which every program takes an equal share. An empty row
+    owns a tile per head too, so that somebody writes its zeros.
     """
     rows = tl.arange(0, ROWS_PAD)
     lens = tl.load(lens_ptr + rows, mask=rows < batch, other=0)
     ends = tl.cumsum(tl.where(rows < batch, tl.maximum(tl.cdiv(lens, BLOCK_N), 1) * KV_HEADS, 0), 0)
     line = tl.max(ends, 0)
-    big = tl.cdiv(line * big_share, 16 * num_big)
-    num_small = tl.maximum(tl.num_programs(0) - num_big, 1)
-    small = tl.maximum(tl.cdiv(line - num_big * big, num_small), 1)
-    program = tl.program_id(0)
-    tile = _first_tile(program, num_big, big, small)
-    stop = tl.minimum(_first_tile(program + 1, num_big, big, small), line)
+    share = tl.cdiv(line, tl.num_programs(0))
+    tile = tl.program_id(0) * share
     row = tl.sum((ends <= tile).to(tl.int32), 0)
     row_start = tl.max(tl.where(rows < row, ends, 0), 0)
-    return tile, stop, row, row_start, big, small
+    return tile, tl.minimum(tile + share, line), row, row_start, share
 
 
-@triton.jit(do_not_specialize=["batch", "num_big", "big_share"])
+@triton.jit(do_not_specialize=["batch"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, batch, scale,
-    num_big, big_share,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     COLS_PAD: tl.constexpr, PARTS: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, stop, row, row_start, big, small = _find_work(
-        lens_ptr, batch, num_big, big_share, KV_HEADS, BLOCK_N, ROWS_PAD
-    )
+    tile, stop, row, row_start, share = _find_work(lens_ptr, batch, KV_HEADS, BLOCK_N, ROWS_PAD)
     pdl_wait(PDL)
     program = tl.program_id(0)
     heads = tl.arange(0, BLOCK_M)[:, None]
@@ -198,8 +177,8 @@ def _decode_kernel(
             KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        first_program = _owner(unit_start, num_big, big, small)
-        last_program = _owner(unit_end - 1, num_big, big, small)
+        first_program = unit_start // share
+        last_program = (unit_end - 1) // share
         if first_program == last_program:
             tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
         else:
@@ -312,16 +291,16 @@ def paged_decode(
     shapes = _shapes(q, k_cache)
     units, cols = len(q) * shapes["KV_HEADS"], shapes["GROUP"] * shapes["DIM"]
     num_sms = _num_sms(q.device)
-    num_big, programs, stages = (num_sms, num_sms, 5) if units <= num_sms // 4 else (num_sms * 4, num_sms * 12, 3)
+    per_sm = min(max(round(16 * units / num_sms), 1), PROGRAMS_PER_SM)
+    programs = num_sms * per_sm
     parts = units + programs
     partial = torch.empty((parts, cols), dtype=torch.float32, device=q.device)
     lse = torch.empty((parts, shapes["GROUP"]), dtype=torch.float32, device=q.device)
     cols_pad = triton.next_power_of_2(cols)
-    pdl = use_pdl(q.device)
+    pdl = len(q) <= PDL_MAX_ROWS and use_pdl(q.device)
     _decode_kernel[(programs,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
-        len(q), scale * LOG2_E, num_big, 12 if programs > num_big else 16,
-        **shapes, STAGES=stages, BLOCK_M=max(16, triton.next_power_of_2(shapes["GROUP"])), COLS_PAD=cols_pad,
+        len(q), scale * LOG2_E, **shapes, STAGES=5 if per_sm == 1 else 3, BLOCK_M=max(16, triton.next_power_of_2(shapes["GROUP"])), COLS_PAD=cols_pad,
         PARTS=max(1, min(8, 4096 // cols_pad)), ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), PDL=pdl,
         launch_pdl=pdl, num_warps=4,
     )  # fmt: skip

@@ -49,7 +49,8 @@ def _sample_kernel(
         return
     lanes = tl.arange(0, LANES)
     part = tl.cdiv(size, SPLITS * LANES) * LANES
-    begin, end = split * part, tl.minimum((split + 1) * part, size)
+    begin = tl.minimum(split * part, size)  # an unrolled loop may not begin beyond its end
+    end = tl.minimum(begin + part, size)
     logits_ptr += row * size
     first = tl.full((LANES,), LOWEST, tl.float32)
     second = first

@@ -4,8 +4,6 @@ Every backend first has all of the step's KV stored and then reads keys and valu
 sequences of one step can share a prefix that the step itself computes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Token embedding and LM head, both split by vocabulary over tensor-parallel ranks."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

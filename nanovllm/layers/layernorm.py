@@ -1,7 +1,5 @@
 """Root-mean-square layer normalisation (arXiv 1910.07467)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from nanovllm.utils.tensor_parallel import TensorParallel

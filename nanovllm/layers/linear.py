@@ -3,8 +3,6 @@
 The `shards` of a parameter tell the loader which part of a checkpoint's tensors it holds.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

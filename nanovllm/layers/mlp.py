@@ -1,7 +1,5 @@
 """The gated feed-forward block that all supported families share (SwiGLU, arXiv 2002.05202)."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

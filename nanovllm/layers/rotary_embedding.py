@@ -1,7 +1,5 @@
 """Tables of rotary position embeddings (RoFormer, arXiv 2104.09864); the kernel that stores KV applies them."""
 
-from __future__ import annotations
-
 import math
 
 import torch

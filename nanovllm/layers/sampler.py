@@ -1,7 +1,5 @@
 """Sampling of the next tokens, on logits that are split by vocabulary over tensor-parallel ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -43,5 +41,5 @@ class Sampler(nn.Module):
             # Each rank offers its best candidate.
             start = self.tp.rank * logits.size(1)
             packed = draw(logits, inputs.temperatures, inputs.seeds, inputs.positions, start)
-            self.tp.all_reduce(packed, dist.ReduceOp.MAX)
+            packed = self.tp.all_reduce(packed, dist.ReduceOp.MAX)
         return unpack_token_ids(packed)

@@ -1,7 +1,5 @@
 """What attention must know of a step, handed down with the tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ A parameter's `shards` say which slices of a checkpoint's tensors fill it: one f
 order of the model's `packed_modules_mapping`, or just one. A parameter without shards is a whole tensor on each rank.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import ExitStack

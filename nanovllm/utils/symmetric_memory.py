@@ -4,11 +4,8 @@ A kernel that reads its peers' buffers takes a third of NCCL's time for the few 
 PyTorch's `symm_mem`, over plain peer pointers: no NVLink multicast.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _SymmetricMemory
 
 MAX_BYTES = 4 * 2**20  # from where on NCCL is faster
 
@@ -22,15 +19,15 @@ class SymmetricAllReduce:
         Raises:
             RuntimeError: the GPUs cannot reach each other's memory.
         """
+        from torch._C._distributed_c10d import _SymmetricMemory
+
         store = dist.PrefixStore("symmetric_memory", store)
         if rank == 0:
             store.set("name", f"nanovllm-{id(self)}-{torch.initial_seed()}")
         self.name = store.get("name").decode()  # names are looked up process-wide
         _SymmetricMemory.set_group_info(self.name, rank, size, store)
         shape = (MAX_BYTES // dtype.itemsize,)
-        self.buffers = [
-            _SymmetricMemory.empty_strided_p2p(shape, (1,), dtype, device, self.name) for _ in range(2)
-        ]
+        self.buffers = [_SymmetricMemory.empty_strided_p2p(shape, (1,), dtype, device, self.name) for _ in range(2)]
         for buffer in self.buffers:
             _SymmetricMemory.rendezvous(buffer, self.name)
 
