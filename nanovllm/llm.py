@@ -22,11 +22,9 @@ class LLM(LLMEngine):
     """
 
     def chat(
-        self,
-        messages: Items[Message] | Items[Items[Message]],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
+        self, messages: Items[Message] | Items[Items[Message]],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None, use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Answers a conversation, or each of a list of them, rendered by the tokenizer's chat template.
 
         A conversation is a list of messages such as {"role": "user", "content": "Hello"}. Returns what `generate`

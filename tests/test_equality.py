@@ -191,6 +191,17 @@ def test_seeded_draws_do_not_depend_on_the_batch(checkpoint, async_scheduling):
         assert [result["token_ids"] for result in results[::-1]] == alone
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 20}])
+def test_the_coldest_temperature_is_greedy(checkpoint, options):
+    """However small, it must not overflow into another token."""
+    prompts = mixed_prompts()[:3]
+    with engine(checkpoint("qwen3").path) as llm:
+        greedy = tokens(generate(llm, prompts, SamplingParams(temperature=0, max_tokens=8)))
+        for temperature in (1e-6, 1e-45):
+            params = SamplingParams(temperature=temperature, max_tokens=8, **options)
+            assert tokens(generate(llm, prompts, params)) == greedy
+
+
 def test_draws_without_a_seed_follow_the_engine_seed(checkpoint):
     """Two engines of one seed agree, one of another seed does not, and the requests of a list differ."""
     params = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)

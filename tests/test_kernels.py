@@ -22,8 +22,8 @@ from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcach
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
-DOT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
+# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers (and it is slow).
+DOT_DTYPES = DTYPES[:1] if INTERPRETED else DTYPES
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -109,21 +109,6 @@ def test_rms_norm(rows, size, dtype):
     x = randn(rows, size + 24, dtype=dtype)[:, :size]
     weight = randn(size, dtype=dtype)
     assert_rows_close(rms_norm(x, weight, 1e-6), rms_norm_torch(x.float(), weight.float(), 1e-6), dtype)
-
-
-@kernel_test
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_adds_the_residual_in_place(dtype):
-    x = randn(6, 300, dtype=dtype)[:, :200]
-    base = randn(6, 256, dtype=dtype)
-    residual, untouched = base[:, :200], base[:, 200:].clone()
-    weight = randn(200, dtype=dtype)
-    expected_y, expected_sum = rms_norm_torch(x.float(), weight.float(), 1e-5, residual.clone().float())
-    y, returned = rms_norm(x, weight, 1e-5, residual)
-    assert_rows_close(y, expected_y, dtype)
-    assert_rows_close(residual, expected_sum, dtype)
-    assert returned.data_ptr() == residual.data_ptr()
-    assert torch.equal(base[:, 200:], untouched)
 
 
 @kernel_test

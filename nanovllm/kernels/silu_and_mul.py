@@ -3,15 +3,15 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import tl, triton, use_triton
 
 BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    pdl_wait(PDL)
+def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -22,13 +22,13 @@ def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr, PDL:
     tl.store(y_ptr + row * size + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul_torch(x: Tensor) -> Tensor:
     """What `silu_and_mul` computes, said plainly."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, 2020).
 
     x: [N, 2 I], gate then up, rows any distance apart. Arithmetic in float32. Returns [N, I] in x's dtype, contiguous.
@@ -38,8 +38,5 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows:
-        pdl = use_pdl(x.device)
-        _silu_and_mul_kernel[(rows, triton.cdiv(size, BLOCK))](
-            x, y, x.stride(0), size, BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=4
-        )
+        _silu_and_mul_kernel[(rows, triton.cdiv(size, BLOCK))](x, y, x.stride(0), size, BLOCK=BLOCK, num_warps=4)
     return y

@@ -6,8 +6,9 @@ memory bus once. It knows nothing of sequences: a row has a position and a slot.
 """
 
 import torch
+from torch import Tensor
 
-from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import PDL_MAX_ROWS, pdl_wait, tl, triton, use_pdl, use_triton
 from nanovllm.kernels.rms_norm import rms_norm_torch
 
 
@@ -70,23 +71,15 @@ def _rope_store_kernel(
 
 
 def rope_store_kvcache_torch(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_heads: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
+    num_heads: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
     """What `rope_store_kvcache` computes, said plainly."""
     kv_heads, dim = k_cache.shape[-2:]
     q, k, v = qkv.view(len(qkv), -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
     cos, sin = cos_sin[positions.long(), None].chunk(2, dim=-1)
 
-    def norm_rope(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    def norm_rope(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.float()
         a, b = (x if weight is None else rms_norm_torch(x, weight, eps)).chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qkv.dtype)
@@ -99,24 +92,17 @@ def rope_store_kvcache_torch(
 
 
 def rope_store_kvcache(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_heads: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
+    num_heads: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
     """Rotate q and k (Su et al., 2021; the "rotate half" order), return q and store k and v in their slots.
 
     qkv: [N, (Hq + 2 Hkv) D], the fused projection's rows. cos_sin: [max_position, D] float32, D/2 cosines then D/2
     sines. positions: [N] int. slot_mapping: [N] int, slot = block * block_size + offset; the K and V of a row with
     slot -1 (padding) are stored nowhere. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's
     dtype. q_norm, k_norm: [D] weights of an RMSNorm of every head before the rotation, both or neither. D is even.
-    Arithmetic in float32. Returns q [N, Hq, D] in qkv's dtype, contiguous.
+    Arithmetic in float32. With up to PDL_MAX_ROWS rows positions and slot_mapping are read early, by the rule of
+    `pdl_wait`. Returns q [N, Hq, D] in qkv's dtype, contiguous.
     """
     if not use_triton(qkv):
         return rope_store_kvcache_torch(
@@ -125,7 +111,7 @@ def rope_store_kvcache(
     kv_heads, dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
-        pdl = use_pdl(qkv.device)
+        pdl = len(qkv) <= PDL_MAX_ROWS and use_pdl(qkv.device)
         _rope_store_kernel[(len(qkv),)](
             qkv, qkv.stride(0), cos_sin, positions, slot_mapping, q_norm, k_norm, eps, q, k_cache, v_cache,
             HAS_NORM=q_norm is not None, Q_HEADS=num_heads, KV_HEADS=kv_heads,

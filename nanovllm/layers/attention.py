@@ -5,7 +5,8 @@ sequences of one step can share a prefix that the step itself computes.
 """
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
@@ -20,7 +21,7 @@ class Attention(nn.Module):
     paged_decode counts in, are set by whoever owns the cache's memory.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, backend: str, rotary_table: torch.Tensor) -> None:
+    def __init__(self, num_heads: int, head_dim: int, backend: str, rotary_table: Tensor) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = head_dim**-0.5
@@ -29,13 +30,9 @@ class Attention(nn.Module):
         self.k_cache = self.v_cache = self.semaphores = torch.empty(0)
 
     def forward(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        context: Context,
-        q_norm: RMSNorm | None = None,
+        self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:  # fmt: skip
         """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
         q = rope_store_kvcache(
             qkv,
@@ -51,11 +48,17 @@ class Attention(nn.Module):
         )
         return getattr(self, f"_attend_{self.backend}")(q, context).flatten(1)
 
-    def _attend_torch(self, q: torch.Tensor, context: Context) -> torch.Tensor:
-        tables, lens, cu_seqlens_q = context.block_tables, context.context_lens, context.cu_seqlens_q
-        return paged_attention_torch(q, self.k_cache, self.v_cache, tables, lens, cu_seqlens_q, self.scale)
+    def _attend_torch(self, q: Tensor, context: Context) -> Tensor:
+        caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
+        if not q.is_cuda or context.num_decodes < len(q):
+            return paged_attention_torch(q, *caches, tables, lens, context.cu_seqlens_q, self.scale)
+        # Decodes on a GPU may be in a graph, where the host cannot loop over lengths: all pages, and a mask.
+        k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in caches)
+        visible = (torch.arange(k.size(2), device=q.device) < lens[:, None])[:, None, None]
+        o = F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=self.scale, enable_gqa=True)
+        return o[:, :, 0]
 
-    def _attend_triton(self, q: torch.Tensor, context: Context) -> torch.Tensor:
+    def _attend_triton(self, q: Tensor, context: Context) -> Tensor:
         n = context.num_decodes
         caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
         if n == len(q):
@@ -66,7 +69,7 @@ class Attention(nn.Module):
             o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], self.semaphores, self.scale)
         return o
 
-    def _attend_flash_attn(self, q: torch.Tensor, context: Context) -> torch.Tensor:
+    def _attend_flash_attn(self, q: Tensor, context: Context) -> Tensor:
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
         n = context.num_decodes

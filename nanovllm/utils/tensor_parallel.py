@@ -7,14 +7,11 @@ that several engines, and a caller that uses torch.distributed itself, live side
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from nanovllm.utils.symmetric_memory import SymmetricAllReduce
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -28,7 +25,6 @@ class TensorParallel:
         self.device = device
         self.dtype = dtype
         self.group: dist.ProcessGroup | None = None
-        self.symmetric: SymmetricAllReduce | None = None
         self.is_aborted = False
 
     def connect(self, store: dist.Store) -> None:
@@ -37,8 +33,6 @@ class TensorParallel:
             # NCCL's watchdog would answer the death of a rank by ending this process, which may be the caller's.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
-            with suppress(RuntimeError):  # GPUs that cannot reach each other's memory have NCCL alone
-                self.symmetric = SymmetricAllReduce(self.rank, self.size, self.device, self.dtype, store)
         else:
             self.group = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
         self.min(0)
@@ -59,10 +53,8 @@ class TensorParallel:
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-        """x reduced over the ranks, in place or in a buffer that lasts until the next but one sum."""
+        """Reduces x over the ranks, in place."""
         self.check()
-        if self.symmetric is not None and op == dist.ReduceOp.SUM and self.symmetric.takes(x):
-            return self.symmetric(x)
         if self.group is not None:
             options = dist.AllreduceOptions()
             options.reduceOp = op
