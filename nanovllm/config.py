@@ -15,7 +15,13 @@ import torch
 from nanovllm.sampling_params import check_float, check_int
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
+LOWEST = {"max_num_batched_tokens": 1, "max_num_seqs": 1, "max_model_len": 2, "tensor_parallel_size": 1}
+CHOICES = {
+    "dtype": ("auto", *DTYPES),
+    "device": ("auto", "cuda", "cpu"),
+    "attention_backend": ("auto", "flash_attn", "triton", "torch"),
+    "load_format": ("auto", "dummy"),
+}
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -134,7 +140,7 @@ class Config:
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
         dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of DTYPES.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
-        attention_backend: one of ATTENTION_BACKENDS.
+        attention_backend: "auto", "triton", "flash_attn" or "torch".
         enable_prefix_caching: share the KV of equal prefixes between requests.
         async_scheduling: prepare and launch a step before the tokens of the last one are seen.
         load_format: "auto" reads safetensors, "dummy" draws random weights and needs no file but config.json.
@@ -174,25 +180,23 @@ class Config:
         return cls(model, **options)
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "tensor_parallel_size"):
-            check_int(name, getattr(self, name), 1)
-        check_int("max_model_len", self.max_model_len, 2)
+        for name, low in LOWEST.items():
+            check_int(name, getattr(self, name), low)
         check_int("seed", self.seed, 0, 2**63 - 1)
+        check_int("kvcache_block_size", self.kvcache_block_size, 16)
+        if self.num_kvcache_blocks != -1:
+            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1)
+        if self.kvcache_block_size & (self.kvcache_block_size - 1):
+            raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0)
         if self.gpu_memory_utilization == 0:
             raise ValueError("gpu_memory_utilization must be greater than 0, got 0")
-        check_int("kvcache_block_size", self.kvcache_block_size, 16)
-        if self.kvcache_block_size & (self.kvcache_block_size - 1):
-            raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
-        if self.num_kvcache_blocks != -1:
-            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1)
         for name in ("enforce_eager", "enable_prefix_caching", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        self._check_choice("dtype", ("auto", *DTYPES))
-        self._check_choice("device", ("auto", "cuda", "cpu"))
-        self._check_choice("attention_backend", ATTENTION_BACKENDS)
-        self._check_choice("load_format", ("auto", "dummy"))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         self._resolve_device()
         self._set("model", resolve_model_path(self.model, weights=self.load_format == "auto"))
         self._set("model_config", ModelConfig.from_folder(self.model))
@@ -214,29 +218,22 @@ class Config:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-
     def _resolve_device(self) -> None:
         num_gpus = torch.cuda.device_count() if self.device != "cpu" else 0
         if self.device == "auto":
             self._set("device", "cuda" if num_gpus else "cpu")
-        if self.device == "cuda" and self.tensor_parallel_size > num_gpus:
-            raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} needs as many CUDA devices, there are {num_gpus}"
-            )
+        size = self.tensor_parallel_size
+        if self.device == "cuda" and size > num_gpus:
+            raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
 
     def _check_divisible(self) -> None:
+        model, size = self.model_config, self.tensor_parallel_size
         for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
-            value = getattr(self.model_config, name)
-            if value % self.tensor_parallel_size:
-                raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} must divide {name}={value}")
-        if self.model_config.num_attention_heads % self.model_config.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.model_config.num_key_value_heads} must divide "
-                f"num_attention_heads={self.model_config.num_attention_heads}"
-            )
+            if getattr(model, name) % size:
+                raise ValueError(f"tensor_parallel_size={size} must divide {name}={getattr(model, name)}")
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
 
     def _resolve_dtype(self) -> None:
         if self.dtype != "auto":
@@ -256,7 +253,7 @@ class Config:
             return
         obstacle = self._backend_obstacle("triton")
         self._set("attention_backend", "torch" if obstacle else "triton")
-        self._set("attention_reason", f"triton needs {obstacle}" if obstacle else "the fastest measured on CUDA")
+        self._set("attention_reason", f"triton needs {obstacle}" if obstacle else "the fastest measured on an H200")
 
     def _backend_obstacle(self, backend: str) -> str | None:
         """What a backend needs that is not there, None if it can be used."""
