@@ -110,9 +110,5 @@ def test_on_a_gpu_with_little_of_everything(backend, block_size):
 @pytest.mark.parametrize("backend", [pytest.param("flash_attn", marks=needs_flash_attn), "triton", "torch"])
 def test_on_two_gpus(backend, enforce_eager):
     check_answers(
-        device="cuda",
-        dtype="bfloat16",
-        attention_backend=backend,
-        enforce_eager=enforce_eager,
-        tensor_parallel_size=2,
+        device="cuda", dtype="bfloat16", attention_backend=backend, enforce_eager=enforce_eager, tensor_parallel_size=2
     )

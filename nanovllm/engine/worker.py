@@ -87,6 +87,8 @@ class RankState:
 
     def stop(self, reason: str) -> None:
         """Kills the ranks and breaks off what waits for them. Only the first reason counts."""
+        if os.getpid() != self.caller:
+            return  # the finalizer of a fork: the ranks are not its own
         with self.changed:
             if self.failure is None:
                 self.failure = reason
@@ -98,15 +100,15 @@ class RankState:
 
     def close(self) -> None:
         """Ends the ranks, the watching thread and the process group. Can be called again."""
-        if os.getpid() != self.caller:
-            return  # the finalizer of a fork: the ranks are not its own
         self.stop("it was closed")
+        if os.getpid() != self.caller:
+            return
         for process in self.processes:
             process.join()
         if self.watcher not in (None, threading.current_thread()):
             self.watcher.join()
         self.processes, self.connections = [], []
-        self.tp.group = None
+        self.tp.disconnect()
 
     def _describe_end(self, rank: int, process: BaseProcess) -> str:
         for other in self.processes:
@@ -193,10 +195,12 @@ class RankGroup:
 
     def close(self) -> None:
         """Ends all ranks and frees their memory. Can be called again."""
-        self.state.close()
+        self.state.stop("it was closed")
+        # Before all else is waited for: to break off NCCL's collectives takes the end of the graphs that hold them.
         runner, self.runner = self.runner, None
         if runner is not None:
             runner.exit()
+        self.state.close()
 
     def _wait(self, num_ready: int) -> None:
         with self.state.changed:

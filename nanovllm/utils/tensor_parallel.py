@@ -7,6 +7,7 @@ that several engines, and a caller that uses torch.distributed itself, live side
 from __future__ import annotations
 
 import os
+import threading
 from datetime import timedelta
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 TIMEOUT = timedelta(minutes=10)
+ABORT_SECONDS = 3.0
 
 
 class TensorParallel:
@@ -26,6 +28,7 @@ class TensorParallel:
         self.dtype = dtype
         self.group: dist.ProcessGroup | None = None
         self.is_aborted = False
+        self.aborting: threading.Thread | None = None
 
     def connect(self, store: dist.Store) -> None:
         """Meets the other ranks; to be called on all of them before the first collective."""
@@ -38,10 +41,18 @@ class TensorParallel:
         self.min(0)
 
     def abort(self) -> None:
-        """Breaks off collectives that wait for ranks which will not come, and refuses new ones."""
+        """Breaks off collectives that wait for ranks which will not come, and refuses new ones; does not wait."""
         self.is_aborted = True
-        if self.group is not None:
-            self.group.abort()
+        if self.group is not None and self.aborting is None:
+            # NCCL ends its kernels at once, but returns only when the CUDA graphs that hold them are gone.
+            self.aborting = threading.Thread(target=self.group.abort, daemon=True, name="nanovllm-abort")
+            self.aborting.start()
+
+    def disconnect(self) -> None:
+        """Gives up the group after an abort, which has a few seconds to end."""
+        if self.aborting is not None:
+            self.aborting.join(ABORT_SECONDS)
+        self.group = self.aborting = None
 
     def check(self) -> None:
         """Raises RuntimeError after an abort."""
