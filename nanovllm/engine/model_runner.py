@@ -80,6 +80,9 @@ class ModelRunner:
         else:
             load_model(self.model, config.model, tp.check)
         self.sampler = Sampler(tp)
+        self.has_graphs = self.device.type == "cuda" and not config.enforce_eager
+        # The torch backend attends to prompts in a loop of the host's over sequences.
+        self.has_prompt_graphs = self.has_graphs and config.attention_backend != "torch"
         self.graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: run once, to be captured if it recurs
         self.graph_pool: tuple[int, int] | None = None
         self._allocate_rows()
@@ -162,7 +165,7 @@ class ModelRunner:
             one_request = self._kv_cache_bytes(self.config.max_blocks_per_seq)
             return max(one_request, min(one_request * self.config.max_num_seqs, CPU_KVCACHE_BYTES))
         free, total = torch.cuda.mem_get_info(self.device)
-        reserve = 2 * peak if not self.config.enforce_eager else peak
+        reserve = 2 * peak if self.has_graphs else peak
         return int(total * self.config.gpu_memory_utilization) - (total - free) - reserve
 
     def _kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
@@ -190,10 +193,8 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
         """Captures decode steps of each graph size and the short prompts, the largest first to share its memory."""
-        prompts = [size for size in GRAPH_TOKENS if size <= FIRST_GRAPH_TOKENS]
+        prompts = [size for size in GRAPH_TOKENS if size <= FIRST_GRAPH_TOKENS and self.has_prompt_graphs]
         shapes = [StepShape(0, 1, size, is_filtered=False) for size in reversed(prompts)]
-        if self.config.attention_backend == "torch":
-            shapes = []  # its loop over sequences is the host's
         shapes += [StepShape(size, 0, 0, is_filtered=False) for size in reversed(self.graph_sizes)]
         self.decode_rows.fill_(self.padding_row)
         for shape in shapes:
@@ -251,13 +252,13 @@ class ModelRunner:
 
     def _padded_shape(self, shape: StepShape) -> StepShape | None:
         """The shape of the graph that holds a step of this shape, None if none does."""
-        if self.device.type == "cpu" or self.config.enforce_eager:
+        if not self.has_graphs:
             return None
         if not shape.num_prompts:
             return shape._replace(num_decodes=round_up(shape.num_decodes, self.graph_sizes))
         decodes = round_up(shape.num_decodes, (*GRAPH_MIXED_DECODES, self.config.max_num_seqs))
         prompts, tokens = round_up(shape.num_prompts, GRAPH_PROMPTS), round_up(shape.num_tokens, GRAPH_TOKENS)
-        if prompts is None or tokens is None or self.config.attention_backend == "torch":
+        if prompts is None or tokens is None or not self.has_prompt_graphs:
             return None
         return StepShape(min(decodes, self.config.max_num_seqs), prompts, tokens, shape.is_filtered)
 

@@ -11,6 +11,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanovllm.kernels import INTERPRETED, PDL_MAX_ROWS, pdl_wait, tl, triton, use_pdl, use_triton
 
@@ -19,14 +20,9 @@ MIN_ROWS = 256  # one compiled kernel serves any batch up to this
 
 
 def paged_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Attention by gathering each sequence's pages and masking what lies ahead.
 
     q: [N, Hq, D], the queries of S sequences one after another. k_cache, v_cache: [num_blocks, block_size, Hkv, D].
@@ -293,7 +289,7 @@ def _num_programs(units: int, num_sms: int) -> tuple[int, int]:
     return (2 * num_sms, 0) if units <= num_sms else (3 * num_sms, 3 * num_sms)
 
 
-def _shapes(q: torch.Tensor, k_cache: torch.Tensor) -> dict:
+def _shapes(q: Tensor, k_cache: Tensor) -> dict:
     """The constants that both kernels share. A tile of K is 16 KiB, or shared memory would not hold the pipeline."""
     block_size, kv_heads, dim = k_cache.shape[1:]
     dim_pad = max(16, triton.next_power_of_2(dim))
@@ -305,14 +301,9 @@ def _shapes(q: torch.Tensor, k_cache: torch.Tensor) -> dict:
 
 
 def paged_decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    semaphores: torch.Tensor,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, semaphores: Tensor,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
     As `paged_attention_torch` with q [B, Hq, D] contiguous and one row a sequence; a padding row has context 0 and
@@ -345,15 +336,9 @@ def paged_decode(
 
 
 def paged_prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    max_seqlen_q: int,
-    scale: float,
-) -> torch.Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
+    max_seqlen_q: int, scale: float,
+) -> Tensor:  # fmt: skip
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
     As `paged_attention_torch`, q [N, Hq, D] contiguous; max_seqlen_q: the most queries of a sequence. The query heads
