@@ -55,8 +55,9 @@ class StepInputBuilder:
         prompts: list[int] = []
         rows = batch.rows
         if batch.num_samples < len(rows) or batch.num_tokens.count(1) < len(rows):
-            prompts = [i for i, n in enumerate(batch.num_tokens) if n > 1 or i >= batch.num_samples]
-            rows = [row for i, row in enumerate(rows) if i not in set(prompts)]
+            is_prompt = [n > 1 or i >= batch.num_samples for i, n in enumerate(batch.num_tokens)]
+            prompts = [i for i, part in enumerate(is_prompt) if part]
+            rows = [row for row, part in zip(rows, is_prompt, strict=True) if not part]
         is_changed = batch.num_joined > 0 or rows != self.decode_rows
         if is_changed or prompts:
             self.is_filtered = any(seq.sampling_params.is_filtered for seq in batch.seqs)
