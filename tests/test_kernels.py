@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
@@ -77,12 +78,7 @@ def assert_rows_close(actual, expected, dtype):
 @plain_test
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout[-5000:]
-    assert " passed" in child.stdout
+    run_in_interpreter(__file__)
 
 
 @plain_test

@@ -6,12 +6,11 @@ As in test_kernels.py, `test_in_the_interpreter` runs the kernel tests in a chil
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels import linear as linear_module
@@ -108,12 +107,7 @@ def any_rows(monkeypatch):
 @plain_test
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout[-5000:]
-    assert " passed" in child.stdout
+    run_in_interpreter(__file__)
 
 
 @plain_test

@@ -1,11 +1,10 @@
 """The kernels around a decode step equal their torch functions: in the interpreter (a child process), on a GPU."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels.decode_rows import advance_rows, advance_rows_torch, store_tokens, store_tokens_torch
@@ -74,10 +73,7 @@ def test_store_tokens(batch_size):
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="starts the child process")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout
-    assert "14 passed" in child.stdout
+    assert "14 passed" in run_in_interpreter(__file__)
 
 
 def test_equal_scores_go_to_the_lowest_id():
