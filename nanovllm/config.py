@@ -8,28 +8,25 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from nanovllm.sampling_params import check_float, check_int
+from nanovllm.sampling_params import check
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOWEST = {"max_num_batched_tokens": 1, "max_num_seqs": 1, "max_model_len": 2, "tensor_parallel_size": 1}
-CHOICES = {
-    "dtype": ("auto", *DTYPES),
-    "device": ("auto", "cuda", "cpu"),
-    "attention_backend": ("auto", "flash_attn", "triton", "torch"),
-    "load_format": ("auto", "dummy"),
-}
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LIMITS = {  # lowest, highest
+    "max_num_batched_tokens": (1,), "max_num_seqs": (1,), "max_model_len": (2,), "gpu_memory_utilization": (0, 1),
+    "tensor_parallel_size": (1,), "kvcache_block_size": (16,), "num_kvcache_blocks": (-1,), "seed": (0, 2**63 - 1),
+}  # fmt: skip
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file."""
+    """The object in a JSON file without its nulls, {} where there is no such file."""
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
-        return json.load(file)
+        return {name: value for name, value in json.load(file).items() if value is not None}
 
 
 def resolve_model_path(model: str, weights: bool) -> str:
@@ -49,7 +46,7 @@ def resolve_model_path(model: str, weights: bool) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The facts of a checkpoint's config.json that the supported families need.
+    """The facts of a checkpoint's config.json that the supported families need, under its names where it has them.
 
     Read as plain JSON rather than through transformers, whose import alone takes longer than starting an engine.
     Both spellings of the rotary options are understood: `rope_theta` + `rope_scaling`, and `rope_parameters`.
@@ -61,10 +58,10 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    max_position_embeddings: int
-    rms_norm_eps: float
     num_key_value_heads: int
     head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any]
     tie_word_embeddings: bool
@@ -73,11 +70,6 @@ class ModelConfig:
     dtype: str
     eos_token_ids: frozenset[int]
 
-    REQUIRED: ClassVar = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("max_position_embeddings", "rms_norm_eps"),
-    )
-
     @classmethod
     def from_folder(cls, folder: str) -> ModelConfig:
         """Reads config.json and the EOS ids of generation_config.json.
@@ -85,46 +77,44 @@ class ModelConfig:
         Raises:
             ValueError: no config.json, a key is missing, or the model needs what no layer here does.
         """
-        raw = read_json(os.path.join(folder, "config.json"))
-        generation = read_json(os.path.join(folder, "generation_config.json"))
+        raw, generation = (read_json(os.path.join(folder, f"{name}.json")) for name in ("config", "generation_config"))
         if not raw:
             raise ValueError(f"model={folder!r} has no config.json")
-        for name in (*cls.REQUIRED, "architectures"):
-            if raw.get(name) is None:
-                raise ValueError(f"{folder}/config.json has no {name!r}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         sliding = (raw.get("use_sliding_window", True) and raw.get("sliding_window")) or math.inf
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        for problem, is_there in (
-            (f"rope type {rope_type!r}", rope_type not in ("default", "llama3")),
-            (f"sliding_window={sliding}", sliding < raw["max_position_embeddings"]),
-            (f"hidden_act={raw.get('hidden_act')!r}", raw.get("hidden_act", "silu") != "silu"),
-            ("quantization_config", bool(raw.get("quantization_config"))),
-            (f"head_dim odd or above 256, here {head_dim},", head_dim % 2 or head_dim > 256),
-        ):
-            if is_there:
-                raise ValueError(f"{problem} is not supported ({folder}/config.json)")
-        eos_token_ids: set[int] = set()
-        for ids in (raw.get("eos_token_id"), generation.get("eos_token_id")):
-            if ids is not None:
-                eos_token_ids.update(ids if isinstance(ids, list) else [ids])
-        return cls(
-            **{name: raw[name] for name in cls.REQUIRED},
-            architecture=raw["architectures"][0],
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=head_dim,
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling=rope if rope_type == "llama3" else {},
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-            eos_token_ids=frozenset(eos_token_ids),
-        )
+        eos = [source.get("eos_token_id", []) for source in (raw, generation)]
+        try:
+            heads = raw["num_attention_heads"]
+            facts = {
+                **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), False),
+                **raw,
+                "architecture": raw["architectures"][0],
+                "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+                "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+                "rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+                "rope_scaling": rope if rope_type == "llama3" else {},
+                "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
+                "eos_token_ids": frozenset(i for ids in eos for i in (ids if isinstance(ids, list) else [ids])),
+            }
+            config = cls(**{fact.name: facts[fact.name] for fact in fields(cls)})
+        except KeyError as error:
+            raise ValueError(f"{folder}/config.json has no {error}") from error
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        problems = {
+            f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
+            f"sliding_window={sliding}": sliding < config.max_position_embeddings,
+            f"hidden_act={raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            "quantization_config": raw.get("quantization_config"),
+            f"num_key_value_heads={kv_heads}, no divisor of num_attention_heads={heads},": heads % kv_heads,
+            f"head_dim odd or above 256, here {head_dim},": head_dim % 2 or head_dim > 256,
+        }
+        if problem := next((text for text, is_there in problems.items() if is_there), None):
+            raise ValueError(f"{problem} is not supported ({folder}/config.json)")
+        return config
 
 
-@dataclass(frozen=True)
+@dataclass
 class Config:
     """The engine's options; what is "auto" when given is resolved when constructed.
 
@@ -138,7 +128,7 @@ class Config:
         enforce_eager: run decode steps without CUDA graphs.
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
-        dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of DTYPES.
+        dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of Dtype's.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
         enable_prefix_caching: share the KV of equal prefixes between requests.
@@ -159,12 +149,12 @@ class Config:
     enforce_eager: bool = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
-    dtype: str = "auto"
-    device: str = "auto"
-    attention_backend: str = "auto"
+    dtype: Dtype = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto"
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
-    load_format: str = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
     model_config: ModelConfig = field(init=False)
     attention_reason: str = field(init=False, default="as asked for")
@@ -172,7 +162,7 @@ class Config:
     @classmethod
     def create(cls, model: str, options: dict[str, Any]) -> Config:
         """A Config from keyword options; an unknown one is a TypeError that names the nearest known one."""
-        known = [option.name for option in fields(cls) if option.init and option.name != "model"]
+        known = [option.name for option in fields(cls) if option.init]
         for name in options:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -180,94 +170,64 @@ class Config:
         return cls(model, **options)
 
     def __post_init__(self) -> None:
-        for name, low in LOWEST.items():
-            check_int(name, getattr(self, name), low)
-        check_int("seed", self.seed, 0, 2**63 - 1)
-        check_int("kvcache_block_size", self.kvcache_block_size, 16)
-        if self.num_kvcache_blocks != -1:
-            check_int("num_kvcache_blocks", self.num_kvcache_blocks, 1)
+        for name, kind in get_type_hints(Config).items():
+            value = getattr(self, name, None)
+            if kind in (bool, int, float):
+                check(name, value, kind, *LIMITS.get(name, ()))
+            elif get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        for name in ("gpu_memory_utilization", "num_kvcache_blocks"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must not be 0")
         if self.kvcache_block_size & (self.kvcache_block_size - 1):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
-        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0)
-        if self.gpu_memory_utilization == 0:
-            raise ValueError("gpu_memory_utilization must be greater than 0, got 0")
-        for name in ("enforce_eager", "enable_prefix_caching", "async_scheduling"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        self._resolve_device()
-        self._set("model", resolve_model_path(self.model, weights=self.load_format == "auto"))
-        self._set("model_config", ModelConfig.from_folder(self.model))
-        self._set("max_model_len", min(self.max_model_len, self.model_config.max_position_embeddings))
-        self._check_divisible()
+        size, num_gpus = self.tensor_parallel_size, torch.cuda.device_count() if self.device != "cpu" else 0
+        if self.device == "auto":
+            self.device = "cuda" if num_gpus else "cpu"
+        if self.device == "cuda" and size > num_gpus:
+            raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
+        self.model = resolve_model_path(self.model, weights=self.load_format == "auto")
+        self.model_config = ModelConfig.from_folder(self.model)
+        self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
+        for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
+            if (value := getattr(self.model_config, name)) % size:
+                raise ValueError(f"tensor_parallel_size={size} must divide {name}={value}")
         self._resolve_dtype()
         self._resolve_attention_backend()
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The resolved `dtype` as torch knows it."""
-        return DTYPES[self.dtype]
+        return getattr(torch, self.dtype)
 
     @property
     def max_blocks_per_seq(self) -> int:
         """Blocks that a sequence of max_model_len tokens takes."""
         return -(-self.max_model_len // self.kvcache_block_size)
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _resolve_device(self) -> None:
-        num_gpus = torch.cuda.device_count() if self.device != "cpu" else 0
-        if self.device == "auto":
-            self._set("device", "cuda" if num_gpus else "cpu")
-        size = self.tensor_parallel_size
-        if self.device == "cuda" and size > num_gpus:
-            raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
-
-    def _check_divisible(self) -> None:
-        model, size = self.model_config, self.tensor_parallel_size
-        for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
-            if getattr(model, name) % size:
-                raise ValueError(f"tensor_parallel_size={size} must divide {name}={getattr(model, name)}")
-        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-        if heads % kv_heads:
-            raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
-
     def _resolve_dtype(self) -> None:
         if self.dtype != "auto":
             return
-        dtype = self.model_config.dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"the checkpoint's dtype {dtype!r} is not supported, choose one of {', '.join(DTYPES)}")
-        if self.device == "cpu" and not (dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
-            dtype = "float32"
-        self._set("dtype", dtype)
+        self.dtype, dtypes = self.model_config.dtype, get_args(Dtype)[1:]  # all but "auto"
+        if self.dtype not in dtypes:
+            raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {dtypes}")
+        if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
+            self.dtype = "float32"
 
     def _resolve_attention_backend(self) -> None:
-        if self.attention_backend != "auto":
-            obstacle = self._backend_obstacle(self.attention_backend)
-            if obstacle:
-                raise ValueError(f"attention_backend={self.attention_backend!r} needs {obstacle}")
-            return
-        obstacle = self._backend_obstacle("triton")
-        self._set("attention_backend", "torch" if obstacle else "triton")
-        self._set("attention_reason", f"triton needs {obstacle}" if obstacle else "the fastest measured on an H200")
-
-    def _backend_obstacle(self, backend: str) -> str | None:
-        """What a backend needs that is not there, None if it can be used."""
-        if backend == "torch":
-            return None
-        if self.device != "cuda":
-            return f"device='cuda', got {self.device!r}"
-        if importlib.util.find_spec(backend) is None:
-            return f"the package {backend}, which is not installed"
-        if backend == "flash_attn":
-            if self.dtype == "float32":
-                return "dtype float16 or bfloat16, got float32"
-            if self.kvcache_block_size % 256:
-                return f"kvcache_block_size to be a multiple of 256, got {self.kvcache_block_size}"
-            if self.model_config.head_dim % 8:
-                return f"head_dim to be a multiple of 8, got {self.model_config.head_dim}"
-        return None
+        backend = "triton" if self.attention_backend == "auto" else self.attention_backend
+        is_flash = backend == "flash_attn"
+        block_size, head_dim = self.kvcache_block_size, self.model_config.head_dim
+        obstacles = {
+            f"device='cuda', got {self.device!r}": backend != "torch" and self.device != "cuda",
+            f"the package {backend}, which is not installed": importlib.util.find_spec(backend) is None,
+            "dtype float16 or bfloat16, got float32": is_flash and self.dtype == "float32",
+            f"kvcache_block_size to be a multiple of 256, got {block_size}": is_flash and block_size % 256,
+            f"head_dim to be a multiple of 8, got {head_dim}": is_flash and head_dim % 8,
+        }
+        obstacle = next((text for text, is_there in obstacles.items() if is_there), None)
+        if self.attention_backend == "auto":
+            self.attention_backend = "torch" if obstacle else backend
+            self.attention_reason = f"{backend} needs {obstacle}" if obstacle else "the fastest measured on an H200"
+        elif obstacle:
+            raise ValueError(f"attention_backend={backend!r} needs {obstacle}")

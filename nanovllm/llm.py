@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -21,6 +25,19 @@ class LLM(LLMEngine):
             print(llm.generate("introduce yourself", SamplingParams(max_tokens=100))[0]["text"])
     """
 
+    @cached_property
+    def chat_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """transformers' tokenizer of the model, whose chat template `chat` renders with; None if there is no template.
+
+        Loaded when it is first asked for: importing transformers takes seconds.
+        """
+        if self.tokenizer is None:
+            return None
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.config.model)
+        return tokenizer if tokenizer.chat_template else None
+
     def chat(
         self, messages: Items[Message] | Items[Items[Message]],
         sampling_params: SamplingParams | Items[SamplingParams] | None = None, use_tqdm: bool = True,
@@ -31,8 +48,12 @@ class LLM(LLMEngine):
         returns; raises what it raises, and ValueError where the model has no chat template.
         """
         self._check_alive()
+        if self.chat_tokenizer is None:
+            raise ValueError("chat needs a tokenizer with a chat template, the model has none")
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [self._render(conversation) for conversation in conversations]
+        render = self.chat_tokenizer.apply_chat_template
+        texts = [render(conversation, tokenize=False, add_generation_prompt=True) for conversation in conversations]
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -60,21 +81,13 @@ class LLM(LLMEngine):
         request_id = self.num_requests
         try:
             seq = self._add(token_ids, params, is_streamed=True)
-            is_finished = False
-            while not is_finished:
+            while not seq.is_finished:
                 self._check_alive()
-                if not seq.is_finished:
-                    self._advance()
-                is_finished = seq.is_finished
-                piece = seq.detokenizer.take(is_finished)
-                if piece:
+                self._advance()
+                if piece := seq.detokenizer.take(seq.is_finished):
                     yield piece
+            if piece := seq.detokenizer.take(True):  # another call has finished it meanwhile
+                yield piece
         finally:
             self._drop(request_id)
             self.results.pop(request_id, None)
-
-    def _render(self, conversation: Items[Message]) -> list[int]:
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ValueError("chat needs a tokenizer with a chat template, the model has none")
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)

@@ -5,21 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raises unless `value` is an int (a bool is none) within [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {limit}, got {value}")
-
-
-def check_float(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raises unless `value` is a finite number within [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and low <= value <= high):
-        limit = f"finite and at least {low}" if high == math.inf else f"between {low} and {high}"
+def check(name: str, value: object, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises unless `value` is what `kind` asks, a bool, an int or (float) a finite number, within [low, high]."""
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    if not (low <= value <= high and abs(value) < math.inf):
+        limit = f"between {low} and {high}" if high < math.inf else f"finite and at least {low}"
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
@@ -54,32 +45,27 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        check_float("temperature", self.temperature, 0.0)
-        check_int("top_k", self.top_k, -1)
-        check_float("top_p", self.top_p, 0.0, 1.0)
+        check("temperature", self.temperature, float, 0)
+        check("top_k", self.top_k, int, -1)
+        check("top_p", self.top_p, float, 0, 1)
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0, got 0")
-        check_float("min_p", self.min_p, 0.0, 1.0)
-        check_int("max_tokens", self.max_tokens, 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise TypeError(f"ignore_eos must be a bool, got {self.ignore_eos!r}")
+        check("min_p", self.min_p, float, 0, 1)
+        check("max_tokens", self.max_tokens, int, 1)
+        check("ignore_eos", self.ignore_eos, bool)
         if self.seed is not None:
-            check_int("seed", self.seed, -(2**63), 2**64 - 1)
-        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
-        for text in stop:
+            check("seed", self.seed, int, -(2**63), 2**64 - 1)
+        object.__setattr__(self, "stop", [self.stop] if isinstance(self.stop, str) else self.stop)
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise TypeError(f"{name} must be a list, got {value!r}")
+            object.__setattr__(self, name, tuple(value or ()))
+        for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise (ValueError if text == "" else TypeError)(f"stop must hold non-empty strings, got {text!r}")
-        stop_token_ids = self._as_tuple("stop_token_ids")
-        for token_id in stop_token_ids:
-            check_int("stop_token_ids", token_id, 0)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
-
-    def _as_tuple(self, name: str) -> tuple:
-        value = getattr(self, name)
-        if value is not None and not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name} must be a list, got {value!r}")
-        return tuple(value or ())
+        for token_id in self.stop_token_ids:
+            check("stop_token_ids", token_id, int, 0)
 
     @property
     def is_filtered(self) -> bool:

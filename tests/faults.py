@@ -65,7 +65,7 @@ class FaultyRank:
         """In the midst of a step, when the other ranks wait for a sum."""
 
         def run_and_fail(runner, step):
-            if bool(len(step.starts)) == (self.moment == "prefill"):
+            if bool(len(step.prompts)) == (self.moment == "prefill"):
                 tp.all_reduce = self.failing(tp.all_reduce)
             return run(runner, step)
 

@@ -15,6 +15,7 @@ from nanovllm import LLM, SamplingParams
 
 DEMO = Path(nanovllm.demo.__file__).parent
 LINES = [json.loads(line) for line in (DEMO / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+EOS_TOKEN_ID = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
 GREEDY = SamplingParams(temperature=0, max_tokens=256)
 needs_flash_attn = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -31,7 +32,7 @@ def check_answers(lines: list[dict] = LINES, **options) -> Trace:
                  if (result["text"], result["finish_reason"]) != (line["answer"], "stop")]  # fmt: skip
         assert not wrong
         for line, result in zip(lines, results, strict=True):
-            assert result["token_ids"] == [*llm.tokenizer.encode(line["answer"]), llm.tokenizer.eos_token_id]
+            assert result["token_ids"] == [*llm.tokenizer.encode(line["answer"]).ids, EOS_TOKEN_ID]
     return trace
 
 

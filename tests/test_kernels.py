@@ -14,10 +14,9 @@ import torch
 from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
+from nanovllm.kernels.norm_act import rms_norm, rms_norm_torch, silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
-from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
-from nanovllm.kernels.sampling import filter_logits, filter_logits_torch
-from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.sampling import draw, draw_torch, filter_thresholds, filter_thresholds_torch, unpack_token_ids
 from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcache_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,15 +86,15 @@ def test_package_works_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from nanovllm.kernels import HAS_TRITON, paged_attention, rms_norm, sampling, silu_and_mul, store_kvcache
+from nanovllm.kernels import HAS_TRITON, norm_act, paged_attention, sampling, store_kvcache
 assert not HAS_TRITON
-print(rms_norm.rms_norm(torch.full((1, 4), 3.0), torch.full((4,), 2.0), 0.0).tolist())
+print(norm_act.rms_norm(torch.full((1, 4), 3.0), torch.full((4,), 2.0), 0.0).tolist())
 """
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert child.stdout.strip() == "[[2.0, 2.0, 2.0, 2.0]]", child.stderr[-3000:]
 
 
-# Elementwise kernels
+# Normalisation and activation
 
 
 @kernel_test
@@ -309,7 +308,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     assert_rows_close(decoded, expected[-1:], torch.bfloat16)
 
 
-# Filtering of logits
+# Sampling
 
 FILTERS = [  # temperature, top_k, top_p, min_p
     (1.0, 0, 1.0, 0.0),
@@ -332,57 +331,108 @@ FILTERS = [  # temperature, top_k, top_p, min_p
 def filters(rows):
     temperature, top_k, top_p, min_p = zip(*rows, strict=True)
     real = torch.float32
-    return ints(temperature, real), ints(top_k), ints(top_p, real), ints(min_p, real)
+    return ints(temperature, real), ints(top_k, torch.int64), ints(top_p, real), ints(min_p, real)
+
+
+def kept(logits, low):
+    """The logits, -inf where they are below their row's threshold."""
+    assert low.dtype == torch.float32
+    return logits.masked_fill(logits.float() < low[:, None], -math.inf)
 
 
 @plain_test
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
-def test_filter_logits_torch_is_its_definition(temperature, top_k, top_p, min_p):
+def test_filter_thresholds_torch_is_its_definition(temperature, top_k, top_p, min_p):
     logits = (torch.randn(40) * 2).round(decimals=1)  # with ties
     logits[3] = -math.inf
     weight = {i: math.exp((x - 9) / (temperature or 1)) for i, x in enumerate(logits.tolist())}
-    kept = [i for i in weight if weight[i] >= min_p * max(weight.values()) * (1 - 1e-6)]
-    if 0 < top_k < len(kept):
-        border = sorted((weight[i] for i in kept), reverse=True)[top_k - 1]
-        kept = [i for i in kept if weight[i] >= border]
+    left = [i for i in weight if weight[i] >= min_p * max(weight.values()) * (1 - 1e-6)]
+    if 0 < top_k < len(left):
+        border = sorted((weight[i] for i in left), reverse=True)[top_k - 1]
+        left = [i for i in left if weight[i] >= border]
     if top_p < 1:
-        mass, total = 0.0, sum(weight[i] for i in kept)
-        for border in sorted((weight[i] for i in kept), reverse=True):
+        mass, total = 0.0, sum(weight[i] for i in left)
+        for border in sorted((weight[i] for i in left), reverse=True):
             mass += border
             if mass >= top_p * total:
                 break
-        kept = [i for i in kept if weight[i] >= border]
+        left = [i for i in left if weight[i] >= border]
     expected = torch.full((40,), -math.inf)
-    expected[kept] = logits[kept]
-    rows = [torch.tensor([value], dtype=torch.float32) for value in (temperature, top_p, min_p)]
-    filtered = filter_logits(logits.clone()[None], rows[0], torch.tensor([top_k], dtype=torch.int32), *rows[1:])
-    assert torch.equal(filtered[0], expected if temperature else logits)
+    expected[left] = logits[left]
+    low = filter_thresholds_torch(logits[None], *(x.cpu() for x in filters([(temperature, top_k, top_p, min_p)])))
+    assert torch.equal(kept(logits[None], low)[0], expected if temperature else logits)
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "spread"), [(100, 5), (20001, 1)])
-def test_filter_logits(size, spread, dtype):
+def test_filter_thresholds(size, spread, dtype):
     logits = randn(len(FILTERS), size, dtype=dtype) * spread
-    expected = filter_logits_torch(logits.clone(), *filters(FILTERS))
-    filtered = logits.clone()
-    assert filter_logits(filtered, *filters(FILTERS)).data_ptr() == filtered.data_ptr()
+    low = filter_thresholds(logits, *filters(FILTERS))
+    actual, expected = kept(logits, low), kept(logits, filter_thresholds_torch(logits, *filters(FILTERS)))
     # Sums differ in their last bits, which may move the border of a top-p by a token in thousands.
-    kept, disputed = expected > -math.inf, filtered != expected
-    assert (disputed.sum(-1) <= kept.sum(-1) // 1000).all()
-    assert torch.equal(filtered[kept & ~disputed], logits[kept & ~disputed])
+    assert ((actual != expected).sum(-1) <= (expected > -math.inf).sum(-1) // 1000).all()
+    assert low[:2].tolist() == [-math.inf] * 2  # not filtered
+    assert (kept(logits, low) == logits).all(-1).sum() == 3  # nor does a top-k of 10**6 remove any
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_filter_logits_of_odd_rows(dtype):
-    logits = torch.zeros(5, 9000, device=DEVICE)
+def test_filter_thresholds_of_odd_rows(dtype):
+    logits = torch.zeros(6, 17000, device=DEVICE)
     logits[1, 100:] = -math.inf
     logits[2] = -100.0
     logits[2, 8999] = 100.0
     logits[3, ::2] = -0.0
-    logits[4] = torch.linspace(-60000, 60000, 9000, device=DEVICE)
+    logits[4] = torch.linspace(-60000, 60000, 17000, device=DEVICE)
+    logits[5] = 2.5
+    logits[5, :: 8 * 1024] = ints([5.0, 4.0, 3.0], torch.float32)  # one lane's, which notes two
     logits = logits.to(dtype)
-    for row in [(1.0, 3, 0.5, 0.0), (1.0, 0, 0.5, 0.0), (1e-3, 0, 1.0, 0.5), (50.0, 9000, 0.99, 0.0)]:
-        expected = filter_logits_torch(logits.clone(), *filters([row] * 5))
-        assert torch.equal(filter_logits(logits.clone(), *filters([row] * 5)), expected)
+    options = [
+        (1.0, 3, 0.5, 0.0),
+        (1.0, 3, 1.0, 0.0),
+        (1.0, 0, 0.5, 0.0),
+        (1e-3, 0, 1.0, 0.5),
+        (50.0, 9000, 0.99, 0.0),
+    ]
+    for row in options:
+        expected = kept(logits, filter_thresholds_torch(logits, *filters([row] * 6)))
+        assert torch.equal(kept(logits, filter_thresholds(logits, *filters([row] * 6))), expected)
+
+
+@kernel_test
+@pytest.mark.parametrize("is_filtered", [False, True])
+@pytest.mark.parametrize("vocab_size", [50, 4096, 20000, 33000])
+@pytest.mark.parametrize(("dtype", "index_dtype"), [(torch.float32, torch.int64), (torch.bfloat16, torch.int32)])
+def test_draw(vocab_size, dtype, index_dtype, is_filtered):
+    logits = randn(5, vocab_size, dtype=dtype)
+    temperature = ints([0.0, 1.0, 0.6, 0.0, 3.0], torch.float32)
+    seeds = ints([1, 2**40 + 7, -5, 0, 2**62], torch.int64)
+    positions = ints([0, 2, 100, 4095, 130000], index_dtype)
+    low = None
+    if is_filtered:
+        low = logits.float().topk(5).values.amin(-1)
+        low[0] = -math.inf
+    packed = draw(logits, temperature, seeds, positions, 1000, low)
+    expected = draw_torch(logits, temperature, seeds, positions, 1000, low)
+    token_ids = unpack_token_ids(packed)
+    assert token_ids.tolist() == unpack_token_ids(expected).tolist()
+    scores = [(x >> 32).int().view(torch.float32) for x in (packed, expected)]  # true of positive ones, as here
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-4)
+    if is_filtered:
+        assert torch.equal(packed, draw(kept(logits, low), temperature, seeds, positions, 1000))
+        assert token_ids.tolist() != unpack_token_ids(draw(logits, temperature, seeds, positions, 1000)).tolist()
+
+
+@kernel_test
+def test_equal_scores_go_to_the_lowest_id():
+    zeros = ints([0], torch.int64)
+    logits = ints([[-3.0, -1.0, -1.0, -2.0]], torch.float32)
+    assert unpack_token_ids(draw(logits, zeros.float(), zeros, zeros)).tolist() == [1]
+
+
+@kernel_test
+def test_sampling_of_no_rows():
+    logits, zeros = randn(0, 64), ints([], torch.int64)
+    assert filter_thresholds(logits, zeros.float(), zeros, zeros.float(), zeros.float()).shape == (0,)
+    assert draw(logits, zeros.float(), zeros, zeros).shape == (0,)

@@ -219,6 +219,7 @@ def test_llama3_scaling_of_each_band(folder):
         ({"quantization_config": {"quant_method": "awq"}}, "quantiz"),
         ({"hidden_size": None}, "hidden_size"),
         ({"head_dim": 512}, "head_dim.*256.*512"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3.*num_attention_heads=4"),
     ],
 )
 def test_a_config_that_is_not_supported(folder, changes, match):

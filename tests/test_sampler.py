@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nanovllm.layers.sampler import Sampler, SamplingInputs
+from nanovllm.layers.sampler import Sampler
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 NUM_DRAWS = 20_000
@@ -15,23 +15,23 @@ VOCAB_SIZE = 40
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> SamplingInputs:
-    """Options are numbers for all rows, or tensors with one for each."""
-    defaults = {"temperatures": 1.0, "top_ks": -1, "top_ps": 1.0, "min_ps": 0.0, "seeds": 0, "positions": 0}
-    dtypes = {"top_ks": torch.int32, "seeds": torch.int64, "positions": torch.int64}
-    rows = {
-        name: torch.as_tensor(options.get(name, value)).expand(num_rows).to(device, dtypes.get(name, torch.float32))
-        for name, value in defaults.items()
-    }
-    rows = {name: values.contiguous() for name, values in rows.items()}
-    is_filtered = bool((rows["top_ks"] > 0).any() or (rows["top_ps"] < 1).any() or (rows["min_ps"] > 0).any())
-    return SamplingInputs(**rows, is_filtered=is_filtered)
+def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> tuple:
+    """What the sampler takes besides logits. Options are numbers for all rows, or tensors with one for each."""
+
+    def tensor(dtype, **defaults):
+        values = [torch.as_tensor(options.get(name, value)).expand(num_rows) for name, value in defaults.items()]
+        return torch.stack([value.to(device, dtype) for value in values])
+
+    row_ints = tensor(torch.int64, top_ks=-1, seeds=0)
+    row_floats = tensor(torch.float32, temperatures=1.0, top_ps=1.0, min_ps=0.0)
+    is_filtered = bool((row_ints[0] > 0).any() or (row_floats[1] < 1).any() or (row_floats[2] > 0).any())
+    return row_ints, row_floats, tensor(torch.int32, positions=0)[0], is_filtered
 
 
 def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor:
-    """Token ids for each row of logits; the sampler may write over its own copy of them."""
+    """Token ids for each row of logits."""
     sampler = Sampler(TensorParallel(0, 1, torch.device(device), torch.float32))
-    return sampler(logits.to(device, copy=True), sampling_inputs(len(logits), device, **options)).cpu()
+    return sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options)).cpu()
 
 
 def some_logits(size: int = VOCAB_SIZE) -> torch.Tensor:
@@ -194,7 +194,7 @@ class SimulatedRank:
         return x if self.best is None else x.copy_(self.best)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self.whole.clone()
+        return self.whole
 
 
 def sample_on_ranks(logits: torch.Tensor, size: int, **options) -> list[list[int]]:
@@ -207,8 +207,7 @@ def sample_on_ranks(logits: torch.Tensor, size: int, **options) -> list[list[int
             if is_second_pass and rank.offer is not None:
                 rank.best = torch.stack([other.offer for other in ranks]).amax(0)
             rank.whole = logits
-            inputs = sampling_inputs(len(logits), **options)
-            token_ids = Sampler(rank)(part.contiguous(), inputs).tolist()
+            token_ids = Sampler(rank)(part.contiguous(), *sampling_inputs(len(logits), **options)).tolist()
             if is_second_pass:
                 drawn.append(token_ids)
     return drawn

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,16 +14,19 @@ from checkpoints import SHAPE, Checkpoint, random_prompt
 from engines import check_idle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3Config
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.llm_engine import load_tokenizer
 
 DEMO = Path(nanovllm.demo.__file__).parent
-TOKENIZER = AutoTokenizer.from_pretrained(DEMO)
-EOS_TOKEN_ID = TOKENIZER.eos_token_id
+TOKENIZER = load_tokenizer(str(DEMO))
+HF_TOKENIZER = AutoTokenizer.from_pretrained(DEMO)
+EOS_TOKEN_ID = HF_TOKENIZER.eos_token_id
 ANSWERS = {
     line["question"]: line["answer"]
     for line in map(json.loads, (DEMO / "questions.jsonl").read_text(encoding="utf-8").splitlines())
@@ -40,6 +45,10 @@ MIXED_TEXTS = [
 ]
 
 
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
 def greedy(**options) -> SamplingParams:
     return SamplingParams(temperature=0, **{"max_tokens": 200} | options)
 
@@ -56,8 +65,7 @@ def babbler(tmp_path_factory):
     """A random model with the demo's tokenizer: its text is full of broken characters."""
     folder = tmp_path_factory.mktemp("babbler")
     Checkpoint(Qwen3Config(**SHAPE | {"vocab_size": 2048}), folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder)
+    write_demo_tokenizer(folder)
     with LLM(str(folder), device="cpu", kvcache_block_size=16, max_model_len=512, max_num_seqs=32) as llm:
         yield llm
 
@@ -69,8 +77,103 @@ def answer(llm: LLM, params: SamplingParams) -> dict:
 
 
 def prompt_ids(messages=QUESTION) -> list[int]:
-    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return TOKENIZER.encode(text, add_special_tokens=False)
+    return encode(HF_TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+# ---- the tokenizer, by itself and transformers' --------------------------------------------------------------------
+
+
+def write_demo_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+
+
+def write_legacy_tokenizer(folder: Path) -> None:
+    """The demo's in the format of GPT-2: no tokenizer.json, and no chat template."""
+    TOKENIZER.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+
+
+def write_metaspace_tokenizer(folder: Path) -> None:
+    """As SentencePiece makes them: spaces belong to words, BOS comes first, an unknown character becomes its bytes.
+
+    It is saved as it may have been while a model was trained: prompts are to be cut to 8 tokens and padded to 40.
+    """
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a"), ("i", "n"), ("e", "s"), ("e", "r"), ("▁", "▁")]
+    characters = "▁abcdefghijklmnopqrstuvwxyz.,[]ï"
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *map("".join, merges)]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=40, pad_id=2, pad_token="</s>")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("write", [write_demo_tokenizer, write_legacy_tokenizer, write_metaspace_tokenizer])
+def test_token_ids_and_texts_are_those_of_transformers(tmp_path, write):
+    write(tmp_path)
+    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*MIXED_TEXTS, "", " the  tin", "the <s>tin</s> or <|im_end|>", *ANSWERS.values()]
+    for text in texts:
+        token_ids = theirs.encode(text)
+        assert ours.encode(text).ids == token_ids
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
+        for ids in (token_ids, token_ids[1:-1], token_ids[::-1]):
+            want = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert ours.decode(ids) == want
+
+
+def test_the_engine_neither_cuts_nor_pads_prompts(tmp_path, monkeypatch):
+    """Prompts get the BOS, chats have only their template's."""
+    Checkpoint(Qwen3Config(**SHAPE), tmp_path)
+    write_metaspace_tokenizer(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16) as llm:
+        for text in ("the", "in the end the tin was an iron 中 👋" * 3):
+            token_ids = llm.requests[llm.add_request(text)].token_ids
+            assert token_ids == theirs.encode(text) and token_ids.count(1) == 1
+        monkeypatch.setattr(llm, "generate", lambda prompts, *options: prompts)
+        (token_ids,) = llm.chat(QUESTION)
+        assert token_ids[0] == 1 and token_ids.count(1) == 1
+        assert theirs.decode(token_ids[1:]) == "[user] introduce yourself"
+
+
+def test_chat_needs_a_template(tmp_path):
+    Checkpoint(Qwen3Config(**SHAPE | {"vocab_size": 2048}), tmp_path)
+    write_legacy_tokenizer(tmp_path)
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16) as llm:
+        assert llm.chat_tokenizer is None
+        with pytest.raises(ValueError, match="chat template"):
+            llm.chat(QUESTION)
+        check_idle(llm)
+        assert llm.generate("introduce", greedy(max_tokens=2), use_tqdm=False)
+
+
+def test_only_chats_import_transformers():
+    """Its import takes longer than all else of a start."""
+    program = f"""if __name__ == "__main__":
+    import sys
+    from nanovllm import LLM, SamplingParams
+    with LLM({str(DEMO)!r}, device="cpu", max_model_len=64, kvcache_block_size=16) as llm:
+        llm.generate("introduce", SamplingParams(max_tokens=2, stop="x"), use_tqdm=False)
+        assert "transformers" not in sys.modules
+        llm.chat({QUESTION!r}, SamplingParams(max_tokens=2), use_tqdm=False)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 # ---- the detokenizer alone -----------------------------------------------------------------------------------------
@@ -90,7 +193,7 @@ def pieces(token_ids: list[int], prompt: list[int] = (), stop: tuple[str, ...] =
     return taken
 
 
-WAVE = TOKENIZER.encode("👋")
+WAVE = encode("👋")
 
 
 @pytest.mark.parametrize(
@@ -99,19 +202,19 @@ WAVE = TOKENIZER.encode("👋")
 @pytest.mark.parametrize("text", MIXED_TEXTS)
 def test_whole_characters(text, prompt, rest):
     """Also behind a prompt that ends within a character, whose rest then comes first."""
-    taken = pieces(rest + TOKENIZER.encode(text), prompt)
+    taken = pieces(rest + encode(text), prompt)
     assert "".join(taken) == "👋" * bool(rest) + text
     assert not any("\ufffd" in piece for piece in taken)
 
 
 def test_characters_are_split_between_tokens_here():
     """Otherwise the tests above would show nothing."""
-    assert all(len(TOKENIZER.encode(character)) > 1 for character in ("👋", "中", "ï"))
-    assert "\ufffd" in TOKENIZER.decode(TOKENIZER.encode("👋")[:-1])
+    assert all(len(encode(character)) > 1 for character in ("👋", "中", "ï"))
+    assert "\ufffd" in TOKENIZER.decode(encode("👋")[:-1])
 
 
 def test_an_incomplete_character_at_the_end_is_held_back():
-    assert "".join(pieces(TOKENIZER.encode("done 👋")[:-1])) == "done "
+    assert "".join(pieces(encode("done 👋")[:-1])) == "done "
 
 
 TOKEN_IDS = st.lists(st.one_of(st.integers(0, 2047), st.integers(0, 255)), max_size=60)
@@ -140,7 +243,7 @@ def test_text_does_not_depend_on_when_tokens_come(token_ids, prompt, cuts):
 )
 def test_stop_strings_cut_the_text(text, stop):
     """The text ends before the stop string that is complete first; nothing of it is ever streamed."""
-    token_ids = TOKENIZER.encode(text)
+    token_ids = encode(text)
     taken = pieces(token_ids, stop=tuple(stop))
     streamed = "".join(taken)
     ends = {text.find(string) for string in stop} - {-1}
@@ -156,7 +259,7 @@ def test_stop_strings_cut_the_text(text, stop):
 
 
 def test_the_earliest_of_stop_strings_in_one_token():
-    token_ids = TOKENIZER.encode(" inference")
+    token_ids = encode(" inference")
     assert len(token_ids) == 1
     assert "".join(pieces(token_ids, stop=("rence", "fer", "zz"))) == " in"
 
@@ -167,7 +270,7 @@ def test_the_earliest_of_stop_strings_in_one_token():
 def test_eos_is_not_in_the_text(demo):
     result = answer(demo, greedy())
     assert result["text"] == INTRODUCTION
-    assert result["token_ids"] == [*TOKENIZER.encode(INTRODUCTION), EOS_TOKEN_ID]
+    assert result["token_ids"] == [*encode(INTRODUCTION), EOS_TOKEN_ID]
     assert result["finish_reason"] == "stop"
 
 
@@ -178,7 +281,7 @@ def test_ignore_eos(demo):
 
 
 def test_length_ends_in_the_middle(demo):
-    token_ids = TOKENIZER.encode(INTRODUCTION)
+    token_ids = encode(INTRODUCTION)
     result = answer(demo, greedy(max_tokens=10))
     assert result["token_ids"] == token_ids[:10] and result["finish_reason"] == "length"
     assert result["text"] == TOKENIZER.decode(token_ids[:10])
@@ -187,7 +290,7 @@ def test_length_ends_in_the_middle(demo):
 
 
 def test_stop_token_ids(demo):
-    token_ids = TOKENIZER.encode(INTRODUCTION)
+    token_ids = encode(INTRODUCTION)
     stop = next(token_id for token_id in token_ids[8:] if token_ids.count(token_id) == 1)
     end = token_ids.index(stop)
     for params in (greedy(stop_token_ids=[stop]), greedy(stop_token_ids=[stop], ignore_eos=True)):
@@ -215,7 +318,7 @@ def test_stop_strings(demo, stop):
     end = min(INTRODUCTION.find(string) for string in strings if string in INTRODUCTION)
     result = answer(demo, greedy(stop=stop))
     assert result["text"] == INTRODUCTION[:end] and result["finish_reason"] == "stop"
-    assert len(result["token_ids"]) < len(TOKENIZER.encode(INTRODUCTION)) + 1
+    assert len(result["token_ids"]) < len(encode(INTRODUCTION)) + 1
     taken = list(demo.stream(prompt_ids(), greedy(stop=stop)))
     assert "".join(taken) == INTRODUCTION[:end] and "" not in taken
     check_idle(demo)
@@ -296,7 +399,7 @@ def test_chat(demo):
     assert demo.chat(tuple(conversations[0]), greedy(), use_tqdm=False)[0]["text"] == ANSWERS[questions[0]]
     assert demo.chat([], use_tqdm=False) == []
     prompts = [
-        TOKENIZER.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        HF_TOKENIZER.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         for conversation in conversations
     ]
     assert [result["text"] for result in demo.generate(prompts, greedy(), use_tqdm=False)] == [

@@ -10,22 +10,20 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.model_runner import SampledTokens
+from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import StepInputBuilder
 from nanovllm.engine.worker import RankGroup
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Items[int]
 POLL_SECONDS = 2e-5
@@ -62,7 +60,7 @@ class LLMEngine:
         except BaseException as error:
             self._die(error)
         self.step_inputs = StepInputBuilder()
-        self.in_flight: tuple[Batch, SampledTokens] | None = None
+        self.in_flight: tuple[Batch, StepOutput] | None = None
         self.requests: dict[int, Sequence] = {}  # unfinished, by id
         self.results: dict[int, dict[str, Any]] = {}  # finished, not yet handed out
         self.num_requests = 0
@@ -190,12 +188,14 @@ class LLMEngine:
             except BaseException as error:
                 self._die(error)
 
-    def _take_in(self, batch: Batch, sampled: SampledTokens) -> list[int]:
-        if self.config.tensor_parallel_size > 1:
-            while not sampled.is_ready():  # a rank that died would leave the others waiting for ever
-                self.ranks.check()
+    def _take_in(self, batch: Batch, output: StepOutput) -> list[int]:
+        tokens, event = output
+        if event is not None:
+            while self.config.tensor_parallel_size > 1 and not event.query():
+                self.ranks.check()  # a rank that died would leave the others waiting for ever
                 time.sleep(POLL_SECONDS)
-        tokens = sampled.wait()
+            event.synchronize()
+        tokens = tokens.tolist()
         finished = self.scheduler.postprocess(batch, [tokens[row] for row in batch.rows[: batch.num_samples]])
         num_decodes = batch.num_tokens.count(1)
         self.num_decode_tokens += num_decodes
@@ -246,7 +246,7 @@ class LLMEngine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(prompt).ids
         elif isinstance(prompt, (list, tuple, np.ndarray)):
             token_ids = list(prompt)
         else:
@@ -295,13 +295,19 @@ class LLMEngine:
         )
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: str) -> Tokenizer | None:
     """The tokenizer of a model folder, None if it has none."""
-    if not any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json")):
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.exists(path):
+        tokenizer = Tokenizer.from_file(path)
+        tokenizer.no_truncation()  # the file may hold what the training set up
+        tokenizer.no_padding()
+        return tokenizer
+    if not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # converts older formats, but takes seconds to import
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
 
 
 @contextmanager

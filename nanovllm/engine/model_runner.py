@@ -6,7 +6,6 @@ the tokens of the step before it are seen, and replayed as one CUDA graph from t
 """
 
 import gc
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import Sampler, SamplingInputs
+from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_dummy, load_model
@@ -26,12 +25,9 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 CPU_KVCACHE_BYTES = 4 * 2**30
 MAX_BLOCKS = 2**20  # each has a record on the host; only toy models could have more
 
-# Steps that compute prompts are padded to these numbers to be replayed as graphs; larger ones are launched one kernel
-# at a time, which takes the host less time than the GPU needs.
-GRAPH_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-GRAPH_PROMPTS = (1, 4)
-GRAPH_MIXED_DECODES = (0, 16, 64, 256)
-FIRST_GRAPH_TOKENS = 512  # steps of one prompt up to this length are captured at start-up
+# A short prompt alone is padded to one of these lengths and replayed as a graph. Other steps with prompts are launched
+# one kernel at a time, which takes the host less time than the GPU needs.
+GRAPH_TOKENS = (64, 128, 256, 384, 512)
 
 
 class StepShape(NamedTuple):
@@ -43,27 +39,18 @@ class StepShape(NamedTuple):
     is_filtered: bool
 
 
-def round_up(value: int, sizes: Sequence[int]) -> int | None:
-    """The smallest of ascending `sizes` that holds `value`, None if none does."""
-    return next((size for size in sizes if size >= value), None)
+StepOutput = tuple[Tensor, torch.cuda.Event | None]
 
 
-class SampledTokens:
-    """The tokens that a launched step samples, on their way to the host."""
-
-    def __init__(self, tokens: Tensor, event: torch.cuda.Event | None) -> None:
-        self._tokens = tokens
-        self._event = event
-
-    def is_ready(self) -> bool:
-        """Whether the step is done."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> list[int]:
-        """By row, the tokens of the rows that sampled one, once the step is done."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tokens.tolist()
+def list_graph_shapes(config: Config) -> list[StepShape]:
+    """In ascending order, what CUDA graphs are captured for."""
+    if config.device == "cpu" or config.enforce_eager:
+        return []
+    # Batch sizes are fine-grained: all but a step's attention takes time for padding too.
+    sizes = {min(size, config.max_num_seqs) for size in (1, 2, 4, *range(8, config.max_num_seqs + 8, 8))}
+    # The torch backend attends to prompts in a loop of the host's over sequences.
+    lengths = () if config.attention_backend == "torch" else GRAPH_TOKENS
+    return [StepShape(n, 0, 0, False) for n in sorted(sizes)] + [StepShape(0, 1, n, False) for n in lengths]
 
 
 class ModelRunner:
@@ -80,10 +67,8 @@ class ModelRunner:
         else:
             load_model(self.model, config.model, tp.check)
         self.sampler = Sampler(tp)
-        self.has_graphs = self.device.type == "cuda" and not config.enforce_eager
-        # The torch backend attends to prompts in a loop of the host's over sequences.
-        self.has_prompt_graphs = self.has_graphs and config.attention_backend != "torch"
-        self.graphs: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: run once, to be captured if it recurs
+        self.graph_shapes = list_graph_shapes(config)
+        self.graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self.graph_pool: tuple[int, int] | None = None
         self._allocate_rows()
 
@@ -109,9 +94,6 @@ class ModelRunner:
         self.counts = torch.arange(num_rows + 1, dtype=torch.int32, device=self.device)
         longest = 3 * max(self.config.max_num_batched_tokens, GRAPH_TOKENS[-1])
         self.prompts = zeros(longest + 4 * num_rows + 1, dtype=torch.int64)
-        # Decode steps are padded to these batch sizes: finely where padding would cost much.
-        sizes = [1, 2, 4, *range(8, self.config.max_num_seqs + 8, 8)]
-        self.graph_sizes = sorted({min(size, self.config.max_num_seqs) for size in sizes})
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
@@ -121,12 +103,12 @@ class ModelRunner:
         self._bind_kv_cache(1)
         max_num_seqs, limit = self.config.max_num_seqs, self.config.max_num_batched_tokens
         num_prompts = min(max_num_seqs, -(-limit // (self.config.max_model_len - 1)))
-        num_tokens = np.full(num_prompts, min(limit // num_prompts, self.config.max_model_len - 1))
+        num_tokens = min(limit // num_prompts, self.config.max_model_len - 1)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        prompts = StepShape(0, num_prompts, int(num_tokens.sum()), is_filtered=False)
-        token_ids = np.zeros(prompts.num_tokens, dtype=np.int64)
-        self._upload_prompts(np.arange(num_prompts), 0 * num_tokens, num_tokens, token_ids, False, prompts)
+        prompts = StepShape(0, num_prompts, num_prompts * num_tokens, is_filtered=False)
+        parts = np.array([(row, 0, num_tokens) for row in range(num_prompts)])
+        self._upload_prompts(parts, np.zeros(prompts.num_tokens, dtype=np.int64), False, prompts)
         self._forward(prompts)
         self.decode_rows.copy_(torch.arange(max_num_seqs))
         self._forward(StepShape(max_num_seqs, 0, 0, is_filtered=False))
@@ -165,7 +147,7 @@ class ModelRunner:
             one_request = self._kv_cache_bytes(self.config.max_blocks_per_seq)
             return max(one_request, min(one_request * self.config.max_num_seqs, CPU_KVCACHE_BYTES))
         free, total = torch.cuda.mem_get_info(self.device)
-        reserve = 2 * peak if self.has_graphs else peak
+        reserve = 2 * peak if self.graph_shapes else peak
         return int(total * self.config.gpu_memory_utilization) - (total - free) - reserve
 
     def _kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
@@ -192,14 +174,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
-        """Captures decode steps of each graph size and the short prompts, the largest first to share its memory."""
-        prompts = [size for size in GRAPH_TOKENS if size <= FIRST_GRAPH_TOKENS and self.has_prompt_graphs]
-        shapes = [StepShape(0, 1, size, is_filtered=False) for size in reversed(prompts)]
-        shapes += [StepShape(size, 0, 0, is_filtered=False) for size in reversed(self.graph_sizes)]
-        self.decode_rows.fill_(self.padding_row)
-        for shape in shapes:
-            nothing = np.zeros(0, dtype=np.int64)
-            self._upload_prompts(nothing, nothing, nothing, nothing, False, shape)
+        """Captures the graph shapes, the largest first to share its memory."""
+        for shape in reversed(self.graph_shapes):
             self.graphs[shape] = self._capture(shape)
 
     def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
@@ -213,25 +189,27 @@ class ModelRunner:
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> SampledTokens:
-        """Launches a step; does not wait for a GPU."""
+    def run(self, step: StepInput) -> StepOutput:
+        """Launches a step; does not wait for a GPU.
+
+        Returns host memory where, by row, the tokens of the rows that sample one will be, and the event that says so.
+        """
         self._apply_changes(step)
-        shape = StepShape(self.num_decodes, len(step.starts), len(step.token_ids), step.is_filtered)
+        shape = StepShape(self.num_decodes, len(step.prompts), len(step.token_ids), step.is_filtered)
         padded = self._padded_shape(shape)
         if shape.num_prompts:
-            parts = (step.prompt_rows, step.starts, step.num_tokens, step.token_ids, step.is_last_partial)
-            self._upload_prompts(*parts, padded or shape)
+            self._upload_prompts(step.prompts, step.token_ids, step.is_last_partial, padded or shape)
         if padded is None:
-            self._forward(shape, int(step.num_tokens.max(initial=0)))
-        elif (graph := self._graph(padded)) is not None:
-            graph.replay()
+            self._forward(shape, int(step.prompts[:, 2].max(initial=0)))
         else:
-            self._forward(padded)
+            if padded not in self.graphs:  # of steps that filter: captured when they first come
+                self.graphs[padded] = self._capture(padded)
+            self.graphs[padded].replay()
         event = torch.cuda.Event() if self.device.type == "cuda" else None
         if event is not None:
             event.record()
         self.step_count += 1
-        return SampledTokens(self.token_ring[(self.step_count - 1) % len(self.token_ring)], event)
+        return self.token_ring[(self.step_count - 1) % len(self.token_ring)], event
 
     def _apply_changes(self, step: StepInput) -> None:
         if len(step.joined_ints):
@@ -252,45 +230,30 @@ class ModelRunner:
 
     def _padded_shape(self, shape: StepShape) -> StepShape | None:
         """The shape of the graph that holds a step of this shape, None if none does."""
-        if not self.has_graphs:
-            return None
-        if not shape.num_prompts:
-            return shape._replace(num_decodes=round_up(shape.num_decodes, self.graph_sizes))
-        decodes = round_up(shape.num_decodes, (*GRAPH_MIXED_DECODES, self.config.max_num_seqs))
-        prompts, tokens = round_up(shape.num_prompts, GRAPH_PROMPTS), round_up(shape.num_tokens, GRAPH_TOKENS)
-        if prompts is None or tokens is None or not self.has_prompt_graphs:
-            return None
-        return StepShape(min(decodes, self.config.max_num_seqs), prompts, tokens, shape.is_filtered)
-
-    def _graph(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
-        """The graph of a shape, captured when the shape comes for the second time; None the first time."""
-        if shape in self.graphs and self.graphs[shape] is None:
-            self.graphs[shape] = self._capture(shape)
-        return self.graphs.setdefault(shape, None)
+        decodes, prompts, tokens, is_filtered = shape
+        for padded in self.graph_shapes:
+            if padded.num_prompts == prompts and padded.num_decodes >= decodes and padded.num_tokens >= tokens:
+                return padded._replace(is_filtered=is_filtered)
+        return None
 
     def _upload_prompts(
-        self, rows: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray, token_ids: np.ndarray,
-        is_last_partial: bool, shape: StepShape,
-    ) -> None:  # fmt: skip
+        self, prompts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, shape: StepShape
+    ) -> None:
         """Writes, in one copy, what `_forward` reads of the prompts, padded to a shape.
 
         For each token its id, position and row; for each prompt its row, the context length it reaches, the row that
         gets its sample; then where each prompt's tokens begin.
         """
+        rows, starts, num_tokens = prompts.T
         per_token = np.zeros((3, shape.num_tokens), dtype=np.int64)
         per_token[2] = self.padding_row
-        per_prompt = np.zeros((3, shape.num_prompts), dtype=np.int64)
-        per_prompt[0] = per_prompt[2] = self.padding_row
-        n, ends = len(rows), num_tokens.cumsum()
-        cu_seqlens = np.full(shape.num_prompts + 1, len(token_ids))
-        cu_seqlens[:n] = ends - num_tokens
-        per_token[0, : len(token_ids)] = token_ids
-        per_token[1, : len(token_ids)] = np.arange(len(token_ids)) + np.repeat(starts - cu_seqlens[:n], num_tokens)
-        per_token[2, : len(token_ids)] = np.repeat(rows, num_tokens)
-        per_prompt[:, :n] = rows, starts + num_tokens, rows
+        offsets = num_tokens.cumsum() - num_tokens
+        positions = np.arange(len(token_ids)) + np.repeat(starts - offsets, num_tokens)
+        per_token[:, : len(token_ids)] = token_ids, positions, np.repeat(rows, num_tokens)
+        per_prompt = np.array([rows, starts + num_tokens, rows])
         if is_last_partial:
-            per_prompt[2, n - 1] = self.padding_row
-        values = np.concatenate([per_token.ravel(), per_prompt.ravel(), cu_seqlens])
+            per_prompt[2, -1] = self.padding_row
+        values = np.concatenate([per_token.ravel(), per_prompt.ravel(), offsets, [len(token_ids)]])
         self.prompts[: len(values)].copy_(self._to_device(values))
 
     def _forward(self, shape: StepShape, max_seqlen_q: int | None = None) -> None:
@@ -338,9 +301,8 @@ class ModelRunner:
 
     def _sample(self, hidden_states: Tensor, rows: Tensor, context_lens: Tensor, is_filtered: bool) -> Tensor:
         """The rows' next tokens; a token's draw depends on its position, which is the context length."""
-        top_ks, seeds = self.row_ints[:, rows]
-        inputs = SamplingInputs(*self.row_floats[:, rows], top_ks, seeds, context_lens, is_filtered)
-        return self.sampler(self.model.compute_logits(hidden_states), inputs)
+        logits = self.model.compute_logits(hidden_states)
+        return self.sampler(logits, self.row_ints[:, rows], self.row_floats[:, rows], context_lens, is_filtered)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)

@@ -22,8 +22,10 @@ class Batch:
     `num_tokens[i]` tokens of `seqs[i]` are computed, from `starts[i]` on. All but perhaps the last sequence reach
     their end and sample a token; `num_samples` of them do. `rows` are the sequences' rows in this step: a sequence
     may have lost its row by the time the step's tokens are seen. The last `num_joined` sequences were just admitted.
+    `budget` tokens more could have been computed.
     """
 
+    budget: int
     seqs: list[Sequence] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -41,14 +43,11 @@ class Scheduler:
     """
 
     def __init__(self, config: Config, num_blocks: int) -> None:
-        self.max_num_seqs = config.max_num_seqs
-        self.max_num_batched_tokens = config.max_num_batched_tokens
-        self.max_model_len = config.max_model_len
-        self.eos_token_ids = config.model_config.eos_token_ids
+        self.config = config
         self.block_manager = BlockManager(num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.free_rows = list(reversed(range(self.max_num_seqs)))
+        self.free_rows = list(reversed(range(config.max_num_seqs)))
 
     def is_finished(self) -> bool:
         """Whether no sequence is left."""
@@ -60,36 +59,37 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
-        batch = Batch()
-        budget = self.max_num_batched_tokens
-        preempted = False
-        index = 0
-        while index < len(self.running):
-            seq = self.running[index]
+        batch = Batch(self.config.max_num_batched_tokens)
+        num_running = len(self.running)
+        for seq in self.running:  # which a preemption shortens from its end
             if self._end_is_due(seq):
-                index += 1
                 continue
             while not self.block_manager.can_append(seq):
-                preempted = True
-                if self.preempt(self.running[-1]) is seq:
-                    break
-            if seq.status is not SequenceStatus.RUNNING:
-                break
+                self.preempt(self.running[-1])
+                if seq.status is SequenceStatus.WAITING:
+                    return batch
             if self.block_manager.may_append(seq):
                 batch.new_blocks.append((seq.row, len(seq.block_table) - 1, seq.block_table[-1]))
-            budget -= self._compute(batch, seq, budget)
-            index += 1
+            self._compute(batch, seq)
         # After a preemption nothing is admitted: the newest sequence would take back what the older ones need.
-        if not preempted:
-            self._admit(batch, budget)
+        if len(self.running) < num_running:
+            return batch
+        while self.waiting and batch.budget and self.free_rows and self.block_manager.can_allocate(self.waiting[0]):
+            seq = self.waiting.popleft()
+            self.block_manager.allocate(seq)
+            seq.status = SequenceStatus.RUNNING
+            seq.row = self.free_rows.pop()
+            self.running.append(seq)
+            batch.num_joined += 1
+            batch.new_blocks += [(seq.row, index, block_id) for index, block_id in enumerate(seq.block_table)]
+            self._compute(batch, seq)
         return batch
 
-    def preempt(self, seq: Sequence) -> Sequence:
-        """Sends a running sequence back to the front of the queue, to be computed anew; returns it."""
+    def preempt(self, seq: Sequence) -> None:
+        """Sends a running sequence back to the front of the queue, to be computed anew."""
         self._release(seq)
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
-        return seq
 
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
         """Takes in a step's sampled tokens (one for each of its first `num_samples` sequences).
@@ -101,8 +101,7 @@ class Scheduler:
         for seq, token_id in zip(batch.seqs, token_ids, strict=False):
             if seq.is_finished:
                 continue
-            if seq.first_token_time is None:
-                seq.first_token_time = time.perf_counter()
+            seq.first_token_time = seq.first_token_time or time.perf_counter()
             seq.token_ids.append(token_id)
             num_computed = len(seq.token_ids) - 1
             if num_computed % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
@@ -122,41 +121,27 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where blocks or rows were lost, doubled or are in the wrong place."""
-        self.block_manager.check_integrity(seq.block_table for seq in self.running)
+        """Raises RuntimeError where blocks or rows were lost or doubled."""
+        self.block_manager.check_integrity([seq.block_table for seq in self.running])
         rows = sorted(self.free_rows + [seq.row for seq in self.running])
-        if rows != list(range(self.max_num_seqs)):
+        if rows != list(range(self.config.max_num_seqs)):
             raise RuntimeError("free rows and the running sequences' rows are not all rows")
-        if any(seq.block_table or seq.row != -1 for seq in self.waiting):
-            raise RuntimeError("a waiting sequence holds blocks or a row")
 
-    def _admit(self, batch: Batch, budget: int) -> None:
-        while self.waiting and budget > 0 and self.free_rows and self.block_manager.can_allocate(self.waiting[0]):
-            seq = self.waiting.popleft()
-            self.block_manager.allocate(seq)
-            seq.status = SequenceStatus.RUNNING
-            seq.row = self.free_rows.pop()
-            self.running.append(seq)
-            batch.num_joined += 1
-            batch.new_blocks += [(seq.row, index, block_id) for index, block_id in enumerate(seq.block_table)]
-            budget -= self._compute(batch, seq, budget)
-
-    def _compute(self, batch: Batch, seq: Sequence, budget: int) -> int:
-        """Adds to the batch as many of the sequence's tokens as the budget holds; returns how many."""
+    def _compute(self, batch: Batch, seq: Sequence) -> None:
+        """Adds to the batch as many of the sequence's tokens as its budget holds."""
         start = seq.num_computed_tokens
-        num_tokens = min(seq.num_tokens - start, budget)
+        end = seq.num_computed_tokens = min(seq.num_tokens, start + batch.budget)
+        batch.budget -= end - start
         batch.seqs.append(seq)
         batch.rows.append(seq.row)
         batch.starts.append(start)
-        batch.num_tokens.append(num_tokens)
-        end = seq.num_computed_tokens = start + num_tokens
+        batch.num_tokens.append(end - start)
         # Known tokens' blocks can be hit at once, even in this step: a layer stores all KV before it attends.
         if end <= len(seq.token_ids):
             self.block_manager.name_blocks(seq, start, end)
         if end == seq.num_tokens:
             batch.num_samples += 1
             seq.num_tokens += 1
-        return num_tokens
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -166,15 +151,13 @@ class Scheduler:
 
     def _end_is_due(self, seq: Sequence) -> bool:
         """Whether the sequence ends by length once its last token, sampled but perhaps unseen, is seen."""
-        return seq.num_completion_tokens >= seq.sampling_params.max_tokens or seq.num_tokens >= self.max_model_len
+        max_tokens, max_model_len = seq.sampling_params.max_tokens, self.config.max_model_len
+        return seq.num_completion_tokens >= max_tokens or seq.num_tokens >= max_model_len
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
         params = seq.sampling_params
-        if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
+        is_eos = token_id in self.config.model_config.eos_token_ids and not params.ignore_eos
+        is_stop_token = is_eos or token_id in params.stop_token_ids
+        if is_stop_token or (seq.detokenizer is not None and seq.detokenizer.push([token_id])):
             return "stop"
-        if seq.detokenizer is not None and seq.detokenizer.push([token_id]):
-            return "stop"
-        num_completion = len(seq.token_ids) - seq.num_prompt_tokens
-        if num_completion >= params.max_tokens or len(seq.token_ids) >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq) else None

@@ -1,12 +1,10 @@
 """One request's state on the host. Nothing here knows of devices, text or other requests."""
 
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.detokenizer import Detokenizer
 
 
 class SequenceStatus(Enum):
@@ -15,6 +13,14 @@ class SequenceStatus(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class BlockName(NamedTuple):
+    """What a full block holds: the hash that finds it, then what confirms it."""
+
+    hash: int
+    parent_hash: int | None  # None: the block is a sequence's first
+    token_ids: list[int]
 
 
 class Sequence:
@@ -31,19 +37,15 @@ class Sequence:
         self.seed = seed
         self.status = SequenceStatus.WAITING
         self.token_ids = list(token_ids)
-        self.num_prompt_tokens = len(token_ids)
-        self.num_tokens = len(token_ids)
+        self.num_prompt_tokens = self.num_tokens = len(token_ids)
         self.num_computed_tokens = 0  # tokens whose KV the launched steps have stored
         self.num_cached_tokens = -1  # of these, found in the prefix cache when first admitted; -1 before
         self.block_table: list[int] = []
-        self.block_hashes: list[int] = []  # chained hashes of the full blocks, as far as they were needed
+        self.block_names: list[BlockName] = []  # of its first full blocks, as far as they were needed
         self.row = -1  # row of the device's decode batch while running
         self.finish_reason: str | None = None
         self.detokenizer: Detokenizer | None = None
         self.first_token_time: float | None = None  # time.perf_counter() when the first token was seen
-
-    def __repr__(self) -> str:
-        return f"Sequence({self.seq_id}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens} tokens)"
 
     @property
     def num_completion_tokens(self) -> int:

@@ -22,9 +22,8 @@ def advance_rows_torch(
 
 @triton.jit
 def _advance_kernel(
-    rows_ptr, last_tokens_ptr, context_lens_ptr, block_tables_ptr,
-    tokens_ptr, positions_ptr, slots_ptr, lens_ptr, tables_ptr,
-    padding_row, max_blocks, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, last_tokens_ptr, context_lens_ptr, block_tables_ptr, tokens_ptr, positions_ptr, slots_ptr, lens_ptr,
+    tables_ptr, padding_row, max_blocks, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     row = tl.load(rows_ptr + i)
@@ -61,15 +60,14 @@ def advance_rows(
     if not use_triton(rows):
         return advance_rows_torch(rows, last_tokens, context_lens, block_tables, block_size)
     batch_size, max_blocks = len(rows), block_tables.size(1)
-    tokens = torch.empty_like(rows)
     positions, slots, lens = torch.empty(3, batch_size, dtype=torch.int32, device=rows.device)
     tables = torch.empty(batch_size, max_blocks, dtype=torch.int32, device=rows.device)
-    if batch_size:
-        _advance_kernel[(batch_size,)](
-            rows, last_tokens, context_lens, block_tables, tokens, positions, slots, lens, tables,
-            len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1,
-        )  # fmt: skip
-    return tokens, positions, slots, lens, tables
+    results = (torch.empty_like(rows), positions, slots, lens, tables)
+    _advance_kernel[(batch_size,)](
+        rows, last_tokens, context_lens, block_tables, *results,
+        len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1,
+    )  # fmt: skip
+    return results
 
 
 def store_tokens_torch(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
@@ -107,6 +105,4 @@ def store_tokens(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, ring: Ten
     if not use_triton(rows):
         return store_tokens_torch(token_ids, rows, last_tokens, ring, count)
     # One warp: the count must not be written before all have read it.
-    _store_kernel[(1,)](
-        token_ids, rows, last_tokens, ring, count, len(rows), *ring.shape, BLOCK=128, num_warps=1
-    )  # fmt: skip
+    _store_kernel[(1,)](token_ids, rows, last_tokens, ring, count, len(rows), *ring.shape, BLOCK=128, num_warps=1)

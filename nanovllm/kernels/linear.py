@@ -6,12 +6,10 @@ start before the one ahead of them ends (`use_pdl`), this one loads weights, whi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
-from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.norm_act import rms_norm, silu_and_mul
 
 SMALL_BATCH = 8  # rows up to which the kernel beats the matrix product of the library; 0 turns it off
 
@@ -90,14 +88,14 @@ def _tile_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
 
 def linear_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, gated: bool = False,
+    residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What `linear` computes, one operation after another; also its way with many rows."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and bias is None and not gated:
         return residual.addmm_(x, weight.t())
-    y = F.linear(x, weight, bias)
+    y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if gated:
         y = silu_and_mul(y)
     return y if residual is None else residual.add_(y)
@@ -105,19 +103,20 @@ def linear_torch(
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, gated: bool = False,
+    residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
     x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],
     the weight of an RMSNorm of x's rows with `eps`. gated: the features are N/2 gates, then N/2 ups, and y is
     silu(gate) * up. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
-    returned. All in one dtype: float32, float16 or bfloat16; sums in float32. Returns [M, N] (gated: [M, N/2]).
+    returned. out: [M, N], written and returned where there is neither gate nor residual. All in one dtype: float32,
+    float16 or bfloat16; sums in float32. Returns [M, N] (gated: [M, N/2]).
     """
     rows, (n, k) = len(x), weight.shape
     if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
-        return linear_torch(x, weight, bias, norm, eps, residual, gated)
-    y = residual
+        return linear_torch(x, weight, bias, norm, eps, residual, gated, out)
+    y = out if residual is None else residual
     if y is None:
         y = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
     block_n, block_k, warps = _tile_shape(rows, n, k)

@@ -32,93 +32,84 @@ def paged_attention_torch(
     Returns o [N, Hq, D].
     """
     o = torch.zeros_like(q)
-    kv_heads, dim = k_cache.shape[2:]
     starts = cu_seqlens_q.tolist()
     for s, context in enumerate(context_lens.tolist()):
         begin, end = starts[s], starts[s + 1]
         if begin == end or context == 0:
             continue
-        blocks = block_tables[s, : -(-context // k_cache.shape[1])].long()
-        k = k_cache[blocks].view(-1, kv_heads, dim)[:context].transpose(0, 1)
-        v = v_cache[blocks].view(-1, kv_heads, dim)[:context].transpose(0, 1)
+        blocks = block_tables[s, : -(-context // k_cache.size(1))]
+        k, v = (cache[blocks].flatten(0, 1)[:context].transpose(0, 1) for cache in (k_cache, v_cache))
         keys = torch.arange(context, device=q.device)
-        visible = keys[None, :] <= keys[context - (end - begin) :, None]
+        visible = keys <= keys[context - (end - begin) :, None]
         o[begin:end] = F.scaled_dot_product_attention(
-            q[begin:end].transpose(0, 1), k, v, attn_mask=visible, scale=scale, enable_gqa=True
+            q[begin:end].transpose(0, 1), k, v, visible, scale=scale, enable_gqa=True
         ).transpose(0, 1)
     return o
 
 
 @triton.jit
-def _load_tile(
-    k_ptr, v_ptr, table_ptr, begin, length,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Keys and values [BLOCK_N, DIM_PAD] of one head from position `begin` on; zeros from `length` on."""
-    ROW: tl.constexpr = KV_HEADS * DIM
-    positions = begin + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, DIM_PAD)
-    offs = (positions % BLOCK_SIZE) * ROW
-    if BLOCK_SIZE >= BLOCK_N:  # the tile lies within one page
-        page = tl.load(table_ptr + begin // BLOCK_SIZE).to(tl.int64) * (BLOCK_SIZE * ROW)
-        k_ptr += page
-        v_ptr += page
-    else:
-        pages = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < length, other=0)
-        offs += pages.to(tl.int64) * (BLOCK_SIZE * ROW)
-    offs = offs[:, None] + dims[None, :]
-    mask = (positions < length)[:, None] & (dims < DIM)[None, :]
-    return tl.load(k_ptr + offs, mask=mask, other=0.0), tl.load(v_ptr + offs, mask=mask, other=0.0)
-
-
-@triton.jit
 def _attend(
-    q, k_ptr, v_ptr, table_ptr, begin, end, last_key, acc, high, total, scale, MASKED: tl.constexpr,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    q, k_ptr, v_ptr, table_ptr, begin, unmasked, end, last_key, scale, HAS_UNMASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (Milakov & Gimelshein, 2018) of the rows of q over the keys from begin to end.
+    """Attention of the rows of q [BLOCK_M, DIM_PAD] over one head's keys from begin to end, and its log-sum-exp.
 
-    acc / total is the result so far, high the largest score; base 2, `scale` includes log2(e). With MASKED, a row
-    sees the keys up to its last_key only.
+    By online softmax (Milakov & Gimelshein, 2018), in base 2: `scale` includes log2(e). With HAS_UNMASKED all rows see
+    the keys before `unmasked`; the others are seen up to last_key, [BLOCK_M, 1] or one for all rows.
     """
-    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        k, v = _load_tile(k_ptr, v_ptr, table_ptr, n, end, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASKED:
-            visible = n + tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None]
-            scores = tl.where(visible, scores, float("-inf"))
-        new_high = tl.maximum(high, tl.max(scores, 1) * scale)
-        p = tl.exp2(scores * scale - new_high[:, None])
-        alpha = tl.exp2(high - new_high)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        total = total * alpha + tl.sum(p, 1)
-        high = new_high
-    return acc, high, total
+    ROW: tl.constexpr = KV_HEADS * DIM
+    dims = tl.arange(0, q.shape[1])[None, :]
+    acc = tl.zeros(q.shape, tl.float32)
+    high = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    total = tl.zeros((q.shape[0],), tl.float32)
+    for MASKED in tl.static_range(0 if HAS_UNMASKED else 1, 2):  # one loop without a mask, one with it
+        stop = end if MASKED else unmasked
+        for n in tl.range(unmasked if MASKED else begin, stop, BLOCK_N, num_stages=STAGES):
+            positions = n + tl.arange(0, BLOCK_N)
+            if BLOCK_SIZE >= BLOCK_N:  # the tile lies within one page
+                page = tl.load(table_ptr + n // BLOCK_SIZE)
+            else:
+                page = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < stop, other=0)[:, None]
+            page = page.to(tl.int64) * (BLOCK_SIZE * ROW)
+            offs = (positions % BLOCK_SIZE * ROW)[:, None] + dims
+            mask = (positions < stop)[:, None] & (dims < DIM)
+            k = tl.load(k_ptr + page + offs, mask=mask, other=0.0)
+            v = tl.load(v_ptr + page + offs, mask=mask, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if MASKED:
+                visible = n + tl.arange(0, BLOCK_N)[None, :] <= last_key
+                scores = tl.where(visible, scores, float("-inf"))
+            new_high = tl.maximum(high, tl.max(scores, 1) * scale)
+            p = tl.exp2(scores * scale - new_high[:, None])
+            alpha = tl.exp2(high - new_high)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            total = total * alpha + tl.sum(p, 1)
+            high = new_high
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None], high + tl.log2(total)
 
 
 @triton.jit
-def _merge(
-    partial_ptr, lse_ptr, first, last,
-    GROUP: tl.constexpr, DIM: tl.constexpr, COLS_PAD: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The attention of one (row, KV head) from its parts first..last: [COLS_PAD], the GROUP heads one by one."""
+def _merge(partial_ptr, lse_ptr, first, last, o_ptr, COLS: tl.constexpr, DIM: tl.constexpr):
+    """Puts the attention of one (row, KV head) together from its parts first..last, the heads one after another."""
+    COLS_PAD: tl.constexpr = triton.next_power_of_2(COLS)
+    UNROLL: tl.constexpr = max(1, min(8, 4096 // COLS_PAD))
     cols = tl.arange(0, COLS_PAD)
     acc = tl.zeros((COLS_PAD,), tl.float32)
     total = tl.zeros((COLS_PAD,), tl.float32)
     high = tl.full((COLS_PAD,), float("-inf"), tl.float32)
-    for begin in range(first, last + 1, PARTS):
-        for i in tl.static_range(PARTS):
-            mask = cols < tl.where(begin + i <= last, GROUP * DIM, 0)
-            lse = tl.load(lse_ptr + (begin + i) * GROUP + cols // DIM, mask=mask, other=float("-inf"))
-            o = tl.load(partial_ptr + (begin + i) * (GROUP * DIM) + cols, mask=mask, other=0.0)
+    for begin in range(first, last + 1, UNROLL):
+        for i in tl.static_range(UNROLL):
+            part = begin + i
+            mask = cols < tl.where(part <= last, COLS, 0)
+            lse = tl.load(lse_ptr + part * (COLS // DIM) + cols // DIM, mask=mask, other=float("-inf"))
+            o = tl.load(partial_ptr + part * COLS + cols, mask=mask, other=0.0)
             new_high = tl.maximum(high, lse)
             weight = tl.exp2(lse - new_high)
             alpha = tl.exp2(high - new_high)
             acc = acc * alpha + o * weight
             total = total * alpha + weight
             high = new_high
-    return acc / total
+    tl.store(o_ptr + cols, acc / total, mask=cols < COLS)
 
 
 @triton.jit
@@ -158,17 +149,16 @@ def _find_work(
 
 @triton.jit(do_not_specialize=["batch", "num_big", "big_eighths"])
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, batch, scale,
-    num_big, big_eighths,
+    q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, scale,
+    batch, num_big, big_eighths,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
-    COLS_PAD: tl.constexpr, PARTS: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, stop, row, row_start, big, small = _find_work(
         lens_ptr, batch, num_big, big_eighths, KV_HEADS, BLOCK_N, ROWS_PAD
     )
     pdl_wait(PDL)
-    heads = tl.arange(0, BLOCK_M)[:, None]
+    heads = tl.arange(0, max(16, triton.next_power_of_2(GROUP)))[:, None]
     dims = tl.arange(0, DIM_PAD)[None, :]
     offs = heads * DIM + dims
     mask = (heads < GROUP) & (dims < DIM)
@@ -184,31 +174,24 @@ def _decode_kernel(
         end = tl.minimum((tile - unit_start) * BLOCK_N, length)
         before = unit.to(tl.int64) * (GROUP * DIM)
         q = tl.load(q_ptr + before + offs, mask=mask, other=0.0)
-        acc = tl.zeros((BLOCK_M, DIM_PAD), tl.float32)
-        high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc, high, total = _attend(
-            q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride, begin, end,
-            tl.full((BLOCK_M,), 0, tl.int32) + end - 1, acc, high, total, scale, True,
-            KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
+        o, lse = _attend(
+            q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride,
+            begin, begin, end, end - 1, scale, False, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES,
         )  # fmt: skip
-        o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         first_program = _owner(unit_start, num_big, big, small)
         last_program = _owner(unit_end - 1, num_big, big, small)
         if first_program == last_program:
-            tl.store(o_ptr + before + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
+            tl.store(o_ptr + before + offs, o, mask=mask)
         else:
             # Along the line, each part has a new program or a new unit (or both): their sum numbers the parts.
             part = unit + tl.program_id(0)
             tl.store(partial_ptr + part * (GROUP * DIM) + offs, o, mask=mask)
-            tl.store(lse_ptr + part * GROUP + heads, (high + tl.log2(total))[:, None], mask=heads < GROUP)
+            tl.store(lse_ptr + part * GROUP + heads, lse[:, None], mask=heads < GROUP)
             tl.debug_barrier()
             if tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel") == last_program - first_program:
-                merged = _merge(
-                    partial_ptr, lse_ptr, unit + first_program, unit + last_program, GROUP, DIM, COLS_PAD, PARTS
+                _merge(
+                    partial_ptr, lse_ptr, unit + first_program, unit + last_program, o_ptr + before, GROUP * DIM, DIM
                 )
-                cols = tl.arange(0, COLS_PAD)
-                tl.store(o_ptr + before + cols, merged.to(o_ptr.dtype.element_ty), mask=cols < GROUP * DIM)
                 tl.store(semaphores_ptr + unit, 0)
         if tile == row_start + unit_tiles * KV_HEADS:
             row += 1
@@ -217,10 +200,9 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, starts_ptr, num_seqs, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, scale, starts_ptr, num_seqs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
-    SEQS_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, SEQS_PAD: tl.constexpr,
 ):  # fmt: skip
     # The rows of a sequence are its (token, query head of the group) pairs. Numbering the tiles of sequence s from
     # (rows before it) // BLOCK_M + s leaves room for every ragged end, so a program can find its own s. The last tiles
@@ -236,39 +218,21 @@ def _prefill_kernel(
     if first_row >= q_len * GROUP:
         return
     head = tl.program_id(0)
-    rows = first_row + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, DIM_PAD)
+    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
     tokens = rows // GROUP
-    offs = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * DIM + dims
-    mask = (tokens < q_len)[:, None] & (dims < DIM)[None, :]
+    dims = tl.arange(0, DIM_PAD)[None, :]
+    offs = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP) * DIM + dims
+    mask = (tokens < q_len) & (dims < DIM)
     q = tl.load(q_ptr + offs, mask=mask, other=0.0)
     context = tl.load(lens_ptr + seq)
-    first_position = context - q_len + first_row // GROUP
-    last_position = context - q_len + (first_row + BLOCK_M - 1) // GROUP
-    unmasked = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N  # all rows see the keys before
-    end = tl.minimum(last_position + 1, context)
-    positions = context - q_len + tokens
-    k_ptr += head * DIM
-    v_ptr += head * DIM
-    table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
-    acc = tl.zeros((BLOCK_M, DIM_PAD), tl.float32)
-    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc, high, total = _attend(
-        q, k_ptr, v_ptr, table_ptr, 0, unmasked, positions, acc, high, total, scale, False,
-        KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
+    past = context - q_len
+    unmasked = tl.maximum(past + first_row // GROUP + 1, 0) // BLOCK_N * BLOCK_N  # all rows see the keys before
+    end = tl.minimum(past + (first_row + BLOCK_M - 1) // GROUP + 1, context)
+    o, _lse = _attend(
+        q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + seq.to(tl.int64) * table_stride,
+        0, unmasked, end, past + tokens, scale, True, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES,
     )  # fmt: skip
-    acc, high, total = _attend(
-        q, k_ptr, v_ptr, table_ptr, unmasked, end, positions, acc, high, total, scale, True,
-        KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, BLOCK_N, PRECISION, STAGES,
-    )  # fmt: skip
-    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    tl.store(o_ptr + offs, o, mask=mask)
 
 
 @functools.cache
@@ -278,25 +242,27 @@ def _num_stages(device: torch.device) -> int:
     return 5 if roomy else 3
 
 
-def _num_programs(units: int, num_sms: int) -> tuple[int, int]:
+@functools.cache
+def _num_programs(units: int, device: torch.device) -> tuple[int, int]:
     """How many programs take big and small shares of `units` (row, KV head) pairs; three fit on an SM of Hopper.
 
     By measurement on an H200. A unit in more than 16 parts costs more to merge than it gains, and small shares pay
     from one unit an SM on: 256 rows of 925 tokens read at 4.17 TB/s, 131 at 3.97, without them at 3.99 and 3.79.
     """
+    num_sms = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     if 16 * units <= num_sms:
         return num_sms, 0
     return (2 * num_sms, 0) if units <= num_sms else (3 * num_sms, 3 * num_sms)
 
 
-def _shapes(q: Tensor, k_cache: Tensor) -> dict:
-    """The constants that both kernels share. A tile of K is 16 KiB, or shared memory would not hold the pipeline."""
+def _constants(q: Tensor, k_cache: Tensor) -> dict[str, int]:
+    """What both kernels are compiled for. A tile of K is 16 KiB, or shared memory would not hold the pipeline."""
     block_size, kv_heads, dim = k_cache.shape[1:]
     dim_pad = max(16, triton.next_power_of_2(dim))
+    block_n = min(64, max(16, 16384 // (dim_pad * q.element_size())))
     return dict(
-        KV_HEADS=kv_heads, GROUP=q.shape[1] // kv_heads, DIM=dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
-        BLOCK_N=min(64, max(16, 16384 // (dim_pad * q.element_size()))),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=_num_stages(q.device),
+        KV_HEADS=kv_heads, GROUP=q.size(1) // kv_heads, DIM=dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
+        BLOCK_N=block_n, STAGES=_num_stages(q.device), num_warps=4,
     )  # fmt: skip
 
 
@@ -313,24 +279,20 @@ def paged_decode(
     With up to PDL_MAX_ROWS rows context_lens is read early, by the rule of `pdl_wait`. Returns o [B, Hq, D].
     """
     if not use_triton(q):
-        cu_seqlens_q = torch.arange(len(q) + 1, dtype=torch.int32)
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
+        starts = torch.arange(len(q) + 1)
+        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, starts, scale)
     o = torch.empty_like(q)
-    shapes = _shapes(q, k_cache)
-    units, cols = len(q) * shapes["KV_HEADS"], shapes["GROUP"] * shapes["DIM"]
-    num_big, num_small = _num_programs(units, _num_sms(q.device))
-    programs = num_big + num_small
-    parts = units + programs
-    partial = torch.empty((parts, cols), dtype=torch.float32, device=q.device)
-    lse = torch.empty((parts, shapes["GROUP"]), dtype=torch.float32, device=q.device)
-    cols_pad = triton.next_power_of_2(cols)
+    constants = _constants(q, k_cache)
+    units, group = len(q) * constants["KV_HEADS"], constants["GROUP"]
+    num_big, num_small = _num_programs(units, q.device)
+    num_parts = units + num_big + num_small
+    partial = torch.empty((num_parts, group, constants["DIM"]), dtype=torch.float32, device=q.device)
+    lse = torch.empty((num_parts, group), dtype=torch.float32, device=q.device)
     pdl = len(q) <= PDL_MAX_ROWS and use_pdl(q.device)
-    _decode_kernel[(programs,)](
+    _decode_kernel[(num_big + num_small,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
-        len(q), scale * LOG2_E, num_big, 7 if num_small else 8, **shapes,
-        BLOCK_M=max(16, triton.next_power_of_2(shapes["GROUP"])), COLS_PAD=cols_pad,
-        PARTS=max(1, min(8, 4096 // cols_pad)), ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), PDL=pdl,
-        launch_pdl=pdl, num_warps=4,
+        scale * LOG2_E, len(q), num_big, 7 if num_small else 8, **constants,
+        ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     return o
 
@@ -350,13 +312,11 @@ def paged_prefill(
     if not use_triton(q):
         return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
     o = torch.empty_like(q)
-    shapes = _shapes(q, k_cache)
-    num_seqs, group = len(context_lens), shapes["GROUP"]
+    constants = _constants(q, k_cache)
+    num_seqs, group = len(context_lens), constants["GROUP"]
     block_m = 64 if max_seqlen_q * group > 16 and q.dtype != torch.float32 else 16
-    grid = (shapes["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs)
-    _prefill_kernel[grid](
-        q, k_cache, v_cache, o, block_tables, block_tables.stride(0), context_lens, cu_seqlens_q, num_seqs,
-        scale * LOG2_E, **shapes, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)),
-        num_warps=4,
+    _prefill_kernel[constants["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs](
+        q, k_cache, v_cache, o, block_tables, block_tables.stride(0), context_lens, scale * LOG2_E, cu_seqlens_q,
+        num_seqs, **constants, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)),
     )  # fmt: skip
     return o

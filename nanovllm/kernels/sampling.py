@@ -1,32 +1,52 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
-"""Removing unlikely tokens before sampling: min-p, top-k and top-p of each row of logits.
+"""Sampling of the next tokens: the thresholds that filters set, and a draw among the logits that reach them.
 
-Each filter keeps the tokens whose logit reaches a threshold, so nothing needs sorting: it is enough to find the
-largest threshold that still keeps k tokens (top-k) or a share p of the mass (top-p), by bisection on the bits of the
-float. Tokens that tie at a threshold stay together.
+Each filter (min-p, top-k, top-p) keeps the tokens whose logit reaches a threshold, so nothing needs sorting: it is
+enough to find the largest threshold that still keeps k tokens (top-k) or a share p of the mass (top-p), by bisection
+on the bits of the float. Tokens that tie at a threshold stay together. A kernel of its own, so that few rows fill the
+GPU too, deals a row out to SPLITS * LANES lanes, which note their two best logits. The bisection holds those in
+registers: they are all that reaches a threshold above every lane's third best, so that it seldom reads the row again.
 
-Three kernels, so that few rows fill the GPU too. A row is dealt out to SPLITS * LANES lanes, which note their two best
-logits and pass over the row once. The thresholds are searched among those: if no lane's third best reaches the one
-that is found, nothing was missed; else it is a lower bound, from which the search goes on in the whole row. The last
-kernel masks.
+The draw takes one pass, with the Gumbel-max trick: argmax(logits / temperature + g) with independent standard Gumbel
+noise g is a draw from softmax(logits / temperature) (Gumbel 1954; arXiv 1411.0030). The noise is a hash of (seed,
+position, token id), so that a request draws the same tokens whatever it is batched with and however the vocabulary is
+split over ranks.
 """
 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import INTERPRETED, tl, triton, use_triton
 
-SPLITS = 8
-LANES = 1024
-BLOCK = 8192
+SPLITS = tl.constexpr(8)
+LANES = tl.constexpr(1024)
+SEARCH_BLOCK = tl.constexpr(4096)
+DRAW_BLOCK = tl.constexpr(2048)
+DRAW_PART = tl.constexpr(8 * 2048)  # logits of one program
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that differences to it are numbers
-# The low bits of a float32 that are the same in all numbers of a type: no need to search them.
-SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+HAS_ASSEMBLY = tl.constexpr(not INTERPRETED)
+MASK = 0xFFFFFFFF
+
+
+def _flip(bits):
+    """The bits of a float32 to an int32 that orders as it does, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _hash32(x):
+    """Mixes 32-bit numbers, a tensor's in int64 or a kernel's in uint32 (constants of C. Wellons' "lowbias32")."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+_flip_jit, _hash32_jit = triton.jit(_flip), triton.jit(_hash32)
 
 
 @triton.jit
-def _load_filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size):
+def _load_filters(filters, row, size):
     """A row's 1 / temperature, top_k (0: off), top_p, min_p, and whether it is filtered at all."""
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr = filters
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_k = tl.where(top_k < size, tl.maximum(top_k, 0), 0)
@@ -36,78 +56,63 @@ def _load_filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size):
 
 
 @triton.jit
-def _sample_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, best_ptr, stats_ptr, size,
-    SPLITS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """One of the SPLITS parts of a row: each lane's two best logits and, over all lanes, (best, third best, mass)."""
+def _sample_kernel(logits_ptr, filters, best_ptr, missed_ptr, size):
+    """One of the SPLITS parts of a row: each lane's two best logits, and the best one that they miss."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    inv_temperature, top_k, _top_p, min_p, filtered = _load_filters(
-        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size
-    )
-    if not filtered:
+    _inv_temperature, _top_k, _top_p, _min_p, is_filtered = _load_filters(filters, row, size)
+    if not is_filtered:
         return
-    lanes = tl.arange(0, LANES)
-    part = tl.cdiv(size, SPLITS * LANES) * LANES
-    begin = tl.minimum(split * part, size)  # an unrolled loop may not begin beyond its end
-    end = tl.minimum(begin + part, size)
     logits_ptr += row * size
+    lanes = tl.arange(0, LANES)
     first = tl.full((LANES,), LOWEST, tl.float32)
     second = first
     third = first
-    for n in tl.range(begin, end, LANES, loop_unroll_factor=4):
-        x = tl.load(logits_ptr + n + lanes, mask=n + lanes < end, other=float("-inf")).to(tl.float32)
+    for n in tl.range(0, size, SPLITS * LANES, loop_unroll_factor=4):
+        offs = n + split * LANES + lanes
+        x = tl.load(logits_ptr + offs, mask=offs < size, other=float("-inf")).to(tl.float32)
         not_first = tl.minimum(first, x)
         first = tl.maximum(first, x)
         third = tl.maximum(third, tl.minimum(second, not_first))
         second = tl.maximum(second, not_first)
-    high = tl.max(first, 0)
-    mass = tl.zeros((LANES,), tl.float32)
-    if (top_k == 0) & (min_p <= 0.0):  # top-p needs the mass of the whole row
-        for n in tl.range(begin, end, LANES, loop_unroll_factor=4):
-            x = tl.load(logits_ptr + n + lanes, mask=n + lanes < end, other=float("-inf")).to(tl.float32)
-            mass += tl.exp((x - high) * inv_temperature)
     best_ptr += (row * SPLITS + split) * (2 * LANES) + lanes
     tl.store(best_ptr, first)
     tl.store(best_ptr + LANES, second)
-    stats_ptr += (row * SPLITS + split) * 3
-    tl.store(stats_ptr, high)
-    tl.store(stats_ptr + 1, tl.max(third, 0))
-    tl.store(stats_ptr + 2, tl.sum(mass, 0))
+    tl.store(missed_ptr + row * SPLITS + split, tl.max(third, 0))
 
 
 @triton.jit
-def _to_key(x):
-    """An int32 that orders as the float32 x does."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _weigh(x, low, high, inv_temperature, MASS: tl.constexpr):
+    """1 or, with MASS, exp((x - high) / temperature), of each x >= low, else 0."""
+    return tl.where(x >= low, tl.exp((x - high) * inv_temperature) if MASS else 1.0, 0.0)
 
 
 @triton.jit
-def _measure(x_ptr, size, low, high, inv_temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The number of x >= low or, with MASS, the sum of their exp((x - high) / temperature)."""
-    lanes = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for n in tl.range(0, size, BLOCK, loop_unroll_factor=2):
-        x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
-        weight = tl.exp((x - high) * inv_temperature) if MASS else 1.0
-        acc += tl.where(x >= low, weight, 0.0)
-    return tl.sum(acc, 0)
+def _measure(logits, low, enough, MASS: tl.constexpr):
+    """The weight of a row; that of its best logits alone, if it is `enough` or if no other can reach `low`."""
+    best, missed, x_ptr, size, high, inv_temperature = logits
+    total = tl.sum(_weigh(best, low, high, inv_temperature, MASS), 0)
+    if (total < enough) & (low <= missed):
+        lanes = tl.arange(0, SEARCH_BLOCK)
+        acc = tl.zeros((SEARCH_BLOCK,), tl.float32)
+        for n in tl.range(0, size, SEARCH_BLOCK, loop_unroll_factor=4):
+            x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
+            acc += _weigh(x, low, high, inv_temperature, MASS)
+        total = tl.sum(acc, 0)
+    return total
 
 
 @triton.jit
-def _search(
-    x_ptr, size, target, low, high, inv_temperature, MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _search(logits, low, high, target, MASS: tl.constexpr):
     """The largest threshold from low to high that measures `target` or more; low where none does."""
-    good = _to_key(low) >> SHIFT
-    bad = (_to_key(high) >> SHIFT) + 1
+    # The low bits of a float32 that are the same in all numbers of the logits' type need no search.
+    SHIFT: tl.constexpr = 23 - logits[2].dtype.element_ty.fp_mantissa_width
+    good = _flip_jit(low.to(tl.int32, bitcast=True)) >> SHIFT
+    bad = (_flip_jit(high.to(tl.int32, bitcast=True)) >> SHIFT) + 1
     while good + 1 < bad:
         middle = (good & bad) + ((good ^ bad) >> 1)  # the mean, without overflow
-        key = middle << SHIFT
-        threshold = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        if _measure(x_ptr, size, threshold, high, inv_temperature, MASS, BLOCK) >= target:
+        threshold = _flip_jit(middle << SHIFT).to(tl.float32, bitcast=True)
+        if _measure(logits, threshold, target, MASS) >= target:
             good = middle
             low = threshold
         else:
@@ -116,94 +121,164 @@ def _search(
 
 
 @triton.jit
-def _threshold_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, best_ptr, stats_ptr, low_ptr, size,
-    SHIFT: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The threshold of a row; -inf where it is not filtered."""
+def _threshold_kernel(logits_ptr, filters, best_ptr, missed_ptr, low_ptr, size):
     row = tl.program_id(0).to(tl.int64)
-    inv_temperature, top_k, top_p, min_p, filtered = _load_filters(
-        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, size
-    )
-    if not filtered:
+    inv_temperature, top_k, top_p, min_p, is_filtered = _load_filters(filters, row, size)
+    if not is_filtered:
         tl.store(low_ptr + row, float("-inf"))
         return
-    SAMPLE: tl.constexpr = 2 * SPLITS * LANES
-    logits_ptr += row * size
-    best_ptr += row * SAMPLE
-    stats_ptr += (row * SPLITS + tl.arange(0, SPLITS)) * 3
-    highs = tl.load(stats_ptr)
-    high = tl.max(highs, 0)
-    missed = tl.max(tl.load(stats_ptr + 1), 0)  # all that is larger is in the sample
-    mass = tl.sum(tl.load(stats_ptr + 2) * tl.exp((highs - high) * inv_temperature), 0)
-    low = LOWEST
-    if min_p > 0.0:
-        low = tl.maximum(low, high + tl.log(min_p) / inv_temperature)
+    best = tl.load(best_ptr + row * (2 * SPLITS * LANES) + tl.arange(0, 2 * SPLITS * LANES)).to(tl.float32)
+    high = tl.max(best, 0)
+    missed = tl.max(tl.load(missed_ptr + row * SPLITS + tl.arange(0, SPLITS)), 0)
+    logits = (best, missed, logits_ptr + row * size, size, high, inv_temperature)
+    low = tl.maximum(high + tl.log(min_p) / inv_temperature, LOWEST)  # min_p 0: the log is -inf
     if top_k > 0:
-        low = _search(best_ptr, SAMPLE, top_k, low, high, inv_temperature, False, SHIFT, BLOCK)
-        if low <= missed:
-            low = _search(logits_ptr, size, top_k, low, high, inv_temperature, False, SHIFT, BLOCK)
+        low = _search(logits, low, high, top_k, False)
     if top_p < 1.0:
-        if (top_k > 0) | (min_p > 0.0):
-            if low > missed:
-                mass = _measure(best_ptr, SAMPLE, low, high, inv_temperature, True, BLOCK)
-            else:
-                mass = _measure(logits_ptr, size, low, high, inv_temperature, True, BLOCK)
-        low = _search(best_ptr, SAMPLE, top_p * mass, low, high, inv_temperature, True, SHIFT, BLOCK)
-        if low <= missed:
-            low = _search(logits_ptr, size, top_p * mass, low, high, inv_temperature, True, SHIFT, BLOCK)
+        mass = _measure(logits, low, float("inf"), True)
+        low = _search(logits, low, high, top_p * mass, True)
     tl.store(low_ptr + row, low)
 
 
-@triton.jit
-def _mask_kernel(logits_ptr, low_ptr, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    low = tl.load(low_ptr + row)
-    if low == float("-inf"):
-        return
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * size + offs, mask=offs < size)
-    tl.store(logits_ptr + row * size + offs, tl.where(x.to(tl.float32) >= low, x, float("-inf")), mask=offs < size)
-
-
-def filter_logits_torch(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """What `filter_logits` computes, said plainly, with a sort."""
-    size = logits.shape[1]
+def filter_thresholds_torch(logits: Tensor, *filters: Tensor) -> Tensor:
+    """What `filter_thresholds` computes, said plainly, with a sort."""
+    temperature, top_k, top_p, min_p = (values[:, None] for values in filters)
     ordered = logits.float().sort(dim=-1, descending=True).values
-    high = ordered[:, :1]
-    low = torch.where(min_p > 0, temperature * torch.log(min_p), -torch.inf)[:, None] + high
-    last_kept = torch.where(top_k > 0, top_k.clamp(max=size), size).long() - 1
-    low = torch.maximum(low, ordered.gather(1, last_kept[:, None]))
-    mass = torch.where(ordered >= low, torch.exp((ordered - high) / temperature[:, None]), 0.0).double().cumsum(-1)
-    last_kept = (mass < top_p[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=size - 1)
-    low = torch.where((top_p < 1)[:, None], torch.maximum(low, ordered.gather(1, last_kept)), low)
-    return logits.masked_fill_((logits < low) & (temperature > 0)[:, None], -torch.inf)
+    high, size = ordered[:, :1], logits.size(1)
+    low = torch.where(min_p > 0, high + temperature * torch.log(min_p), -torch.inf)
+    low = torch.where(top_k > 0, torch.maximum(low, ordered.gather(1, top_k.clamp(1, size) - 1)), low)
+    mass = torch.where(ordered >= low, torch.exp((ordered - high) / temperature), 0.0).double().cumsum(-1)
+    last_kept = (mass < top_p * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=size - 1)
+    low = torch.where(top_p < 1, torch.maximum(low, ordered.gather(1, last_kept)), low)
+    return torch.where(temperature > 0, low, -torch.inf)[:, 0]
 
 
-def filter_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set the logits of the tokens that a row's filters remove to -inf, in place.
+def filter_thresholds(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The least logits, float32 [B], that the filters of the rows keep; -inf where a row is not filtered.
 
-    logits: [B, V], contiguous; bfloat16, float16 or float32. temperature: [B] float32; a row at 0 (greedy) is left
-    alone. With probabilities softmax(logits / temperature), three filters apply in this order: min_p [B] float32
-    keeps p >= min_p * max(p) (0: all); top_k [B] int32 keeps the k largest of the rest (<= 0: all); top_p [B] float32
+    All contiguous. logits: [B, V]; bfloat16, float16 or float32. temperature: [B] float32; a row at 0 (greedy) is not
+    filtered. With probabilities softmax(logits / temperature), three filters apply in this order: min_p [B] float32
+    keeps p >= min_p * max(p) (0: all); top_k [B] int64 keeps the k largest of the rest (<= 0: all); top_p [B] float32
     keeps the smallest set of the largest whose share of the mass that is left reaches top_p (1: all). Ties at a border
-    are kept, and so is always the largest. Returns logits.
+    are kept, and so is always the largest.
 
-    On an H200, V 151,936 in bfloat16, top_k 20 and top_p 0.95: 256 rows 109 us, one row 26 us. Reading and writing
-    256 rows takes 57 us. A top_p that keeps thousands of tokens costs up to three times as much.
+    On an H200, V 151,936 in bfloat16, top_k 20 and top_p 0.95: 256 rows 53 us, one row 17 us. Filters that keep
+    thousands of tokens cost up to ten times as much.
     """
     if not use_triton(logits):
-        return filter_logits_torch(logits, temperature, top_k, top_p, min_p)
+        return filter_thresholds_torch(logits, temperature, top_k, top_p, min_p)
     rows, size = logits.shape
-    if rows:
-        filters = temperature, top_k, top_p, min_p
-        best = torch.empty((rows, SPLITS, 2, LANES), dtype=logits.dtype, device=logits.device)
-        stats = torch.empty((rows, SPLITS, 3), dtype=torch.float32, device=logits.device)
-        low = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        _sample_kernel[(rows, SPLITS)](logits, *filters, best, stats, size, SPLITS=SPLITS, LANES=LANES, num_warps=4)
-        _threshold_kernel[(rows,)](
-            logits, *filters, best, stats, low, size,
-            SHIFT=SHIFTS[logits.dtype], SPLITS=SPLITS, LANES=LANES, BLOCK=BLOCK, num_warps=32,
-        )  # fmt: skip
-        _mask_kernel[(rows, triton.cdiv(size, BLOCK))](logits, low, size, BLOCK=BLOCK, num_warps=8)
-    return logits
+    filters = temperature, top_k, top_p, min_p
+    best = torch.empty((rows, SPLITS.value, 2, LANES.value), dtype=logits.dtype, device=logits.device)
+    missed = torch.empty((rows, SPLITS.value), dtype=torch.float32, device=logits.device)
+    low = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _sample_kernel[(rows, SPLITS.value)](logits, filters, best, missed, size, num_warps=8)
+    _threshold_kernel[(rows,)](logits, filters, best, missed, low, size, num_warps=16)
+    return low
+
+
+def gumbel_noise_torch(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32 [B, V], of int64 seeds [B], int positions [B] and int64 token ids [V]."""
+    keys = _hash32(_hash32(seeds & MASK) ^ ((seeds >> 32) & MASK))
+    keys = _hash32(keys ^ _hash32(positions.long()))
+    bits = _hash32((token_ids + keys[:, None]) & MASK)
+    # The winner has a small exponential: from a uniform near 0, where float32 is fine, and not from one near 1.
+    uniform = ((bits.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)  # the largest float32 below 1
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def draw_torch(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0, low: Tensor | None = None
+) -> Tensor:
+    """See `draw`."""
+    scores = logits.float()
+    if low is not None:
+        scores = scores.masked_fill(scores < low[:, None], -torch.inf)
+    if temperature.any():
+        token_ids = torch.arange(start, start + logits.size(1), device=logits.device)
+        noisy = scores / temperature[:, None] + gumbel_noise_torch(seeds, positions, token_ids)
+        scores = torch.where(temperature[:, None] == 0, scores, noisy)
+    best, index = scores.max(dim=-1)
+    return (_flip(best.view(torch.int32)).long() << 32) | (MASK - (start + index))
+
+
+def unpack_token_ids(packed: Tensor) -> Tensor:
+    """The token ids, int64 [B], of what `draw` returns."""
+    return MASK - (packed & MASK)
+
+
+@triton.jit
+def _log2(x):
+    # tl.log2 takes a dozen instructions, the hardware's own one; the interpreter knows no assembly.
+    if HAS_ASSEMBLY:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def _gumbel2(seed, position, token_ids):
+    """The noise in units of ln 2, less the constant that all tokens share."""
+    key = _hash32_jit(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)
+    key = _hash32_jit(_hash32_jit(key) ^ _hash32_jit(position.to(tl.uint32)))
+    bits = _hash32_jit(token_ids.to(tl.uint32) + key)
+    # 2**-32 and the largest float32 below 1.
+    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    # -log2(1 - u), by its series where 1 - u would round u away.
+    series = uniform * (1 + uniform * (0.5 + uniform * 0.33333334)) * 1.442695
+    exponential = tl.where(uniform < 0.03, series, -_log2(1 - uniform))
+    return -_log2(exponential)
+
+
+@triton.jit
+def _draw_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, packed_ptr, vocab_size, start):
+    row = tl.program_id(0)
+    begin = tl.program_id(1) * DRAW_PART
+    temperature = tl.load(temperature_ptr + row)
+    seed = tl.load(seed_ptr + row)
+    position = tl.load(position_ptr + row)
+    low = float("-inf") if low_ptr is None else tl.load(low_ptr + row)
+    logits_ptr += row.to(tl.int64) * vocab_size
+    scale = 1.442695 / temperature  # of no use to greedy rows
+    best = tl.full((DRAW_BLOCK,), float("-inf"), tl.float32)
+    best_ids = begin + tl.arange(0, DRAW_BLOCK)
+    for offset in range(begin, begin + DRAW_PART, DRAW_BLOCK):
+        ids = offset + tl.arange(0, DRAW_BLOCK)
+        scores = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+        scores = tl.where(scores < low, float("-inf"), scores)
+        if temperature > 0:
+            scores = scores * scale + _gumbel2(seed, position, start + ids)
+        best_ids = tl.where(scores > best, ids, best_ids)
+        best = tl.maximum(scores, best)
+    top = tl.max(best, 0)
+    token_id = start + tl.min(tl.where(best == top, best_ids, 0x7FFFFFFF), 0)
+    if temperature > 0:
+        top = top * 0.6931472 + 0.36651292  # ln 2 and -ln ln 2
+    order = _flip_jit(top.to(tl.int32, bitcast=True))
+    packed = (order.to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
+    tl.atomic_max(packed_ptr + row, packed)
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0, low: Tensor | None = None
+) -> Tensor:
+    """The best of logits / temperature + noise in each row, and the token id that has it.
+
+    Args, all contiguous:
+        logits: [B, V] of the token ids from `start` on, any float type.
+        temperature: float32 [B]; 0 is greedy: the best logit, without noise.
+        seeds: int64 [B].
+        positions: int64 or int32 [B].
+        start: the first column's token id.
+        low: float32 [B]; a row's logits below it are not drawn. None: all may be.
+
+    Returns:
+        int64 [B], (score, id) packed so that the larger number has the better score or, among equals, the lower id:
+        the maximum over several ranks' results is the result for all of the vocabulary.
+    """
+    if not use_triton(logits):
+        return draw_torch(logits, temperature, seeds, positions, start, low)
+    batch_size, vocab_size = logits.shape
+    packed = torch.full((batch_size,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=logits.device)
+    grid = batch_size, triton.cdiv(vocab_size, DRAW_PART.value)
+    _draw_kernel[grid](logits, temperature, seeds, positions, low, packed, vocab_size, start, num_warps=8)
+    return packed

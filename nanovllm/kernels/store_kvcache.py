@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import PDL_MAX_ROWS, pdl_wait, tl, triton, use_pdl, use_triton
-from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.kernels.norm_act import rms_norm_torch
 
 
 @triton.jit
-def _load_halves(x_ptr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
-    """The halves of the heads at x_ptr that the rotation pairs, and the first one's offsets and mask."""
-    heads = tl.arange(0, HEADS_PAD)[:, None]
-    half = tl.arange(0, HALF_PAD)[None, :]
+def _load_halves(x_ptr, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """The halves that the rotation pairs of the heads at x_ptr, in float32; the first half's offsets and mask."""
+    heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
+    half = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
     offs = heads * DIM + half
     mask = (heads < HEADS) & (half < DIM // 2)
     a = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -25,49 +25,39 @@ def _load_halves(x_ptr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.co
 
 
 @triton.jit
-def _norm_rope(
-    a, b, offs, mask, norm_ptr, cos, sin, eps, out_ptr,
-    HAS_NORM: tl.constexpr, DIM: tl.constexpr, HALF_PAD: tl.constexpr,
-):  # fmt: skip
+def _norm_rope_store(a, b, offs, mask, norm_ptr, eps, cos, sin, out_ptr, DIM: tl.constexpr):
     """Normalise, rotate and write to out_ptr what `_load_halves` gave."""
-    if HAS_NORM:
-        half = tl.arange(0, HALF_PAD)[None, :]
+    if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / DIM + eps)[:, None]
-        a *= rstd * tl.load(norm_ptr + half, mask=half < DIM // 2, other=0.0).to(tl.float32)
-        b *= rstd * tl.load(norm_ptr + half + DIM // 2, mask=half < DIM // 2, other=0.0).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + offs, (a * cos - b * sin).to(dtype), mask=mask)
-    tl.store(out_ptr + offs + DIM // 2, (b * cos + a * sin).to(dtype), mask=mask)
+        norm_a, norm_b, _, _ = _load_halves(norm_ptr, 1, DIM)
+        a *= rstd * norm_a
+        b *= rstd * norm_b
+    tl.store(out_ptr + offs, a * cos - b * sin, mask=mask)
+    tl.store(out_ptr + offs + DIM // 2, b * cos + a * sin, mask=mask)
 
 
 @triton.jit
 def _rope_store_kernel(
-    qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, eps,
-    q_ptr, k_cache_ptr, v_cache_ptr,
-    HAS_NORM: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, Q_PAD: tl.constexpr, KV_PAD: tl.constexpr,
-    DIM: tl.constexpr, HALF_PAD: tl.constexpr, PDL: tl.constexpr,
+    qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, eps,
+    q_ptr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    half = tl.arange(0, HALF_PAD)[None, :]
-    angles = cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM + half
-    cos = tl.load(angles, mask=half < DIM // 2, other=0.0)
-    sin = tl.load(angles + DIM // 2, mask=half < DIM // 2, other=0.0)
+    cos, sin, _, _ = _load_halves(cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM, 1, DIM)
     pdl_wait(PDL)
     # All loads come before the first store: the compiler cannot know that they do not overlap.
     q = qkv_ptr + row * qkv_stride
     k = q + Q_HEADS * DIM
-    q_a, q_b, q_offs, q_mask = _load_halves(q, Q_HEADS, Q_PAD, DIM, HALF_PAD)
-    k_a, k_b, k_offs, k_mask = _load_halves(k, KV_HEADS, KV_PAD, DIM, HALF_PAD)
-    v_offs = tl.arange(0, 2 * KV_PAD * HALF_PAD)
+    q_a, q_b, q_offs, q_mask = _load_halves(q, Q_HEADS, DIM)
+    k_a, k_b, k_offs, k_mask = _load_halves(k, KV_HEADS, DIM)
+    v_offs = tl.arange(0, triton.next_power_of_2(KV_HEADS * DIM))
     v_mask = v_offs < KV_HEADS * DIM
     v = tl.load(k + KV_HEADS * DIM + v_offs, mask=v_mask)
-    q_out = q_ptr + row * (Q_HEADS * DIM)
-    _norm_rope(q_a, q_b, q_offs, q_mask, q_norm_ptr, cos, sin, eps, q_out, HAS_NORM, DIM, HALF_PAD)
+    _norm_rope_store(q_a, q_b, q_offs, q_mask, q_norm_ptr, eps, cos, sin, q_ptr + row * (Q_HEADS * DIM), DIM)
     if slot >= 0:
-        k_out = k_cache_ptr + slot * (KV_HEADS * DIM)
-        _norm_rope(k_a, k_b, k_offs, k_mask, k_norm_ptr, cos, sin, eps, k_out, HAS_NORM, DIM, HALF_PAD)
-        tl.store(v_cache_ptr + slot * (KV_HEADS * DIM) + v_offs, v, mask=v_mask)
+        before = slot * (KV_HEADS * DIM)
+        _norm_rope_store(k_a, k_b, k_offs, k_mask, k_norm_ptr, eps, cos, sin, k_cache_ptr + before, DIM)
+        tl.store(v_cache_ptr + before + v_offs, v, mask=v_mask)
 
 
 def rope_store_kvcache_torch(
@@ -110,12 +100,9 @@ def rope_store_kvcache(
         )
     kv_heads, dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)
-    if len(qkv):
-        pdl = len(qkv) <= PDL_MAX_ROWS and use_pdl(qkv.device)
-        _rope_store_kernel[(len(qkv),)](
-            qkv, qkv.stride(0), cos_sin, positions, slot_mapping, q_norm, k_norm, eps, q, k_cache, v_cache,
-            HAS_NORM=q_norm is not None, Q_HEADS=num_heads, KV_HEADS=kv_heads,
-            Q_PAD=triton.next_power_of_2(num_heads), KV_PAD=triton.next_power_of_2(kv_heads),
-            DIM=dim, HALF_PAD=triton.next_power_of_2(dim // 2), PDL=pdl, launch_pdl=pdl, num_warps=4,
-        )  # fmt: skip
+    pdl = len(qkv) <= PDL_MAX_ROWS and use_pdl(qkv.device)
+    _rope_store_kernel[(len(qkv),)](
+        qkv, qkv.stride(0), cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, q,
+        Q_HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, PDL=pdl, launch_pdl=pdl, num_warps=4,
+    )  # fmt: skip
     return q

@@ -35,17 +35,9 @@ class Attention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
         q = rope_store_kvcache(
-            qkv,
-            self.rotary_table,
-            positions,
-            context.slot_mapping,
-            self.k_cache,
-            self.v_cache,
-            self.num_heads,
-            q_norm.weight if q_norm else None,
-            k_norm.weight if k_norm else None,
-            q_norm.eps if q_norm else 0.0,
-        )
+            qkv, self.rotary_table, positions, context.slot_mapping, self.k_cache, self.v_cache, self.num_heads,
+            q_norm.weight if q_norm else None, k_norm.weight if k_norm else None, q_norm.eps if q_norm else 0.0,
+        )  # fmt: skip
         return getattr(self, f"_attend_{self.backend}")(q, context).flatten(1)
 
     def _attend_torch(self, q: Tensor, context: Context) -> Tensor:
@@ -55,16 +47,14 @@ class Attention(nn.Module):
         # Decodes on a GPU may be in a graph, where the host cannot loop over lengths: all pages, and a mask.
         k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in caches)
         visible = (torch.arange(k.size(2), device=q.device) < lens[:, None])[:, None, None]
-        o = F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=self.scale, enable_gqa=True)
-        return o[:, :, 0]
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=self.scale, enable_gqa=True)[:, :, 0]
 
     def _attend_triton(self, q: Tensor, context: Context) -> Tensor:
-        n = context.num_decodes
+        n, max_seqlen_q = context.num_decodes, context.max_seqlen_q
         caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
         if n == len(q):
             return paged_decode(q, *caches, tables, lens, self.semaphores, self.scale)
-        cu_seqlens_q = context.cu_seqlens_q[n:]
-        o = paged_prefill(q, *caches, tables[n:], lens[n:], cu_seqlens_q, context.max_seqlen_q, self.scale)
+        o = paged_prefill(q, *caches, tables[n:], lens[n:], context.cu_seqlens_q[n:], max_seqlen_q, self.scale)
         if n:
             o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], self.semaphores, self.scale)
         return o
@@ -72,26 +62,13 @@ class Attention(nn.Module):
     def _attend_flash_attn(self, q: Tensor, context: Context) -> Tensor:
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
-        n = context.num_decodes
-        caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
-        decoded = None
-        if n:
-            decoded = flash_attn_with_kvcache(
-                q[:n, None], *caches, cache_seqlens=lens[:n], block_table=tables[:n], softmax_scale=self.scale
+        caches, tables = (self.k_cache, self.v_cache), context.block_tables
+        if context.num_decodes == len(q):
+            return flash_attn_with_kvcache(
+                q[:, None], *caches, cache_seqlens=context.context_lens, block_table=tables, softmax_scale=self.scale
             )[:, 0]
-            if n == len(q):
-                return decoded
-        o = flash_attn_varlen_func(
-            q,
-            *caches,
-            cu_seqlens_q=context.cu_seqlens_q[n:],
-            cu_seqlens_k=context.cu_seqlens_k[n:],
-            max_seqlen_q=context.max_seqlen_q,
-            max_seqlen_k=context.max_seqlen_k,
-            softmax_scale=self.scale,
-            causal=True,
-            block_table=tables[n:],
-        )
-        if decoded is not None:
-            o[:n] = decoded
-        return o
+        return flash_attn_varlen_func(
+            q, *caches, cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=context.cu_seqlens_k,
+            max_seqlen_q=context.max_seqlen_q, max_seqlen_k=context.max_seqlen_k, softmax_scale=self.scale,
+            causal=True, block_table=tables,
+        )  # fmt: skip

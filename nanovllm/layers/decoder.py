@@ -1,26 +1,48 @@
-"""The pre-norm decoder that all supported families share; a family brings its attention.
+"""The pre-norm decoder that all supported families share; a family says what its attention has.
 
 The residual stream x [N, hidden] runs through all layers; what reads it norms it, what adds to it does so in place.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.config import Config
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import GatedMLP
 from nanovllm.layers.rotary_embedding import rotary_table
 from nanovllm.utils.context import Context
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
+class SelfAttention(nn.Module):
+    """x + o(attention(qkv(norm(x)))) on [N, hidden], with biases, or an RMSNorm of each query and key head, or not."""
+
+    def __init__(
+        self, config: Config, tp: TensorParallel, rotary_table: Tensor, qkv_bias: bool, o_bias: bool, qk_norm: bool
+    ) -> None:
+        super().__init__()
+        c = config.model_config
+        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.qkv_proj = QKVParallelLinear(c.hidden_size, dim, heads, kv_heads, qkv_bias, tp)
+        self.o_proj = RowParallelLinear(heads * dim, c.hidden_size, o_bias, tp)
+        self.q_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
+        self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
+        self.attn = Attention(heads // tp.size, dim, config.attention_backend, rotary_table)
+
+    def forward(self, x: Tensor, norm: RMSNorm, positions: Tensor, context: Context) -> Tensor:
+        o = self.attn(self.qkv_proj(x, norm), positions, context, self.q_norm, self.k_norm)
+        return self.o_proj(o, residual=x)
+
+
 class DecoderLayer(nn.Module):
     """Attention, then the feed-forward block."""
 
-    def __init__(self, attention: nn.Module, config: Config, tp: TensorParallel) -> None:
+    def __init__(self, attention: SelfAttention, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
         self.self_attn = attention
@@ -28,7 +50,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, positions, context)
         return self.mlp(x, self.post_attention_layernorm)
 
@@ -36,17 +58,17 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token ids [N] to hidden states [N, hidden]; the LM head applies `norm`, to the tokens that need it."""
 
-    def __init__(self, attention_class: type[nn.Module], config: Config, tp: TensorParallel) -> None:
+    def __init__(self, make_attention: Callable[..., SelfAttention], config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
         table = rotary_table(c, config.max_model_len, tp.device)
         self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
         self.layers = nn.ModuleList(
-            DecoderLayer(attention_class(config, tp, table), config, tp) for _ in range(c.num_hidden_layers)
+            DecoderLayer(make_attention(config, tp, table), config, tp) for _ in range(c.num_hidden_layers)
         )
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = layer(x, positions, context)
@@ -60,20 +82,24 @@ class CausalLM(nn.Module):
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
-    attention_class: ClassVar[type[nn.Module]]
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
-        self.model = Decoder(self.attention_class, config, tp)
+        self.model = Decoder(self.make_attention, config, tp)
         self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+    @staticmethod
+    def make_attention(config: Config, tp: TensorParallel, rotary_table: Tensor) -> SelfAttention:
+        """The attention of a layer of this family."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Token ids and positions [N] -> hidden states [N, hidden]."""
         return self.model(input_ids, positions, context)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Hidden states [M, hidden] -> this rank's logits [M, vocab / ranks]."""
         return self.lm_head(hidden_states, self.model.norm)

@@ -59,7 +59,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """residual + x W^T + b with the input features split over the ranks, summed: x [N, in / ranks] -> [N, out].
 
-    The residual may be updated in place.
+    The residual is updated in place.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
@@ -71,6 +71,8 @@ class RowParallelLinear(nn.Module):
         self.bias = tp.parameter(output_size) if bias else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        # One rank adds bias and residual: the sum would count them once a rank.
-        bias, residual = (self.bias, residual) if self.tp.rank == 0 else (None, None)
-        return self.tp.all_reduce(linear(x, self.weight, bias, residual=residual))
+        if self.tp.size == 1:
+            return linear(x, self.weight, self.bias, residual=residual)
+        part = self.tp.part(*residual.shape)
+        linear(x, self.weight, self.bias if self.tp.rank == 0 else None, out=part)
+        return self.tp.add_sum(residual, part)

@@ -1,45 +1,36 @@
 """Sampling of the next tokens, on logits that are split by vocabulary over tensor-parallel ranks."""
 
-from dataclasses import dataclass
-
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from nanovllm.kernels.draw import draw, unpack_token_ids
-from nanovllm.kernels.sampling import filter_logits
+from nanovllm.kernels.sampling import draw, filter_thresholds, unpack_token_ids
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
-@dataclass(slots=True)
-class SamplingInputs:
-    """Sampling parameters of B rows, each [B]; `is_filtered`: some row asks for top-k, top-p or min-p."""
-
-    temperatures: torch.Tensor
-    top_ps: torch.Tensor
-    min_ps: torch.Tensor
-    top_ks: torch.Tensor
-    seeds: torch.Tensor
-    positions: torch.Tensor
-    is_filtered: bool
-
-
 class Sampler(nn.Module):
-    """This rank's logits [B, vocab / ranks] to the sampled token ids, int64 [B], the same on every rank."""
+    """Token ids, int64 [B], the same on every rank, of this rank's logits [B, vocab / ranks]."""
 
     def __init__(self, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
 
-    def forward(self, logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
-        if inputs.is_filtered:
+    def forward(
+        self, logits: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor, is_filtered: bool
+    ) -> Tensor:
+        """The sampling parameters of the rows are contiguous rows of two tensors.
+
+        row_ints: int64 [2, B], top_k and seed. row_floats: float32 [3, B], temperature, top_p and min_p. positions:
+        int32 or int64 [B]. is_filtered: whether some row asks for top-k, top-p or min-p.
+        """
+        top_k, seeds = row_ints
+        temperature, top_p, min_p = row_floats
+        if is_filtered:
             # Filters need whole distributions; every rank then draws alike.
             logits = self.tp.all_gather(logits)
-            filter_logits(logits, inputs.temperatures, inputs.top_ks.int(), inputs.top_ps, inputs.min_ps)
-            packed = draw(logits, inputs.temperatures, inputs.seeds, inputs.positions)
+            low = filter_thresholds(logits, temperature, top_k, top_p, min_p)
+            packed = draw(logits, temperature, seeds, positions, low=low)
         else:
             # Each rank offers its best candidate.
-            start = self.tp.rank * logits.size(1)
-            packed = draw(logits, inputs.temperatures, inputs.seeds, inputs.positions, start)
+            packed = draw(logits, temperature, seeds, positions, start=self.tp.rank * logits.size(1))
             packed = self.tp.all_reduce(packed, dist.ReduceOp.MAX)
         return unpack_token_ids(packed)

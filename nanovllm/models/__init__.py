@@ -1,22 +1,19 @@
 """The supported model families by the name that a checkpoint's config.json gives in `architectures`."""
 
-from __future__ import annotations
+from nanovllm.layers.decoder import CausalLM
+from nanovllm.models.llama import LlamaForCausalLM
+from nanovllm.models.qwen2 import Qwen2ForCausalLM
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import nn
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", "LlamaForCausalLM"),
-    "MistralForCausalLM": ("llama", "LlamaForCausalLM"),
-    "Qwen2ForCausalLM": ("qwen2", "Qwen2ForCausalLM"),
-    "Qwen3ForCausalLM": ("qwen3", "Qwen3ForCausalLM"),
+ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
 
 
-def model_class(architecture: str) -> type[nn.Module]:
+def model_class(architecture: str) -> type[CausalLM]:
     """The class of an architecture.
 
     Raises:
@@ -24,5 +21,4 @@ def model_class(architecture: str) -> type[nn.Module]:
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
-    module, name = ARCHITECTURES[architecture]
-    return getattr(import_module(f"nanovllm.models.{module}"), name)
+    return ARCHITECTURES[architecture]

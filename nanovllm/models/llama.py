@@ -1,34 +1,17 @@
 """Llama 2 and 3 (arXiv 2302.13971, 2407.21783), and Mistral without a sliding window: the plain decoder."""
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.layers.attention import Attention
-from nanovllm.layers.decoder import CausalLM
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
-from nanovllm.utils.context import Context
+from nanovllm.layers.decoder import CausalLM, SelfAttention
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
-class LlamaAttention(nn.Module):
-    """x + o(attention(qkv(norm(x)))) on [N, hidden]."""
-
-    def __init__(self, config: Config, tp: TensorParallel, rotary_table: torch.Tensor) -> None:
-        super().__init__()
-        c = config.model_config
-        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = QKVParallelLinear(c.hidden_size, dim, heads, kv_heads, c.attention_bias, tp)
-        self.o_proj = RowParallelLinear(heads * dim, c.hidden_size, c.attention_bias, tp)
-        self.attn = Attention(heads // tp.size, dim, config.attention_backend, rotary_table)
-
-    def forward(self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        o = self.attn(self.qkv_proj(x, norm), positions, context)
-        return self.o_proj(o, residual=x)
-
-
 class LlamaForCausalLM(CausalLM):
-    """The decoder of `layers/decoder.py` with this attention."""
+    """The shared decoder; config.json says whether the projections have biases."""
 
-    attention_class = LlamaAttention
+    @staticmethod
+    def make_attention(config: Config, tp: TensorParallel, rotary_table: Tensor) -> SelfAttention:
+        """The attention of one layer."""
+        bias = config.model_config.attention_bias
+        return SelfAttention(config, tp, rotary_table, qkv_bias=bias, o_bias=bias, qk_norm=False)

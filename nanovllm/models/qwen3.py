@@ -1,36 +1,17 @@
 """Qwen3 (arXiv 2505.09388): grouped-query attention whose queries and keys are normalised head by head."""
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.layers.attention import Attention
-from nanovllm.layers.decoder import CausalLM
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
-from nanovllm.utils.context import Context
+from nanovllm.layers.decoder import CausalLM, SelfAttention
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
-class Qwen3Attention(nn.Module):
-    """x + o(attention(qkv(norm(x)))) on [N, hidden]."""
-
-    def __init__(self, config: Config, tp: TensorParallel, rotary_table: torch.Tensor) -> None:
-        super().__init__()
-        c = config.model_config
-        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = QKVParallelLinear(c.hidden_size, dim, heads, kv_heads, c.attention_bias, tp)
-        self.o_proj = RowParallelLinear(heads * dim, c.hidden_size, c.attention_bias, tp)
-        self.q_norm = RMSNorm(dim, c.rms_norm_eps, tp)
-        self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp)
-        self.attn = Attention(heads // tp.size, dim, config.attention_backend, rotary_table)
-
-    def forward(self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        o = self.attn(self.qkv_proj(x, norm), positions, context, self.q_norm, self.k_norm)
-        return self.o_proj(o, residual=x)
-
-
 class Qwen3ForCausalLM(CausalLM):
-    """The decoder of `layers/decoder.py` with this attention."""
+    """The shared decoder, with an RMSNorm of each query and key head before the rotary embedding."""
 
-    attention_class = Qwen3Attention
+    @staticmethod
+    def make_attention(config: Config, tp: TensorParallel, rotary_table: Tensor) -> SelfAttention:
+        """The attention of one layer."""
+        bias = config.model_config.attention_bias
+        return SelfAttention(config, tp, rotary_table, qkv_bias=bias, o_bias=bias, qk_norm=True)

@@ -6,7 +6,6 @@ order of the model's `packed_modules_mapping`, or just one. A parameter without 
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob
 
@@ -15,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm.config import read_json
+
+# Some files repeat what the model has: rotary tables, or as the head a copy of the embedding that is tied to it.
+REPEATED = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,26 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         ValueError: no or unreadable files; a missing, unexpected or mis-shaped tensor, by name.
     """
     targets = checkpoint_targets(model)
-    with ExitStack() as stack:
-        found = {}
-        for path in find_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-            names = file.keys()
-            found.update({name: file.get_slice(name) for name in names if not is_derived(model, name)})
-        if missing := sorted(targets.keys() - found.keys()):
-            raise ValueError(f"{folder} lacks the tensor {missing[0]!r} ({len(missing)} missing in all)")
-        if unexpected := sorted(found.keys() - targets.keys()):
-            raise ValueError(f"{folder} has an unexpected tensor {unexpected[0]!r} ({len(unexpected)} in all)")
-        for name, (_, shard) in targets.items():
-            if (shape := tuple(found[name].get_shape())) != shard.full_shape:
-                raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {shard.full_shape}")
-        for name, (parameter, shard) in targets.items():
-            check()
-            rows = slice(shard.start, shard.start + shard.size)
-            source = found[name][rows] if shard.dim == 0 else found[name][:, rows]
-            parameter.data.narrow(shard.dim, shard.offset, shard.size).copy_(source)
+    found = {}
+    for path in find_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        names = file.keys()
+        found.update({name: file.get_slice(name) for name in names})
+    unexpected = [name for name in found.keys() - targets.keys() if not name.endswith(REPEATED)]
+    for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
+        if names:
+            raise ValueError(f"{folder} {problem} tensor {min(names)!r} ({len(names)} in all)")
+    for name, (_, shard) in targets.items():
+        if (shape := tuple(found[name].get_shape())) != shard.full_shape:
+            raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {shard.full_shape}")
+    for name, (parameter, shard) in targets.items():
+        check()
+        rows = slice(shard.start, shard.start + shard.size)
+        source = found[name][rows] if shard.dim == 0 else found[name][:, rows]
+        parameter.data.narrow(shard.dim, shard.offset, shard.size).copy_(source)
 
 
 def checkpoint_targets(model: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
@@ -73,13 +74,6 @@ def checkpoint_targets(model: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]
     return targets
 
 
-def is_derived(model: nn.Module, name: str) -> bool:
-    """Whether a tensor only repeats what the model has: some files hold rotary tables or a tied head's copy."""
-    return name.endswith("rotary_emb.inv_freq") or (
-        name == "lm_head.weight" and model.lm_head.weight is model.model.embed_tokens.weight
-    )
-
-
 def find_files(folder: str) -> list[str]:
     """The safetensors files of a checkpoint: those that the index names, or the folder's."""
     index = read_json(os.path.join(folder, "model.safetensors.index.json"))
@@ -92,9 +86,8 @@ def find_files(folder: str) -> list[str]:
 
 def fill_dummy(model: nn.Module, seed: int) -> None:
     """Random weights for measurements: matrices normal with std 0.02, norms 1, biases 0."""
-    generator = None
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        generator = generator or torch.Generator(parameter.device).manual_seed(seed)
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.02, generator=generator)
         else:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nanovllm.utils.peer_memory import PART_BYTES, PeerMemory
+
 TIMEOUT = timedelta(minutes=10)
 ABORT_SECONDS = 3.0
 
@@ -26,23 +28,33 @@ class TensorParallel:
         self.size = size
         self.device = device
         self.dtype = dtype
-        self.group: dist.ProcessGroup | None = None
+        self.group: dist.Backend | None = None
+        self.peer_memory: PeerMemory | None = None
         self.is_aborted = False
         self.aborting: threading.Thread | None = None
 
     def connect(self, store: dist.Store) -> None:
         """Meets the other ranks; to be called on all of them before the first collective."""
-        if self.device.type == "cuda":
-            # NCCL's watchdog would answer the death of a rank by ending this process, which may be the caller's.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
-        else:
+        if self.device.type == "cpu":
             self.group = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
+            self.min(0)
+            return
+        # NCCL's watchdog would answer the death of a rank by ending this process, which may be the caller's.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
         self.min(0)
+        try:
+            self.peer_memory = PeerMemory(store, self.rank, self.size, self.device)
+        except RuntimeError:  # NCCL finds a way
+            self.check()
+        if not self.min(self.peer_memory is not None):
+            self.peer_memory = None
 
     def abort(self) -> None:
         """Breaks off collectives that wait for ranks which will not come, and refuses new ones; does not wait."""
         self.is_aborted = True
+        if self.peer_memory is not None:
+            self.peer_memory.given_up.fill_(1)
         if self.group is not None and self.aborting is None:
             # NCCL ends its kernels at once, but returns only when the CUDA graphs that hold them are gone.
             self.aborting = threading.Thread(target=self.group.abort, daemon=True, name="nanovllm-abort")
@@ -52,7 +64,9 @@ class TensorParallel:
         """Gives up the group after an abort, which has a few seconds to end."""
         if self.aborting is not None:
             self.aborting.join(ABORT_SECONDS)
-        self.group = self.aborting = None
+        if self.peer_memory is not None:
+            self.peer_memory.close()
+        self.group = self.peer_memory = self.aborting = None
 
     def check(self) -> None:
         """Raises RuntimeError after an abort."""
@@ -62,6 +76,20 @@ class TensorParallel:
     def parameter(self, *shape: int) -> nn.Parameter:
         """A parameter of this rank, yet to be filled."""
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def part(self, rows: int, size: int) -> torch.Tensor:
+        """An empty [rows, size] for this rank's part of the sum that `add_sum` makes next."""
+        if self._fits_peer_memory(rows * size):
+            return self.peer_memory.part(rows, size, self.dtype)
+        return torch.empty(rows, size, dtype=self.dtype, device=self.device)
+
+    def add_sum(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """Adds to x, in place, the sum of the ranks' parts."""
+        self.check()
+        return self.peer_memory.add_sum(x) if self._fits_peer_memory(x.numel()) else x.add_(self.all_reduce(part))
+
+    def _fits_peer_memory(self, numel: int) -> bool:
+        return self.peer_memory is not None and numel * self.dtype.itemsize <= PART_BYTES
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""

@@ -1,0 +1,73 @@
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""What comes before and after a linear layer with many rows: RMS normalisation, and the gated activation of an MLP."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels import tl, triton, use_triton
+
+BLOCK = 1024
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, x_stride, eps, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, SIZE_PAD)
+    mask = offs < SIZE
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
+    tl.store(y_ptr + row * SIZE + offs, x * rstd * weight, mask=mask)
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `rms_norm` computes, said plainly."""
+    h = x.float()
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise rows: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, 2019).
+
+    x: [N, H], rows any distance apart, elements of a row contiguous. weight: [H]. Arithmetic in float32. Returns
+    [N, H] in x's dtype, contiguous.
+    """
+    if not use_triton(x):
+        return rms_norm_torch(x, weight, eps)
+    rows, size = x.shape
+    y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    size_pad = triton.next_power_of_2(size)
+    num_warps = min(max(size_pad // 512, 1), 16)
+    _rms_norm_kernel[(rows,)](x, weight, y, x.stride(0), eps, SIZE=size, SIZE_PAD=size_pad, num_warps=num_warps)
+    return y
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    x = x_ptr + row * x_stride + offs
+    gate = tl.load(x, mask=mask).to(tl.float32)
+    up = tl.load(x + size, mask=mask).to(tl.float32)
+    tl.store(y_ptr + row * size + offs, gate / (1.0 + tl.exp(-gate)) * up, mask=mask)
+
+
+def silu_and_mul_torch(x: Tensor) -> Tensor:
+    """What `silu_and_mul` computes, said plainly."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020).
+
+    x: [N, 2 I], gate then up, rows any distance apart. Arithmetic in float32. Returns [N, I] in x's dtype, contiguous.
+    """
+    if not use_triton(x):
+        return silu_and_mul_torch(x)
+    rows, size = x.shape[0], x.shape[1] // 2
+    y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    _silu_and_mul_kernel[rows, triton.cdiv(size, BLOCK)](x, y, x.stride(0), size, BLOCK=BLOCK, num_warps=4)
+    return y
