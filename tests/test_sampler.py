@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> tuple:
 
 def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor:
     """Token ids for each row of logits."""
-    sampler = Sampler(TensorParallel(0, 1, torch.device(device), torch.float32))
+    sampler = Sampler(
+        TensorParallel(SimpleNamespace(device=device, tensor_parallel_size=1, torch_dtype=torch.float32), 0)
+    )
     return sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options)).cpu()
 
 

@@ -21,7 +21,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_input import StepInputBuilder
+from nanovllm.engine.step_input import step_input
 from nanovllm.engine.worker import RankGroup
 from nanovllm.sampling_params import SamplingParams
 
@@ -59,14 +59,19 @@ class LLMEngine:
             raise
         except BaseException as error:
             self._die(error)
-        self.step_inputs = StepInputBuilder()
         self.in_flight: tuple[Batch, StepOutput] | None = None
         self.requests: dict[int, Sequence] = {}  # unfinished, by id
         self.results: dict[int, dict[str, Any]] = {}  # finished, not yet handed out
         self.num_requests = 0
         self.num_prefill_tokens = self.num_decode_tokens = 0
         self.failure = None
-        print(self._describe(num_blocks), file=sys.stderr)
+        c = self.config
+        print(
+            f"nano-vllm: {c.model_config.architecture} in {c.dtype} on {c.tensor_parallel_size} x {c.device}; "
+            f"attention by {c.attention_backend} ({c.attention_reason}); "
+            f"KV cache of num_kvcache_blocks={num_blocks} x {c.kvcache_block_size} tokens",
+            file=sys.stderr,
+        )
 
     # ---- driving the engine ---------------------------------------------------------------------------------------
 
@@ -181,7 +186,7 @@ class LLMEngine:
                 batch = self.scheduler.schedule()
                 launched = None
                 if batch.seqs:
-                    launched = batch, self.ranks.call("run", self.step_inputs.build(batch))
+                    launched = batch, self.ranks.call("run", step_input(batch))
                 if self.config.async_scheduling:
                     launched, self.in_flight = self.in_flight, launched
                 return self._take_in(*launched) if launched else []
@@ -285,14 +290,6 @@ class LLMEngine:
         if isinstance(error, Exception):
             raise RuntimeError(f"the engine is dead: {self.failure}") from error
         raise error
-
-    def _describe(self, num_blocks: int) -> str:
-        config = self.config
-        return (
-            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x "
-            f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of "
-            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens"
-        )
 
 
 def load_tokenizer(folder: str) -> Tokenizer | None:

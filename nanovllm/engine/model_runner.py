@@ -89,7 +89,7 @@ class ModelRunner:
         self.row_ints = zeros(2, num_rows, dtype=torch.int64)  # top_k, seed
         self.row_floats = zeros(3, num_rows, dtype=torch.float32)  # temperature, top_p, min_p
         # What the steps read besides the rows: the rows that decode, and the prompts as _upload_prompts lays them out.
-        self.num_decodes = 0
+        self.uploaded_rows: np.ndarray | None = None
         self.decode_rows = zeros(self.config.max_num_seqs, dtype=torch.int64)
         self.counts = torch.arange(num_rows + 1, dtype=torch.int32, device=self.device)
         longest = 3 * max(self.config.max_num_batched_tokens, GRAPH_TOKENS[-1])
@@ -195,7 +195,7 @@ class ModelRunner:
         Returns host memory where, by row, the tokens of the rows that sample one will be, and the event that says so.
         """
         self._apply_changes(step)
-        shape = StepShape(self.num_decodes, len(step.prompts), len(step.token_ids), step.is_filtered)
+        shape = StepShape(len(step.decode_rows), len(step.prompts), len(step.token_ids), step.is_filtered)
         padded = self._padded_shape(shape)
         if shape.num_prompts:
             self._upload_prompts(step.prompts, step.token_ids, step.is_last_partial, padded or shape)
@@ -222,10 +222,10 @@ class ModelRunner:
         if len(step.new_blocks):
             blocks = self._to_device(step.new_blocks)
             self.block_tables[blocks[:, 0], blocks[:, 1]] = blocks[:, 2].int()
-        if step.decode_rows is not None:
-            self.num_decodes = len(step.decode_rows)
-            rows = np.full(self.config.max_num_seqs, self.padding_row)
-            rows[: self.num_decodes] = step.decode_rows
+        rows = np.full(self.config.max_num_seqs, self.padding_row)
+        rows[: len(step.decode_rows)] = step.decode_rows
+        if not np.array_equal(rows, self.uploaded_rows):
+            self.uploaded_rows = rows
             self.decode_rows.copy_(self._to_device(rows))
 
     def _padded_shape(self, shape: StepShape) -> StepShape | None:

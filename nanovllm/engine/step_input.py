@@ -17,7 +17,7 @@ class StepInput:
         joined_ints: [J, 5] int64, rows that join: row, last token, context length, top_k, seed.
         joined_floats: [J, 3] float32, their temperature, top_p, min_p.
         new_blocks: [B, 3] int64, entries of the block tables: row, index, block.
-        decode_rows: [D] int64; None: as in the step before.
+        decode_rows: [D] int64.
         prompts: [P, 3] int64, row, first position and number of tokens of each part.
         token_ids: [sum of the numbers] int64, those tokens.
         is_last_partial: whether the last part does not reach its prompt's end, so that it samples nothing.
@@ -27,50 +27,36 @@ class StepInput:
     joined_ints: np.ndarray
     joined_floats: np.ndarray
     new_blocks: np.ndarray
-    decode_rows: np.ndarray | None
+    decode_rows: np.ndarray
     prompts: np.ndarray
     token_ids: np.ndarray
     is_last_partial: bool
     is_filtered: bool
 
 
-class StepInputBuilder:
-    """Turns batches into step inputs, remembering the rows that decode so as not to send them again."""
-
-    def __init__(self) -> None:
-        self.decode_rows: list[int] = []
-        self.is_filtered = False
-
-    def build(self, batch: Batch) -> StepInput:
-        """The step input of a batch that has sequences."""
-        ints, floats, prompts, token_ids = [], [], [], []
-        first_joined = len(batch.seqs) - batch.num_joined
-        for seq, start in zip(batch.seqs[first_joined:], batch.starts[first_joined:], strict=True):
-            params = seq.sampling_params
-            signed_seed = (seq.seed + 2**63) % 2**64 - 2**63
-            ints.append((seq.row, seq.token_ids[-1], start, params.top_k, signed_seed))
-            temperature = params.temperature if params.temperature >= COLDEST else 0.0
-            floats.append((temperature, params.top_p, params.min_p))
-        rows = batch.rows
-        if batch.num_samples < len(rows) or batch.num_tokens.count(1) < len(rows):
-            rows = []
-            for i, (row, start, n) in enumerate(zip(batch.rows, batch.starts, batch.num_tokens, strict=True)):
-                if n == 1 and i < batch.num_samples:
-                    rows.append(row)
-                else:
-                    prompts.append((row, start, n))
-                    token_ids += batch.seqs[i].token_ids[start : start + n]
-        is_changed = batch.num_joined > 0 or rows != self.decode_rows
-        if is_changed or prompts:
-            self.is_filtered = any(seq.sampling_params.is_filtered for seq in batch.seqs)
-        self.decode_rows = rows
-        return StepInput(
-            np.array(ints, dtype=np.int64).reshape(-1, 5),
-            np.array(floats, dtype=np.float32).reshape(-1, 3),
-            np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
-            np.array(rows, dtype=np.int64) if is_changed else None,
-            np.array(prompts, dtype=np.int64).reshape(-1, 3),
-            np.array(token_ids, dtype=np.int64),
-            batch.num_samples < len(batch.seqs),
-            self.is_filtered,
-        )
+def step_input(batch: Batch) -> StepInput:
+    """What the ranks are told of a batch that has sequences."""
+    ints, floats, decode_rows, prompts, token_ids = [], [], [], [], []
+    first_joined = len(batch.seqs) - batch.num_joined
+    for seq, start in zip(batch.seqs[first_joined:], batch.starts[first_joined:], strict=True):
+        params = seq.sampling_params
+        signed_seed = (seq.seed + 2**63) % 2**64 - 2**63
+        ints.append((seq.row, seq.token_ids[-1], start, params.top_k, signed_seed))
+        temperature = params.temperature if params.temperature >= COLDEST else 0.0
+        floats.append((temperature, params.top_p, params.min_p))
+    for i, (row, start, num_tokens) in enumerate(zip(batch.rows, batch.starts, batch.num_tokens, strict=True)):
+        if num_tokens == 1 and i < batch.num_samples:
+            decode_rows.append(row)
+        else:
+            prompts.append((row, start, num_tokens))
+            token_ids += batch.seqs[i].token_ids[start : start + num_tokens]
+    return StepInput(
+        np.array(ints, dtype=np.int64).reshape(-1, 5),
+        np.array(floats, dtype=np.float32).reshape(-1, 3),
+        np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
+        np.array(decode_rows, dtype=np.int64),
+        np.array(prompts, dtype=np.int64).reshape(-1, 3),
+        np.array(token_ids, dtype=np.int64),
+        is_last_partial=batch.num_samples < len(batch.seqs),
+        is_filtered=any(seq.sampling_params.is_filtered for seq in batch.seqs),
+    )

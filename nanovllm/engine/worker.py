@@ -127,7 +127,7 @@ class RankGroup:
         """Starts nothing yet."""
         self.config = config
         self.runner: ModelRunner | None = None
-        self.state = RankState(make_tensor_parallel(config, 0))
+        self.state = RankState(TensorParallel(config, 0))
         weakref.finalize(self, self.state.close)  # at the latest when the interpreter exits
 
     def spawn(self) -> None:
@@ -208,12 +208,6 @@ class RankGroup:
         self.check()
 
 
-def make_tensor_parallel(config: Config, rank: int) -> TensorParallel:
-    """The rank's place and device, not connected yet."""
-    device = torch.device(config.device, rank if config.device == "cuda" else None)
-    return TensorParallel(rank, config.tensor_parallel_size, device, config.torch_dtype)
-
-
 def describe_failure(rank: int, error: BaseException, details: str) -> str:
     """One text that names the rank, its error and the remedy if there is one."""
     is_memory = isinstance(error, torch.OutOfMemoryError)
@@ -225,7 +219,7 @@ def run_rank(config: Config, rank: int, caller: int, port: int, connection: Conn
     """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
     threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
     try:
-        tp = make_tensor_parallel(config, rank)
+        tp = TensorParallel(config, rank)
         if tp.device.type == "cuda":
             torch.cuda.set_device(tp.device)
         else:

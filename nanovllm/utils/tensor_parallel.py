@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nanovllm.config import Config
 from nanovllm.utils.peer_memory import PART_BYTES, PeerMemory
 
 TIMEOUT = timedelta(minutes=10)
@@ -21,13 +22,14 @@ ABORT_SECONDS = 3.0
 
 
 class TensorParallel:
-    """Rank `rank` of `size`, whose weights are of `dtype` on `device`; the collectives of a single rank do nothing."""
+    """Rank `rank` of the engine's `size`, with a device of its own; the collectives of a single rank do nothing."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, rank: int) -> None:
+        """Not connected yet."""
         self.rank = rank
-        self.size = size
-        self.device = device
-        self.dtype = dtype
+        self.size = config.tensor_parallel_size
+        self.device = torch.device(config.device, rank if config.device == "cuda" else None)
+        self.dtype = config.torch_dtype
         self.group: dist.Backend | None = None
         self.peer_memory: PeerMemory | None = None
         self.is_aborted = False
