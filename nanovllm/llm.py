@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -26,7 +23,7 @@ class LLM(LLMEngine):
     """
 
     @cached_property
-    def chat_tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def chat_tokenizer(self) -> Any:
         """transformers' tokenizer of the model, whose chat template `chat` renders with; None if there is no template.
 
         Loaded when it is first asked for: importing transformers takes seconds.

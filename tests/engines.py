@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from checkpoints import Checkpoint, mixed_prompts
+from integrity import check_integrity
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
@@ -49,7 +50,7 @@ class Trace:
 def check_idle(llm: LLM) -> None:
     """The engine has nothing left, and every block and row is free."""
     assert llm.is_finished() and llm.scheduler.is_finished()
-    llm.scheduler.check_integrity()
+    check_integrity(llm.scheduler)
     manager = llm.scheduler.block_manager
     assert len(manager.free_block_ids) == len(manager.blocks)
     assert len(llm.scheduler.free_rows) == llm.config.max_num_seqs

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from integrity import check_integrity
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
@@ -187,7 +188,7 @@ class Soak:
                 require(request_id in asked and request_id not in ended, f"one end of request {request_id}, not two")
                 ended.add(request_id)
                 self.check_result(*asked[request_id], result)
-            llm.scheduler.check_integrity()
+            check_integrity(llm.scheduler)
         require(ended == set(asked), f"an end of {set(asked) - ended}")
 
     def stream(self, llm: LLM) -> None:
@@ -218,7 +219,7 @@ class Soak:
 
     def check_idle(self, llm: LLM) -> None:
         manager = llm.scheduler.block_manager
-        llm.scheduler.check_integrity()
+        check_integrity(llm.scheduler)
         require(llm.is_finished() and llm.scheduler.is_finished(), "no request left")
         require(len(manager.free_block_ids) == len(manager.blocks), "all blocks free")
         require(len(llm.scheduler.free_rows) == llm.config.max_num_seqs, "all rows free")
@@ -226,7 +227,7 @@ class Soak:
     def check_dead(self, llm: LLM) -> None:
         """Only a second Ctrl-C within a step ends an engine."""
         require("KeyboardInterrupt" in llm.failure, f"an engine that lives, not {llm.failure}")
-        require(not llm.ranks.state.processes, "no process left of a dead engine")
+        require(not llm.ranks.processes, "no process left of a dead engine")
         self.counts["engines ended by a second interrupt"] += 1
 
     def engine(self, rounds: int, deadline: float) -> None:

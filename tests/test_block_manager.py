@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from integrity import check_blocks
 
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
@@ -55,10 +56,10 @@ def test_blocks_in_use_are_shared_and_counted():
     assert [manager.blocks[block_id].ref_count for block_id in first.block_table] == [2, 2, 1]
     assert num_free(manager) == 4
     manager.deallocate(first)
-    manager.check_integrity([second.block_table])
+    check_blocks(manager, [second.block_table])
     assert num_free(manager) == 5
     manager.deallocate(second)
-    manager.check_integrity([])
+    check_blocks(manager, [])
     assert num_free(manager) == 8
 
 
@@ -69,7 +70,7 @@ def test_freed_blocks_are_hit():
     manager.deallocate(first)
     second = computed(manager, *range(10))
     assert second.block_table[:2] == blocks[:2] and second.num_cached_tokens == 8
-    manager.check_integrity([second.block_table])
+    check_blocks(manager, [second.block_table])
 
 
 def test_the_same_block_behind_another_prefix_is_no_hit():
@@ -119,7 +120,7 @@ def test_an_equal_block_is_not_named_twice():
     manager.name_blocks(first, 0, 5)
     manager.name_blocks(second, 0, 5)
     assert list(manager.hash_to_block_id.values()) == first.block_table[:1]
-    manager.check_integrity([first.block_table, second.block_table])
+    check_blocks(manager, [first.block_table, second.block_table])
 
 
 def test_only_full_blocks_are_named():
@@ -159,7 +160,7 @@ def test_hits_are_not_evicted_for_the_same_sequence():
     manager.deallocate(computed(manager, *range(12)))
     second = computed(manager, *range(8), 9, 9)  # the blocks it hits are free, and it needs one more
     assert second.num_cached_tokens == 8 and len(set(second.block_table)) == 3
-    manager.check_integrity([second.block_table])
+    check_blocks(manager, [second.block_table])
 
 
 def test_a_failed_allocation_changes_nothing():
@@ -174,7 +175,7 @@ def test_a_failed_allocation_changes_nothing():
         manager.allocate(waiting)
     assert (manager.blocks, manager.hash_to_block_id, list(manager.free_block_ids)) == before
     assert waiting.block_table == [] and waiting.num_computed_tokens == 0 and waiting.num_cached_tokens == -1
-    manager.check_integrity([in_use.block_table])
+    check_blocks(manager, [in_use.block_table])
 
 
 @pytest.mark.parametrize("num_tokens", [12, 13])
@@ -188,7 +189,7 @@ def test_can_allocate_says_what_allocate_does(num_tokens):
     if num_tokens == 12:
         manager.allocate(seq)
         assert num_free(manager) == 0
-        manager.check_integrity([holder.block_table, seq.block_table])
+        check_blocks(manager, [holder.block_table, seq.block_table])
 
 
 def test_append_opens_a_block_when_the_last_token_needs_one():
@@ -221,7 +222,7 @@ def test_reset_prefix_cache():
     in_use, freed = computed(manager, *range(8)), computed(manager, *range(20, 28))
     manager.deallocate(freed)
     manager.reset_prefix_cache()
-    manager.check_integrity([in_use.block_table])
+    check_blocks(manager, [in_use.block_table])
     assert not manager.hash_to_block_id
     assert computed(manager, *range(20, 29)).num_cached_tokens == 0
     assert computed(manager, *range(9)).num_cached_tokens == 0
@@ -250,7 +251,7 @@ def damage_names(manager, seq):
 def test_the_integrity_check_sees(damage):
     manager = BlockManager(8, SIZE)
     seq = computed(manager, *range(6))
-    manager.check_integrity([seq.block_table])
+    check_blocks(manager, [seq.block_table])
     damage(manager, seq)
     with pytest.raises(RuntimeError):
-        manager.check_integrity([seq.block_table])
+        check_blocks(manager, [seq.block_table])

@@ -18,6 +18,7 @@ from engines import (
     generate,
     tokens,
 )
+from integrity import check_integrity
 
 from nanovllm import LLM, SamplingParams
 
@@ -147,7 +148,7 @@ def test_abort_in_the_middle(checkpoint, async_scheduling):
                 if kind not in aborted:
                     aborted[kind] = request_id
                     llm.abort_request(request_id)
-                    llm.scheduler.check_integrity()
+                    check_integrity(llm.scheduler)
         assert set(aborted) == {"waiting", "partial", "decoding", "preempted"} and trace.num_preemptions
         assert set(results) == set(ids) - set(aborted.values())
         for request_id, result in results.items():

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from checkpoints import random_prompt
 from engines import check_idle
 from faults import FaultyRank, children, cpu_seconds, processes, traces, wait_until
+from integrity import check_integrity
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import llm_engine, model_runner, worker
@@ -148,7 +149,7 @@ def test_a_rank_fails_in_a_step(leaves_nothing, path, monkeypatch, tmp_path, mom
 def test_a_rank_is_killed_when_idle(leaves_nothing, path, want):
     llm = make(path)
     assert tokens(llm) == want
-    os.kill(llm.ranks.state.processes[0].pid, signal.SIGKILL)
+    os.kill(llm.ranks.processes[0].pid, signal.SIGKILL)
     time.sleep(0.5)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 ended with exit code -9"):
@@ -249,7 +250,7 @@ def test_ctrl_c_in_generate(request, path, want, ranks):
     interrupt_after(0.1)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, ENDLESS, use_tqdm=False)
-    llm.scheduler.check_integrity()
+    check_integrity(llm.scheduler)
     assert list(llm.requests) + list(llm.results) == [kept]
     while not (results := llm.step()):
         pass
@@ -303,7 +304,7 @@ def test_an_exception_in_generate_that_is_not_the_engines(path, want, monkeypatc
 def end_by_close(llm: LLM) -> None:
     llm.close()
     llm.close()
-    assert not llm.ranks.state.processes
+    assert not llm.ranks.processes
 
 
 def end_by_leaving_a_block(llm: LLM) -> None:
@@ -356,7 +357,7 @@ def test_two_engines_in_two_threads(leaves_nothing, path, want):
 
 def test_idle_ranks_do_not_compute(pair):
     pair.generate(PROMPTS, GREEDY, use_tqdm=False)
-    pids = [os.getpid(), *(process.pid for process in pair.ranks.state.processes)]
+    pids = [os.getpid(), *(process.pid for process in pair.ranks.processes)]
     time.sleep(0.3)
     before = [cpu_seconds(pid) for pid in pids]
     time.sleep(2)
@@ -439,7 +440,7 @@ def test_callers_that_are_killed(start, want):
                     time.sleep(40)
                     os._exit(0)
             print(run(llm, 8), flush=True)
-            print(*(process.pid for process in llm.ranks.state.processes), flush=True)
+            print(*(process.pid for process in llm.ranks.processes), flush=True)
             while {busy}:
                 run(llm, 450)
             time.sleep(60)
@@ -460,14 +461,14 @@ def test_exit_without_close(start, want):
         def live():
             global llm  # never closed; made in a thread
             llm = make()
-            print(run(llm, 8), *(process.pid for process in llm.ranks.state.processes))
+            print(run(llm, 8), *(process.pid for process in llm.ranks.processes))
 
         if __name__ == "__main__":
             thread = threading.Thread(target=live)
             thread.start()
             thread.join()
             other = make()
-            print(other.ranks.state.processes[0].pid)
+            print(other.ranks.processes[0].pid)
             raise SystemExit("good bye")
     """)
     out, err = caller.communicate(timeout=60)
@@ -501,10 +502,14 @@ def is_in_session(pid: int, session: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("seconds", [1.0])
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
 def test_ctrl_c_in_the_terminal_at_start_up(start, seconds):
-    """The terminal sends Ctrl-C to the ranks too, here while they import torch."""
+    """The terminal sends Ctrl-C to the ranks too: while they import torch, and while rank 0 takes long to load."""
     caller = start("""
+        import time
+        from nanovllm.engine import worker
+        load = worker.RankGroup.load
+        worker.RankGroup.load = lambda ranks: (time.sleep(5), load(ranks))
         if __name__ == "__main__":
             print(flush=True)
             make()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanovllm.kernels.sampling import unpack_token_ids
 from nanovllm.layers.sampler import Sampler
 from nanovllm.utils.tensor_parallel import TensorParallel
 
@@ -31,10 +32,10 @@ def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> tuple:
 
 def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor:
     """Token ids for each row of logits."""
-    sampler = Sampler(
-        TensorParallel(SimpleNamespace(device=device, tensor_parallel_size=1, torch_dtype=torch.float32), 0)
-    )
-    return sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options)).cpu()
+    config = SimpleNamespace(device=device, tensor_parallel_size=1, torch_dtype=torch.float32)
+    sampler = Sampler(TensorParallel(config, 0))
+    packed = sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options))
+    return unpack_token_ids(packed).cpu()
 
 
 def some_logits(size: int = VOCAB_SIZE) -> torch.Tensor:
@@ -210,9 +211,9 @@ def sample_on_ranks(logits: torch.Tensor, size: int, **options) -> list[list[int
             if is_second_pass and rank.offer is not None:
                 rank.best = torch.stack([other.offer for other in ranks]).amax(0)
             rank.whole = logits
-            token_ids = Sampler(rank)(part.contiguous(), *sampling_inputs(len(logits), **options)).tolist()
+            packed = Sampler(rank)(part.contiguous(), *sampling_inputs(len(logits), **options))
             if is_second_pass:
-                drawn.append(token_ids)
+                drawn.append(unpack_token_ids(packed).tolist())
     return drawn
 
 

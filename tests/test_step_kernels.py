@@ -47,13 +47,13 @@ def test_advance_no_rows():
 @pytest.mark.parametrize("batch_size", [1, 7, 300])
 def test_store_tokens(batch_size):
     rows = torch.randperm(300)[:batch_size]
-    token_ids = torch.arange(1000, 1000 + batch_size)
+    packed = (torch.arange(batch_size) << 32) | (0xFFFFFFFF - torch.arange(1000, 1000 + batch_size))
     states = []
     for store, device in ((store_tokens, DEVICE), (store_tokens_torch, "cpu")):
         last_tokens = torch.full((301,), -1, device=device)
         ring = torch.full((4, 301), -2, pin_memory=device == "cuda")
         count = torch.tensor([6], device=device)
-        store(token_ids.to(device), rows.to(device), last_tokens, ring, count)
+        store(packed.to(device), rows.to(device), last_tokens, ring, count)
         states.append((last_tokens.tolist(), ring.tolist(), count.tolist()))
     assert states[0] == states[1]
     assert states[0][1][2][int(rows[0])] == 1000 and states[0][2] == [7]

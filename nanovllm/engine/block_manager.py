@@ -7,7 +7,7 @@ takes O(1) a block. The device's memory is not touched here.
 """
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import xxhash
@@ -97,17 +97,6 @@ class BlockManager:
         for block_id in self.hash_to_block_id.values():
             self.blocks[block_id].name = None
         self.hash_to_block_id.clear()
-
-    def check_integrity(self, block_tables: list[list[int]]) -> None:
-        """Raises RuntimeError unless free + cached + in use blocks are all, with the references of these tables."""
-        references = Counter(block_id for table in block_tables for block_id in table)
-        for block_id, block in enumerate(self.blocks):
-            found, is_free = references[block_id], block_id in self.free_block_ids
-            if block.ref_count != found or is_free != (found == 0):
-                raise RuntimeError(f"block {block_id} counts {block.ref_count} of {found} references, {is_free=}")
-        named = {block.name.hash: block_id for block_id, block in enumerate(self.blocks) if block.name is not None}
-        if named != self.hash_to_block_id:
-            raise RuntimeError("the prefix cache's names and blocks do not match")
 
     def _num_blocks(self, seq: Sequence) -> int:
         return -(-seq.num_tokens // self.block_size)

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class LLMEngine:
         """
         self.config = Config.create(model, options)
         self.ranks = RankGroup(self.config)
+        weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter exits
         try:
             with deferred_interrupt():
                 self.ranks.spawn()
@@ -253,20 +255,21 @@ class LLMEngine:
                 raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
             token_ids = self.tokenizer.encode(prompt).ids
         elif isinstance(prompt, (list, tuple, np.ndarray)):
-            token_ids = list(prompt)
+            token_ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         else:
             raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
         vocab_size, limit = self.config.model_config.vocab_size, self.config.max_model_len
-        if not token_ids:
+        if len(token_ids) == 0:
             raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
         if len(token_ids) >= limit:
             raise ValueError(f"a prompt must have fewer than max_model_len={limit} tokens, got {len(token_ids)}")
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-                raise TypeError(f"a prompt's token ids must be ints, got {token_id!r}")
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {token_id}")
-        return [int(token_id) for token_id in token_ids]
+        for kind in set(map(type, token_ids)):
+            if kind is bool or not issubclass(kind, (int, np.integer)):
+                raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+            raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong}")
+        return list(map(int, token_ids))
 
     def _check_params(self, params: SamplingParams) -> SamplingParams:
         if not isinstance(params, SamplingParams):
@@ -285,7 +288,7 @@ class LLMEngine:
 
     def _die(self, error: BaseException) -> NoReturn:
         """Ends the engine after an error that left host and devices in different states, and raises why."""
-        self.failure = self.ranks.state.cause(error)
+        self.failure = self.ranks.cause(error)
         self.exit()
         if isinstance(error, Exception):
             raise RuntimeError(f"the engine is dead: {self.failure}") from error

@@ -296,8 +296,8 @@ class ModelRunner:
         hidden_states = self.model(token_ids, positions, context)
         if p:
             hidden_states = hidden_states[(cu_seqlens_q[1:] - 1).clamp(min=0)]
-        token_ids = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
-        store_tokens(token_ids, sample_rows, self.last_tokens, self.token_ring, self.device_step_count)
+        packed = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
+        store_tokens(packed, sample_rows, self.last_tokens, self.token_ring, self.device_step_count)
 
     def _sample(self, hidden_states: Tensor, rows: Tensor, context_lens: Tensor, is_filtered: bool) -> Tensor:
         """The rows' next tokens; a token's draw depends on its position, which is the context length."""

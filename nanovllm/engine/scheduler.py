@@ -120,13 +120,6 @@ class Scheduler:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
 
-    def check_integrity(self) -> None:
-        """Raises RuntimeError where blocks or rows were lost or doubled."""
-        self.block_manager.check_integrity([seq.block_table for seq in self.running])
-        rows = sorted(self.free_rows + [seq.row for seq in self.running])
-        if rows != list(range(self.config.max_num_seqs)):
-            raise RuntimeError("free rows and the running sequences' rows are not all rows")
-
     def _compute(self, batch: Batch, seq: Sequence) -> None:
         """Adds to the batch as many of the sequence's tokens as its budget holds."""
         start = seq.num_computed_tokens

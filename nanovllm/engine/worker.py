@@ -15,7 +15,6 @@ import signal
 import threading
 import time
 import traceback
-import weakref
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -33,11 +32,14 @@ CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
 
-class RankState:
-    """The processes and what became of them; apart from RankGroup, so that its users do not keep the engine alive."""
+class RankGroup:
+    """All ranks of one engine. Its threads know it but not the engine, so that an engine can be dropped unclosed."""
 
-    def __init__(self, tp: TensorParallel) -> None:
-        self.tp = tp
+    def __init__(self, config: Config) -> None:
+        """Starts nothing yet."""
+        self.config = config
+        self.tp = TensorParallel(config, 0)
+        self.runner: ModelRunner | None = None
         self.processes: list[BaseProcess] = []
         self.connections: list[Connection] = []
         self.store: dist.TCPStore | None = None  # where the ranks meet
@@ -47,7 +49,103 @@ class RankState:
         self.changed = threading.Condition()
         self.caller = os.getpid()
 
-    def watch(self) -> None:
+    def spawn(self) -> None:
+        """Starts the processes of the ranks, which load their weights.
+
+        Raises:
+            RuntimeError: the script that makes the engine has no main guard.
+        """
+        size = self.config.tensor_parallel_size
+        if size == 1:
+            return
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise RuntimeError(f"tensor_parallel_size={size} starts processes that import this script: {MAIN_GUARD}")
+        self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
+        spawn = multiprocessing.get_context("spawn")
+        # Ctrl-C is the caller's; the ranks inherit the mask. The tracker is first, as its start ends a mask.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            for rank in range(1, size):
+                ours, theirs = spawn.Pipe()
+                args = (self.config, rank, self.caller, self.store.port, theirs)
+                process = spawn.Process(target=run_rank, args=args, daemon=True)
+                process.start()
+                theirs.close()
+                self.processes.append(process)
+                self.connections.append(ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.watcher = threading.Thread(target=self._watch, daemon=True, name="nanovllm-watch")
+        self.watcher.start()
+
+    def load(self) -> None:
+        """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs."""
+        self.runner = ModelRunner(self.config, self.tp)
+        if not self.processes:
+            return
+        self._wait(len(self.processes))
+        server = self.store  # must not go before the client, which ends with it, is connected
+        self.check()
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        del server
+        # In a thread: joining takes no interrupt, nor does it end by itself when a rank dies.
+        threading.Thread(target=self._join, args=(client,), daemon=True, name="nanovllm-join").start()
+        self._wait(len(self.processes) + 1)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Calls a method of every rank's ModelRunner; returns rank 0's result.
+
+        Raises:
+            RuntimeError, OSError: a rank has failed, see `cause`.
+        """
+        self.check()
+        if self.connections:
+            message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
+            for connection in self.connections:
+                connection.send_bytes(message)
+        return getattr(self.runner, method)(*args)
+
+    def check(self) -> None:
+        """Raises RuntimeError if a rank has failed."""
+        if self.failure is not None:
+            raise RuntimeError("a rank has failed")
+
+    def cause(self, error: BaseException) -> str:
+        """What was behind an error that rank 0 saw: the first failure of another rank, or the error itself."""
+        if self.processes and isinstance(error, (RuntimeError, OSError)):
+            with self.changed:
+                self.changed.wait_for(lambda: self.failure is not None, CAUSE_SECONDS)
+        return self.failure or describe_failure(0, error, repr(error))
+
+    def stop(self, reason: str) -> None:
+        """Kills the ranks and breaks off what waits for them. Only the first reason counts."""
+        with self.changed:
+            if self.failure is None:
+                self.failure = reason
+                for process in self.processes:
+                    process.kill()
+                self.tp.abort()
+                self.store = None
+                self.changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the ranks, the watching thread and the process group, and frees their memory. Can be called again."""
+        if os.getpid() != self.caller:
+            return  # the finalizer of a fork: the ranks are not its own
+        self.stop("it was closed")
+        # Before all else is waited for: to break off NCCL's collectives takes the end of the graphs that hold them.
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.exit()
+        for process in self.processes:
+            process.join()
+        if self.watcher not in (None, threading.current_thread()):
+            self.watcher.join()
+        self.processes, self.connections = [], []
+        self.tp.disconnect()
+
+    def _watch(self) -> None:
         """Until all ranks are gone: takes in what they report, and on the first failure stops all."""
         pending = dict(zip(self.connections, enumerate(self.processes, start=1), strict=True))
         while pending:
@@ -62,53 +160,25 @@ class RankState:
                 if failure:
                     self.stop(failure)
                 else:
-                    self.count_ready()
+                    self._count_ready()
 
-    def count_ready(self) -> None:
+    def _join(self, store: dist.Store) -> None:
+        try:
+            self.tp.connect(store)
+            self._count_ready()
+        except Exception as error:
+            self.stop(self.cause(error))
+
+    def _count_ready(self) -> None:
         """One more rank has loaded its weights, or rank 0 has joined them all."""
         with self.changed:
             self.num_ready += 1
             self.changed.notify_all()
 
-    def join(self, store: dist.Store) -> None:
-        """Joins rank 0 with the others."""
-        try:
-            self.tp.connect(store)
-            self.count_ready()
-        except Exception as error:
-            self.stop(self.cause(error))
-
-    def cause(self, error: BaseException) -> str:
-        """What was behind an error that rank 0 saw: the first failure of another rank, or the error itself."""
-        if self.processes and isinstance(error, (RuntimeError, OSError)):
-            with self.changed:
-                self.changed.wait_for(lambda: self.failure is not None, CAUSE_SECONDS)
-        return self.failure or describe_failure(0, error, repr(error))
-
-    def stop(self, reason: str) -> None:
-        """Kills the ranks and breaks off what waits for them. Only the first reason counts."""
-        if os.getpid() != self.caller:
-            return  # the finalizer of a fork: the ranks are not its own
+    def _wait(self, num_ready: int) -> None:
         with self.changed:
-            if self.failure is None:
-                self.failure = reason
-                for process in self.processes:
-                    process.kill()
-                self.tp.abort()
-                self.store = None
-                self.changed.notify_all()
-
-    def close(self) -> None:
-        """Ends the ranks, the watching thread and the process group. Can be called again."""
-        self.stop("it was closed")
-        if os.getpid() != self.caller:
-            return
-        for process in self.processes:
-            process.join()
-        if self.watcher not in (None, threading.current_thread()):
-            self.watcher.join()
-        self.processes, self.connections = [], []
-        self.tp.disconnect()
+            self.changed.wait_for(lambda: self.failure is not None or self.num_ready == num_ready)
+        self.check()
 
     def _describe_end(self, rank: int, process: BaseProcess) -> str:
         for other in self.processes:
@@ -118,94 +188,6 @@ class RankState:
         hint = f"; its own output says why ({MAIN_GUARD})"
         is_unexplained = self.num_ready < len(self.processes) and (process.exitcode or 0) > 0
         return f"rank {rank} ended with exit code {process.exitcode}{hint * is_unexplained}"
-
-
-class RankGroup:
-    """All ranks of one engine."""
-
-    def __init__(self, config: Config) -> None:
-        """Starts nothing yet."""
-        self.config = config
-        self.runner: ModelRunner | None = None
-        self.state = RankState(TensorParallel(config, 0))
-        weakref.finalize(self, self.state.close)  # at the latest when the interpreter exits
-
-    def spawn(self) -> None:
-        """Starts the processes of the ranks, which load their weights.
-
-        Raises:
-            RuntimeError: the script that makes the engine has no main guard.
-        """
-        state, size = self.state, self.config.tensor_parallel_size
-        if size == 1:
-            return
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise RuntimeError(f"tensor_parallel_size={size} starts processes that import this script: {MAIN_GUARD}")
-        state.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
-        spawn = multiprocessing.get_context("spawn")
-        # Ctrl-C is the caller's; the ranks inherit the mask. The tracker is first, as its start ends a mask.
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            for rank in range(1, size):
-                ours, theirs = spawn.Pipe()
-                args = (self.config, rank, state.caller, state.store.port, theirs)
-                process = spawn.Process(target=run_rank, args=args, daemon=True)
-                process.start()
-                theirs.close()
-                state.processes.append(process)
-                state.connections.append(ours)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        state.watcher = threading.Thread(target=state.watch, daemon=True, name="nanovllm-watch")
-        state.watcher.start()
-
-    def load(self) -> None:
-        """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs."""
-        state = self.state
-        self.runner = ModelRunner(self.config, state.tp)
-        if not state.processes:
-            return
-        self._wait(len(state.processes))
-        server = state.store  # must not go before the client, which ends with it, is connected
-        self.check()
-        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
-        del server
-        # In a thread: joining takes no interrupt, nor does it end by itself when a rank dies.
-        threading.Thread(target=state.join, args=(client,), daemon=True, name="nanovllm-join").start()
-        self._wait(len(state.processes) + 1)
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Calls a method of every rank's ModelRunner; returns rank 0's result.
-
-        Raises:
-            RuntimeError, OSError: a rank has failed, see `RankState.cause`.
-        """
-        self.check()
-        if self.state.connections:
-            message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
-            for connection in self.state.connections:
-                connection.send_bytes(message)
-        return getattr(self.runner, method)(*args)
-
-    def check(self) -> None:
-        """Raises RuntimeError if a rank has failed."""
-        if self.state.failure is not None:
-            raise RuntimeError("a rank has failed")
-
-    def close(self) -> None:
-        """Ends all ranks and frees their memory. Can be called again."""
-        self.state.stop("it was closed")
-        # Before all else is waited for: to break off NCCL's collectives takes the end of the graphs that hold them.
-        runner, self.runner = self.runner, None
-        if runner is not None:
-            runner.exit()
-        self.state.close()
-
-    def _wait(self, num_ready: int) -> None:
-        with self.state.changed:
-            self.state.changed.wait_for(lambda: self.state.failure is not None or self.state.num_ready == num_ready)
-        self.check()
 
 
 def describe_failure(rank: int, error: BaseException, details: str) -> str:

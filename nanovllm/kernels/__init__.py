@@ -33,8 +33,6 @@ except ImportError:
     HAS_TRITON = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Early starts save about 1 us a kernel; with many rows the waiting programs are in the way of those at work.
-PDL_MAX_ROWS = 32
 
 
 def use_triton(x: torch.Tensor) -> bool:

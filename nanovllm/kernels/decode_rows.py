@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels.sampling import unpack_token_ids
 
 
 def advance_rows_torch(
@@ -70,8 +71,9 @@ def advance_rows(
     return results
 
 
-def store_tokens_torch(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
+def store_tokens_torch(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
     """See `store_tokens`."""
+    token_ids = unpack_token_ids(packed)
     last_tokens[rows] = token_ids
     ring[int(count) % len(ring), rows] = token_ids
     count += 1
@@ -79,7 +81,7 @@ def store_tokens_torch(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, rin
 
 @triton.jit
 def _store_kernel(
-    token_ids_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows, BLOCK: tl.constexpr
+    packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows, BLOCK: tl.constexpr
 ):  # fmt: skip
     count = tl.load(count_ptr)
     ring_ptr += count % ring_size * num_rows
@@ -87,22 +89,22 @@ def _store_kernel(
         offs = begin + tl.arange(0, BLOCK)
         mask = offs < batch_size
         rows = tl.load(rows_ptr + offs, mask=mask)
-        token_ids = tl.load(token_ids_ptr + offs, mask=mask)
+        token_ids = 0xFFFFFFFF - (tl.load(packed_ptr + offs, mask=mask) & 0xFFFFFFFF)
         tl.store(last_tokens_ptr + rows, token_ids, mask=mask)
         tl.store(ring_ptr + rows, token_ids, mask=mask)
     tl.store(count_ptr, count + 1)
 
 
-def store_tokens(token_ids: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
+def store_tokens(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
     """Writes sampled tokens to their rows, and to the host's memory, without a copy that the next step would wait for.
 
     Args:
-        token_ids, rows: int64 [B].
+        packed: int64 [B], as `draw` returns them; rows: int64 [B].
         last_tokens: int64 [R], in place.
         ring: int64 [S, R] in (pinned) host memory; entry count % S is written, at the rows.
         count: int64 [1] on the device, the steps so far; grows by one.
     """
     if not use_triton(rows):
-        return store_tokens_torch(token_ids, rows, last_tokens, ring, count)
+        return store_tokens_torch(packed, rows, last_tokens, ring, count)
     # One warp: the count must not be written before all have read it.
-    _store_kernel[(1,)](token_ids, rows, last_tokens, ring, count, len(rows), *ring.shape, BLOCK=128, num_warps=1)
+    _store_kernel[(1,)](packed, rows, last_tokens, ring, count, len(rows), *ring.shape, BLOCK=128, num_warps=1)

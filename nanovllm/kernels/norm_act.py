@@ -5,17 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels import tl, triton, use_triton
+from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 
 BLOCK = 1024
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, x_stride, eps, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, y_ptr, x_stride, eps, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, SIZE_PAD)
     mask = offs < SIZE
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    pdl_wait(PDL)
     x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
     tl.store(y_ptr + row * SIZE + offs, x * rstd * weight, mask=mask)
@@ -39,16 +42,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     size_pad = triton.next_power_of_2(size)
     num_warps = min(max(size_pad // 512, 1), 16)
-    _rms_norm_kernel[(rows,)](x, weight, y, x.stride(0), eps, SIZE=size, SIZE_PAD=size_pad, num_warps=num_warps)
+    pdl = use_pdl(x.device)
+    _rms_norm_kernel[(rows,)](
+        x, weight, y, x.stride(0), eps, SIZE=size, SIZE_PAD=size_pad, PDL=pdl, num_warps=num_warps, launch_pdl=pdl
+    )
     return y
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, y_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     x = x_ptr + row * x_stride + offs
+    pdl_wait(PDL)
     gate = tl.load(x, mask=mask).to(tl.float32)
     up = tl.load(x + size, mask=mask).to(tl.float32)
     tl.store(y_ptr + row * size + offs, gate / (1.0 + tl.exp(-gate)) * up, mask=mask)
@@ -69,5 +76,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
         return silu_and_mul_torch(x)
     rows, size = x.shape[0], x.shape[1] // 2
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    _silu_and_mul_kernel[rows, triton.cdiv(size, BLOCK)](x, y, x.stride(0), size, BLOCK=BLOCK, num_warps=4)
+    pdl = use_pdl(x.device)
+    _silu_and_mul_kernel[rows, triton.cdiv(size, BLOCK)](
+        x, y, x.stride(0), size, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
     return y

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels import INTERPRETED, PDL_MAX_ROWS, pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import INTERPRETED, pdl_wait, tl, triton, use_pdl, use_triton
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 256  # one compiled kernel serves any batch up to this
@@ -276,7 +276,7 @@ def paged_decode(
     gives zeros. The number of programs depends on B and the device alone, and each finds its share of the work from
     the context lengths on the device, so one CUDA graph serves any lengths. A (row, KV head) that several programs
     share is put together by the last of them to finish. semaphores: int32, B * Hkv or more, zero before and after.
-    With up to PDL_MAX_ROWS rows context_lens is read early, by the rule of `pdl_wait`. Returns o [B, Hq, D].
+    context_lens is read early, by the rule of `pdl_wait`. Returns o [B, Hq, D].
     """
     if not use_triton(q):
         starts = torch.arange(len(q) + 1)
@@ -288,7 +288,7 @@ def paged_decode(
     num_parts = units + num_big + num_small
     partial = torch.empty((num_parts, group, constants["DIM"]), dtype=torch.float32, device=q.device)
     lse = torch.empty((num_parts, group), dtype=torch.float32, device=q.device)
-    pdl = len(q) <= PDL_MAX_ROWS and use_pdl(q.device)
+    pdl = use_pdl(q.device)
     _decode_kernel[(num_big + num_small,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
         scale * LOG2_E, len(q), num_big, 7 if num_small else 8, **constants,

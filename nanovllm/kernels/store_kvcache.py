@@ -8,7 +8,7 @@ memory bus once. It knows nothing of sequences: a row has a position and a slot.
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import PDL_MAX_ROWS, pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
 from nanovllm.kernels.norm_act import rms_norm_torch
 
 
@@ -91,7 +91,7 @@ def rope_store_kvcache(
     sines. positions: [N] int. slot_mapping: [N] int, slot = block * block_size + offset; the K and V of a row with
     slot -1 (padding) are stored nowhere. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's
     dtype. q_norm, k_norm: [D] weights of an RMSNorm of every head before the rotation, both or neither. D is even.
-    Arithmetic in float32. With up to PDL_MAX_ROWS rows positions and slot_mapping are read early, by the rule of
+    Arithmetic in float32. Positions and slot_mapping are read early, by the rule of
     `pdl_wait`. Returns q [N, Hq, D] in qkv's dtype, contiguous.
     """
     if not use_triton(qkv):
@@ -100,7 +100,7 @@ def rope_store_kvcache(
         )
     kv_heads, dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)
-    pdl = len(qkv) <= PDL_MAX_ROWS and use_pdl(qkv.device)
+    pdl = use_pdl(qkv.device)
     _rope_store_kernel[(len(qkv),)](
         qkv, qkv.stride(0), cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, q,
         Q_HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, PDL=pdl, launch_pdl=pdl, num_warps=4,

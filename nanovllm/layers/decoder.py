@@ -12,8 +12,7 @@ from nanovllm.config import Config
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.mlp import GatedMLP
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import rotary_table
 from nanovllm.utils.context import Context
 from nanovllm.utils.tensor_parallel import TensorParallel
@@ -37,6 +36,18 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, norm: RMSNorm, positions: Tensor, context: Context) -> Tensor:
         o = self.attn(self.qkv_proj(x, norm), positions, context, self.q_norm, self.k_norm)
         return self.o_proj(o, residual=x)
+
+
+class GatedMLP(nn.Module):
+    """x + down(silu(gate(norm(x))) * up(norm(x))) on [N, hidden]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(hidden_size, intermediate_size, bias, tp)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp)
+
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return self.down_proj(self.gate_up_proj(x, norm), residual=x)
 
 
 class DecoderLayer(nn.Module):
@@ -82,6 +93,7 @@ class CausalLM(nn.Module):
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
+    make_attention: Callable[[Config, TensorParallel, Tensor], SelfAttention]  # what a family defines
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
@@ -90,11 +102,6 @@ class CausalLM(nn.Module):
         self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @staticmethod
-    def make_attention(config: Config, tp: TensorParallel, rotary_table: Tensor) -> SelfAttention:
-        """The attention of a layer of this family."""
-        raise NotImplementedError
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Token ids and positions [N] -> hidden states [N, hidden]."""

@@ -3,12 +3,12 @@
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanovllm.kernels.sampling import draw, filter_thresholds, unpack_token_ids
+from nanovllm.kernels.sampling import draw, filter_thresholds
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class Sampler(nn.Module):
-    """Token ids, int64 [B], the same on every rank, of this rank's logits [B, vocab / ranks]."""
+    """The next tokens, int64 [B] packed by `draw`, alike on all ranks, of this rank's logits [B, vocab / ranks]."""
 
     def __init__(self, tp: TensorParallel) -> None:
         super().__init__()
@@ -33,4 +33,4 @@ class Sampler(nn.Module):
             # Each rank offers its best candidate.
             packed = draw(logits, temperature, seeds, positions, start=self.tp.rank * logits.size(1))
             packed = self.tp.all_reduce(packed, dist.ReduceOp.MAX)
-        return unpack_token_ids(packed)
+        return packed
