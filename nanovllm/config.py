@@ -1,7 +1,5 @@
 """Every engine option and every fact of the model's config.json, read and validated in one place."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import json
@@ -71,7 +69,7 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
 
     @classmethod
-    def from_folder(cls, folder: str) -> ModelConfig:
+    def from_folder(cls, folder: str) -> "ModelConfig":
         """Reads config.json and the EOS ids of generation_config.json.
 
         Raises:
@@ -160,13 +158,12 @@ class Config:
     attention_reason: str = field(init=False, default="as asked for")
 
     @classmethod
-    def create(cls, model: str, options: dict[str, Any]) -> Config:
+    def create(cls, model: str, options: dict[str, Any]) -> "Config":
         """A Config from keyword options; an unknown one is a TypeError that names the nearest known one."""
         known = [option.name for option in fields(cls) if option.init]
-        for name in options:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise TypeError(f"unknown option {name!r}; did you mean {nearest!r}?")
+        for name in sorted(options.keys() - known):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"unknown option {name!r}; did you mean {nearest!r}?")
         return cls(model, **options)
 
     def __post_init__(self) -> None:
@@ -192,7 +189,12 @@ class Config:
         for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
             if (value := getattr(self.model_config, name)) % size:
                 raise ValueError(f"tensor_parallel_size={size} must divide {name}={value}")
-        self._resolve_dtype()
+        if self.dtype == "auto":
+            self.dtype, dtypes = self.model_config.dtype, get_args(Dtype)[1:]  # all but "auto"
+            if self.dtype not in dtypes:
+                raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {dtypes}")
+            if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
+                self.dtype = "float32"
         self._resolve_attention_backend()
 
     @property
@@ -204,15 +206,6 @@ class Config:
     def max_blocks_per_seq(self) -> int:
         """Blocks that a sequence of max_model_len tokens takes."""
         return -(-self.max_model_len // self.kvcache_block_size)
-
-    def _resolve_dtype(self) -> None:
-        if self.dtype != "auto":
-            return
-        self.dtype, dtypes = self.model_config.dtype, get_args(Dtype)[1:]  # all but "auto"
-        if self.dtype not in dtypes:
-            raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {dtypes}")
-        if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
-            self.dtype = "float32"
 
     def _resolve_attention_backend(self) -> None:
         backend = "triton" if self.attention_backend == "auto" else self.attention_backend

@@ -1,9 +1,6 @@
 """The facade that users import."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -36,8 +33,8 @@ class LLM(LLMEngine):
         return tokenizer if tokenizer.chat_template else None
 
     def chat(
-        self, messages: Items[Message] | Items[Items[Message]],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None, use_tqdm: bool = True,
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Answers a conversation, or each of a list of them, rendered by the tokenizer's chat template.
 
@@ -60,12 +57,11 @@ class LLM(LLMEngine):
             TypeError, ValueError: a bad prompt or parameter, at once.
         """
         self._check_alive()
-        params = self._check_params(sampling_params or SamplingParams())
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the model has no tokenizer")
-        return self._stream(self._encode(prompt), params)
+        return self._stream(*self._checked(prompt, sampling_params or SamplingParams()))
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -86,5 +82,4 @@ class LLM(LLMEngine):
             if piece := seq.detokenizer.take(True):  # another call has finished it meanwhile
                 yield piece
         finally:
-            self._drop(request_id)
-            self.results.pop(request_id, None)
+            self._drop([request_id])

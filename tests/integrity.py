@@ -10,7 +10,7 @@ from nanovllm.engine.scheduler import Scheduler
 
 
 def check_blocks(manager: BlockManager, block_tables: Iterable[list[int]]) -> None:
-    """Raises RuntimeError unless each block is free or in use, with the references of these tables, and names match."""
+    """Raises RuntimeError unless each block is free or in use, with these tables' references, and names match."""
     references = Counter(block_id for table in block_tables for block_id in table)
     for block_id, block in enumerate(manager.blocks):
         found, is_free = references[block_id], block_id in manager.free_block_ids

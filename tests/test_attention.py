@@ -52,13 +52,12 @@ def attend(backend, decodes, prompts):
         cu_seqlens_q=torch.nn.functional.pad(q_lens.cumsum(0), (1, 0)).int(),
         cu_seqlens_k=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
         max_seqlen_q=int(q_lens.max()),
-        max_seqlen_k=int(lens.max()),
     )
-    layer = Attention(HEADS, DIM, backend, torch.randn(64, DIM))
+    layer = Attention(DIM, backend, torch.randn(64, DIM))
     layer.k_cache, layer.v_cache = torch.randn(2, len(parts) * 3, BLOCK_SIZE, KV_HEADS, DIM)
     layer.semaphores = torch.zeros(len(parts) * KV_HEADS, dtype=torch.int32)
     qkv = torch.randn(len(slots), (HEADS + 2 * KV_HEADS) * DIM)
-    return layer(qkv, torch.arange(len(slots)), context)
+    return layer(qkv, torch.arange(len(slots)), context, None, None)
 
 
 @pytest.mark.parametrize("step", STEPS)

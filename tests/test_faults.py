@@ -195,7 +195,7 @@ def test_rank_0_fails(leaves_nothing, path, monkeypatch):
     def fail(*args):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(llm.ranks.runner, "_sample", fail)
+    monkeypatch.setattr(llm.ranks.runner, "sampler", fail)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"the engine is dead: rank 0 failed: .*on purpose"):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)

@@ -148,9 +148,9 @@ def test_rope_store_kvcache(heads, kv_heads, dim, normed, index_dtype, dtype):
     expected_caches = caches.clone().float()
     positions, slots = ints([0, 99, 5, 17, 3], index_dtype), ints([47, -1, 0, 16, -1], index_dtype)
     table = rope_table(100, dim).to(DEVICE)
-    q = rope_store_kvcache(qkv, table, positions, slots, *caches, heads, *norms, eps=1e-5)
+    q = rope_store_kvcache(qkv, table, positions, slots, *caches, *norms, eps=1e-5)
     expected_q = rope_store_kvcache_torch(
-        qkv.float(), table, positions, slots, *expected_caches, heads, *(norm.float() for norm in norms), eps=1e-5
+        qkv.float(), table, positions, slots, *expected_caches, *(norm.float() for norm in norms), eps=1e-5
     )
     assert_rows_close(q, expected_q, dtype)
     written = caches.view(2, 48, kv_heads, dim)[:, [47, 0, 16]]
@@ -163,7 +163,7 @@ def test_rope_store_kvcache(heads, kv_heads, dim, normed, index_dtype, dtype):
 def test_rope_is_a_rotation_in_the_complex_plane():
     qkv, positions = torch.randn(4, 3 * 8), torch.tensor([0, 1, 7, 30])
     k_cache, v_cache = torch.zeros(2, 1, 4, 1, 8)
-    q = rope_store_kvcache(qkv, rope_table(31, 8), positions, torch.arange(4), k_cache, v_cache, 1)
+    q = rope_store_kvcache(qkv, rope_table(31, 8), positions, torch.arange(4), k_cache, v_cache)
     turns = torch.polar(torch.ones(4, 4), positions[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8))
     for rotated, x in ((q, qkv[:, :8]), (k_cache, qkv[:, 8:16])):
         z = torch.complex(x[:, :4], x[:, 4:]) * turns
@@ -298,7 +298,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     slots = (tables[0].long()[:, None] * 256 + torch.arange(256, device=DEVICE)).flatten()[:600]
     qkv = randn(600, 32 * 128, dtype=torch.bfloat16)
     table = rope_table(600, 128).to(DEVICE)
-    q = rope_store_kvcache(qkv, table, torch.arange(600, device=DEVICE), slots, k_cache, v_cache, 16)
+    q = rope_store_kvcache(qkv, table, torch.arange(600, device=DEVICE), slots, k_cache, v_cache)
     assert torch.equal(v_cache.view(-1, 8, 128)[slots].flatten(1), qkv[:, 24 * 128 :])
     expected = paged_attention_torch(q, k_cache, v_cache, tables, lens, starts, 0.1)
     prefilled = paged_prefill(q, k_cache, v_cache, tables, lens, starts, 600, 0.1)

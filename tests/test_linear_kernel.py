@@ -142,11 +142,10 @@ def test_odd_sizes(any_rows, n, k, dtype):
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize("features", [2048, 4096, 8192, 8193])
+@pytest.mark.parametrize("column", range(4))
 @pytest.mark.parametrize("rows", [1, 4, 5])
-def test_every_tile_shape(any_rows, monkeypatch, rows, features, dtype):
-    tile_shape = linear_module._tile_shape
-    monkeypatch.setattr(linear_module, "_tile_shape", lambda rows, n, k: tile_shape(rows, features, k))
+def test_every_tile_shape(any_rows, monkeypatch, rows, column, dtype):
+    monkeypatch.setattr(linear_module, "TILES", [[row[column]] * 4 for row in linear_module.TILES])
     check(inputs(rows, 70, 4100, dtype, False, True, False, True))
 
 

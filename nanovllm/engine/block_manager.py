@@ -37,8 +37,7 @@ class BlockManager:
     @staticmethod
     def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:
         """The 64-bit hash of a block with these tokens behind the block `parent_hash` (None: it is the first)."""
-        prefix = [] if parent_hash is None else [parent_hash]
-        return xxhash.xxh64_intdigest(array("Q", prefix + token_ids))
+        return xxhash.xxh64_intdigest(array("Q", token_ids if parent_hash is None else [parent_hash, *token_ids]))
 
     def can_allocate(self, seq: Sequence) -> bool:
         """Whether there are blocks for all of a waiting sequence's tokens."""
@@ -126,8 +125,7 @@ class BlockManager:
 
     def _take_free(self) -> int:
         block_id, _ = self.free_block_ids.popitem(last=False)
-        evicted = self.blocks[block_id].name
-        if evicted is not None:
+        if (evicted := self.blocks[block_id].name) is not None:
             del self.hash_to_block_id[evicted.hash]
         self.blocks[block_id] = Block(ref_count=1)
         return block_id

@@ -1,7 +1,5 @@
 """Requests in, steps, results out."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -43,19 +41,19 @@ class LLMEngine:
             TypeError, ValueError: an option, the checkpoint or the memory does not do.
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
-        self.config = Config.create(model, options)
-        self.ranks = RankGroup(self.config)
+        self.config = config = Config.create(model, options)
+        self.ranks = RankGroup(config)
         weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter exits
         try:
             with deferred_interrupt():
                 self.ranks.spawn()
-            self.tokenizer = load_tokenizer(self.config.model)
+            self.tokenizer = load_tokenizer(config.model)
             self.ranks.load()
             num_blocks = self.ranks.call("allocate_kv_cache")
-            if self.config.device == "cuda" and not self.config.enforce_eager:
+            if config.device == "cuda" and not config.enforce_eager:
                 self.ranks.call("capture_cudagraph")
             self.ranks.check()
-            self.scheduler = Scheduler(self.config, num_blocks)
+            self.scheduler = Scheduler(config, num_blocks)
         except (TypeError, ValueError):
             self.close()
             raise
@@ -65,13 +63,12 @@ class LLMEngine:
         self.requests: dict[int, Sequence] = {}  # unfinished, by id
         self.results: dict[int, dict[str, Any]] = {}  # finished, not yet handed out
         self.num_requests = 0
-        self.num_prefill_tokens = self.num_decode_tokens = 0
+        self.num_computed = np.zeros(2)  # tokens, of prompts and of decodes
         self.failure = None
-        c = self.config
         print(
-            f"nano-vllm: {c.model_config.architecture} in {c.dtype} on {c.tensor_parallel_size} x {c.device}; "
-            f"attention by {c.attention_backend} ({c.attention_reason}); "
-            f"KV cache of num_kvcache_blocks={num_blocks} x {c.kvcache_block_size} tokens",
+            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
+            f"{config.device}; attention by {config.attention_backend} ({config.attention_reason});",
+            f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens",
             file=sys.stderr,
         )
 
@@ -84,8 +81,7 @@ class LLMEngine:
             TypeError, ValueError: a bad prompt or parameter; nothing is queued.
         """
         self._check_alive()
-        params = self._check_params(sampling_params or SamplingParams())
-        return self._add(self._encode(prompt), params).seq_id
+        return self._add(*self._checked(prompt, sampling_params or SamplingParams())).seq_id
 
     def step(self) -> list[tuple[int, dict[str, Any]]]:
         """Runs a step; returns (id, result) of the requests that finished and were not handed out before."""
@@ -102,7 +98,8 @@ class LLMEngine:
     def abort_request(self, request_id: int) -> None:
         """Drops a request and what it holds; does nothing if it has finished."""
         self._check_alive()
-        self._drop(request_id)
+        if request_id in self.requests:
+            self._drop([request_id])
 
     def generate(
         self, prompts: Prompt | Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams] | None = None,
@@ -134,20 +131,22 @@ class LLMEngine:
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        checked = [self._check_params(params) for params in sampling_params]
-        encoded = [self._encode(prompt) for prompt in prompts]
-        ids = range(self.num_requests, self.num_requests + len(encoded))
+        requests = [self._checked(*request) for request in zip(prompts, sampling_params, strict=True)]
+        ids = range(self.num_requests, self.num_requests + len(requests))
         try:
-            for token_ids, params in zip(encoded, checked, strict=True):
+            for token_ids, params in requests:
                 self._add(token_ids, params)
-            self._run_until_finished(set(ids), use_tqdm)
-            return [self.results.pop(request_id) for request_id in ids]
-        except BaseException:
-            with deferred_interrupt():
-                for request_id in ids:
-                    self._drop(request_id)
-                    self.results.pop(request_id, None)
-            raise
+            start, num_before, remaining = time.perf_counter(), self.num_computed.copy(), set(ids)
+            with tqdm(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                while remaining:
+                    if finished := remaining.intersection(self._advance()):
+                        remaining -= finished
+                        prefill, decode = (self.num_computed - num_before) / (time.perf_counter() - start)
+                        bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
+                        bar.update(len(finished))
+            return [self.results[request_id] for request_id in ids]
+        finally:
+            self._drop(ids)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -156,8 +155,7 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Ends the ranks and frees their memory. Can be called again; unfinished requests are lost."""
-        if self.failure is None:
-            self.failure = "it was closed"
+        self.failure = self.failure or "it was closed"
         if hasattr(self, "ranks"):
             with deferred_interrupt():
                 self.ranks.close()
@@ -166,29 +164,12 @@ class LLMEngine:
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _run_until_finished(self, remaining: set[int], use_tqdm: bool) -> None:
-        start, prefilled, decoded = time.perf_counter(), self.num_prefill_tokens, self.num_decode_tokens
-        with tqdm(total=len(remaining), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            while remaining:
-                finished = remaining.intersection(self._advance())
-                if finished:
-                    remaining -= finished
-                    seconds = time.perf_counter() - start
-                    bar.set_postfix_str(
-                        f"prefill {(self.num_prefill_tokens - prefilled) / seconds:.0f} tok/s, "
-                        f"decode {(self.num_decode_tokens - decoded) / seconds:.0f} tok/s",
-                        refresh=False,
-                    )
-                    bar.update(len(finished))
-
     def _advance(self) -> list[int]:
         """Launches the next step, then takes in the tokens of the one before; returns the ids that finished."""
         with deferred_interrupt(second_breaks=True):
             try:
                 batch = self.scheduler.schedule()
-                launched = None
-                if batch.seqs:
-                    launched = batch, self.ranks.call("run", step_input(batch))
+                launched = (batch, self.ranks.call("run", step_input(batch))) if batch.seqs else None
                 if self.config.async_scheduling:
                     launched, self.in_flight = self.in_flight, launched
                 return self._take_in(*launched) if launched else []
@@ -205,8 +186,7 @@ class LLMEngine:
         tokens = tokens.tolist()
         finished = self.scheduler.postprocess(batch, [tokens[row] for row in batch.rows[: batch.num_samples]])
         num_decodes = batch.num_tokens.count(1)
-        self.num_decode_tokens += num_decodes
-        self.num_prefill_tokens += sum(batch.num_tokens) - num_decodes
+        self.num_computed += sum(batch.num_tokens) - num_decodes, num_decodes
         for seq in finished:
             del self.requests[seq.seq_id]
             self.results[seq.seq_id] = self._result(seq)
@@ -217,7 +197,7 @@ class LLMEngine:
     def _result(self, seq: Sequence) -> dict[str, Any]:
         token_ids = seq.completion_token_ids
         if seq.detokenizer is None and self.tokenizer is not None:
-            seq.detokenizer = self._detokenizer(seq)
+            seq.detokenizer = Detokenizer(self.tokenizer, seq.token_ids[: seq.num_prompt_tokens], ())
             # Without stop strings, "stop" means that the last token is one that ends the text.
             seq.detokenizer.push(token_ids[:-1] if seq.finish_reason == "stop" else token_ids)
         return {
@@ -227,29 +207,32 @@ class LLMEngine:
             "num_cached_tokens": seq.num_cached_tokens,
         }
 
-    def _detokenizer(self, seq: Sequence) -> Detokenizer:
-        prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
-        return Detokenizer(self.tokenizer, prompt_token_ids, seq.sampling_params.stop)
-
     def _add(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> Sequence:
         seed = self.config.seed * SEED_STRIDE + self.num_requests if params.seed is None else params.seed
         seq = Sequence(self.num_requests, token_ids, params, seed)
         if is_streamed or params.stop:
-            seq.detokenizer = self._detokenizer(seq)
+            seq.detokenizer = Detokenizer(self.tokenizer, token_ids, params.stop)
         with deferred_interrupt():
             self.num_requests += 1
             self.requests[seq.seq_id] = seq
             self.scheduler.add(seq)
         return seq
 
-    def _drop(self, request_id: int) -> None:
+    def _drop(self, request_ids: Items[int]) -> None:
+        """Forgets requests, whether or not they have finished."""
         with deferred_interrupt():
-            seq = self.requests.pop(request_id, None)
-            if seq is not None and self.failure is None:
-                self.scheduler.finish(seq)
+            for request_id in request_ids:
+                self.results.pop(request_id, None)
+                seq = self.requests.pop(request_id, None)
+                if seq is not None and self.failure is None:
+                    self.scheduler.finish(seq)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """The checked token ids of a prompt."""
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        """The prompt's token ids and the parameters of a request that can be completed."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, the model has none")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
@@ -269,14 +252,7 @@ class LLMEngine:
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
             raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong}")
-        return list(map(int, token_ids))
-
-    def _check_params(self, params: SamplingParams) -> SamplingParams:
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer, the model has none")
-        return params
+        return list(map(int, token_ids)), params
 
     def _check_alive(self) -> None:
         if self.failure is not None:

@@ -70,37 +70,32 @@ class ModelRunner:
         self.graph_shapes = list_graph_shapes(config)
         self.graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self.graph_pool: tuple[int, int] | None = None
-        self._allocate_rows()
-
-    def _allocate_rows(self) -> None:
-        """One row more than sequences: graphs are padded with the last one, whose context stays empty."""
-        num_rows, max_blocks = self.config.max_num_seqs + 1, self.config.max_blocks_per_seq
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.padding_row = num_rows - 1
+        # One row more than sequences: graphs are padded with the last one, whose context stays empty.
+        self.padding_row, num_rows = config.max_num_seqs, config.max_num_seqs + 1
         self.last_tokens = zeros(num_rows, dtype=torch.int64)
         # Steps write their tokens to host memory in turn: at most two are in flight.
         self.token_ring = torch.zeros(4, num_rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.step_count, self.device_step_count = 0, zeros(1, dtype=torch.int64)
         self.context_lens = zeros(num_rows, dtype=torch.int32)
-        self.block_tables = zeros(num_rows, max_blocks, dtype=torch.int32)
+        self.block_tables = zeros(num_rows, config.max_blocks_per_seq, dtype=torch.int32)
         self.row_ints = zeros(2, num_rows, dtype=torch.int64)  # top_k, seed
         self.row_floats = zeros(3, num_rows, dtype=torch.float32)  # temperature, top_p, min_p
-        # What the steps read besides the rows: the rows that decode, and the prompts as _upload_prompts lays them out.
+        # What the steps read besides the rows: the rows that decode, and the prompts as _set_prompts lays them out.
         self.uploaded_rows: np.ndarray | None = None
-        self.decode_rows = zeros(self.config.max_num_seqs, dtype=torch.int64)
+        self.decode_rows = zeros(config.max_num_seqs, dtype=torch.int64)
         self.counts = torch.arange(num_rows + 1, dtype=torch.int32, device=self.device)
-        longest = 3 * max(self.config.max_num_batched_tokens, GRAPH_TOKENS[-1])
-        self.prompts = zeros(longest + 4 * num_rows + 1, dtype=torch.int64)
+        longest = max(config.max_num_batched_tokens, GRAPH_TOKENS[-1])
+        self.prompts = zeros(3 * longest + 4 * num_rows + 1, dtype=torch.int64)
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def warmup_model(self) -> int:
-        """Runs the largest steps on a cache of one block; returns the bytes of GPU memory they took at most."""
-        self._bind_kv_cache(1)
+        """Runs the largest steps; returns the bytes of GPU memory they took at most. Any KV cache will do."""
         max_num_seqs, limit = self.config.max_num_seqs, self.config.max_num_batched_tokens
         num_prompts = min(max_num_seqs, -(-limit // (self.config.max_model_len - 1)))
         num_tokens = min(limit // num_prompts, self.config.max_model_len - 1)
@@ -108,7 +103,7 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(self.device)
         prompts = StepShape(0, num_prompts, num_prompts * num_tokens, is_filtered=False)
         parts = np.array([(row, 0, num_tokens) for row in range(num_prompts)])
-        self._upload_prompts(parts, np.zeros(prompts.num_tokens, dtype=np.int64), False, prompts)
+        self._set_prompts(parts, np.zeros(prompts.num_tokens, dtype=np.int64), False, prompts)
         self._forward(prompts)
         self.decode_rows.copy_(torch.arange(max_num_seqs))
         self._forward(StepShape(max_num_seqs, 0, 0, is_filtered=False))
@@ -125,13 +120,17 @@ class ModelRunner:
         Raises:
             ValueError: a request of max_model_len tokens does not fit.
         """
-        config = self.config
-        peak = self.warmup_model() if self.device.type == "cuda" else 0
-        block_bytes = self._kv_cache_bytes(1)
+        config, needed = self.config, self.config.max_blocks_per_seq
+        block_bytes = self._bind_kv_cache(1)
+        if self.device.type == "cpu":
+            fitting = max(needed, min(needed * config.max_num_seqs, CPU_KVCACHE_BYTES // block_bytes))
+        else:  # into what the engine may take, less what is taken and what a step takes at its peak
+            peak = self.warmup_model() * (2 if self.graph_shapes else 1)
+            free, total = torch.cuda.mem_get_info(self.device)
+            fitting = (int(total * config.gpu_memory_utilization) - (total - free) - peak) // block_bytes
         num_blocks = config.num_kvcache_blocks
         if num_blocks == -1:
-            num_blocks = self.tp.min(min(self._memory_for_cache(peak) // block_bytes, MAX_BLOCKS))
-        needed = config.max_blocks_per_seq
+            num_blocks = self.tp.min(min(fitting, MAX_BLOCKS))
         if num_blocks < needed:
             raise ValueError(
                 f"max_model_len={config.max_model_len} needs {needed} blocks of {config.kvcache_block_size} tokens, "
@@ -141,36 +140,22 @@ class ModelRunner:
         self._bind_kv_cache(num_blocks)
         return num_blocks
 
-    def _memory_for_cache(self, peak: int) -> int:
-        """Bytes for the KV cache: what the engine may take, less what is taken and what a step takes at its peak."""
-        if self.device.type == "cpu":
-            one_request = self._kv_cache_bytes(self.config.max_blocks_per_seq)
-            return max(one_request, min(one_request * self.config.max_num_seqs, CPU_KVCACHE_BYTES))
-        free, total = torch.cuda.mem_get_info(self.device)
-        reserve = 2 * peak if self.graph_shapes else peak
-        return int(total * self.config.gpu_memory_utilization) - (total - free) - reserve
-
-    def _kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        model = self.config.model_config
+    def _bind_kv_cache(self, num_blocks: int) -> int:
+        """Allocates zeros, for what lies behind a sequence's end may be read: it must be finite. Returns the bytes."""
+        model, dtype = self.config.model_config, self.config.torch_dtype
         heads = model.num_key_value_heads // self.tp.size
-        return (2, model.num_hidden_layers, num_blocks, self.config.kvcache_block_size, heads, model.head_dim)
-
-    def _kv_cache_bytes(self, num_blocks: int) -> int:
-        return int(np.prod(self._kv_cache_shape(num_blocks))) * self.config.torch_dtype.itemsize
-
-    def _bind_kv_cache(self, num_blocks: int) -> None:
-        """Allocates zeros: what lies behind a sequence's end may be read and must then be finite."""
+        shape = (2, model.num_hidden_layers, num_blocks, self.config.kvcache_block_size, heads, model.head_dim)
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         for layer in layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
-        shape, dtype = self._kv_cache_shape(num_blocks), self.config.torch_dtype
         if self.device.type == "cpu":  # NumPy's zeros take no memory until they are written
-            caches = torch.from_numpy(np.zeros(self._kv_cache_bytes(num_blocks), np.uint8)).view(dtype).view(shape)
+            caches = torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
         else:
             caches = torch.zeros(shape, dtype=dtype, device=self.device)
-        semaphores = torch.zeros(self.config.max_num_seqs * caches.size(4), dtype=torch.int32, device=self.device)
+        semaphores = torch.zeros(self.config.max_num_seqs * heads, dtype=torch.int32, device=self.device)
         for layer, k_cache, v_cache in zip(layers, caches[0], caches[1], strict=True):
             layer.k_cache, layer.v_cache, layer.semaphores = k_cache, v_cache, semaphores
+        return caches.nbytes
 
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
@@ -198,16 +183,14 @@ class ModelRunner:
         shape = StepShape(len(step.decode_rows), len(step.prompts), len(step.token_ids), step.is_filtered)
         padded = self._padded_shape(shape)
         if shape.num_prompts:
-            self._upload_prompts(step.prompts, step.token_ids, step.is_last_partial, padded or shape)
+            self._set_prompts(step.prompts, step.token_ids, step.is_last_partial, padded or shape)
         if padded is None:
             self._forward(shape, int(step.prompts[:, 2].max(initial=0)))
         else:
             if padded not in self.graphs:  # of steps that filter: captured when they first come
                 self.graphs[padded] = self._capture(padded)
             self.graphs[padded].replay()
-        event = torch.cuda.Event() if self.device.type == "cuda" else None
-        if event is not None:
-            event.record()
+        event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         self.step_count += 1
         return self.token_ring[(self.step_count - 1) % len(self.token_ring)], event
 
@@ -236,15 +219,13 @@ class ModelRunner:
                 return padded._replace(is_filtered=is_filtered)
         return None
 
-    def _upload_prompts(
-        self, prompts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, shape: StepShape
-    ) -> None:
+    def _set_prompts(self, parts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, shape: StepShape) -> None:
         """Writes, in one copy, what `_forward` reads of the prompts, padded to a shape.
 
         For each token its id, position and row; for each prompt its row, the context length it reaches, the row that
         gets its sample; then where each prompt's tokens begin.
         """
-        rows, starts, num_tokens = prompts.T
+        rows, starts, num_tokens = parts.T
         per_token = np.zeros((3, shape.num_tokens), dtype=np.int64)
         per_token[2] = self.padding_row
         offsets = num_tokens.cumsum() - num_tokens
@@ -259,9 +240,9 @@ class ModelRunner:
     def _forward(self, shape: StepShape, max_seqlen_q: int | None = None) -> None:
         """Computes and samples a step: one token of each decode row, then the prompts' tokens.
 
-        Reads and writes the tensors of `_allocate_rows` only, so that it can be captured.
+        Reads and writes the tensors that `__init__` allocates only, so that it can be captured.
         """
-        d, p, t = shape.num_decodes, shape.num_prompts, shape.num_tokens
+        d, p, t, is_filtered = shape
         token_ids, positions, token_rows = self.prompts[: 3 * t].view(3, t)
         rows, prompt_lens, sample_rows = self.prompts[3 * t : 3 * t + 3 * p].view(3, p)
         cu_seqlens = self.prompts[3 * t + 3 * p : 3 * t + 4 * p + 1]
@@ -284,31 +265,21 @@ class ModelRunner:
         else:
             token_ids, positions, rows, sample_rows = tokens, starts, decode_rows, decode_rows
         context = Context(
-            slot_mapping=slots,
-            context_lens=context_lens,
-            block_tables=block_tables,
-            num_decodes=d,
-            cu_seqlens_q=cu_seqlens_q,
+            slot_mapping=slots, context_lens=context_lens, block_tables=block_tables, num_decodes=d,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=t if max_seqlen_q is None else max_seqlen_q,
             cu_seqlens_k=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)).int() if p else context_lens,
-            max_seqlen_q=t if max_seqlen_q is None else max_seqlen_q,
-            max_seqlen_k=self.config.max_model_len,
-        )
+        )  # fmt: skip
         hidden_states = self.model(token_ids, positions, context)
         if p:
             hidden_states = hidden_states[(cu_seqlens_q[1:] - 1).clamp(min=0)]
-        packed = self._sample(hidden_states, rows, context_lens, shape.is_filtered)
-        store_tokens(packed, sample_rows, self.last_tokens, self.token_ring, self.device_step_count)
-
-    def _sample(self, hidden_states: Tensor, rows: Tensor, context_lens: Tensor, is_filtered: bool) -> Tensor:
-        """The rows' next tokens; a token's draw depends on its position, which is the context length."""
         logits = self.model.compute_logits(hidden_states)
-        return self.sampler(logits, self.row_ints[:, rows], self.row_floats[:, rows], context_lens, is_filtered)
+        # A token's draw depends on its position, which is the context length.
+        packed = self.sampler(logits, self.row_ints[:, rows], self.row_floats[:, rows], context_lens, is_filtered)
+        store_tokens(packed, sample_rows, self.last_tokens, self.token_ring, self.device_step_count)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def exit(self) -> None:
         """Frees the rank's memory."""

@@ -150,7 +150,6 @@ class Scheduler:
     def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
         params = seq.sampling_params
         is_eos = token_id in self.config.model_config.eos_token_ids and not params.ignore_eos
-        is_stop_token = is_eos or token_id in params.stop_token_ids
-        if is_stop_token or (seq.detokenizer is not None and seq.detokenizer.push([token_id])):
+        if is_eos or token_id in params.stop_token_ids or (seq.detokenizer and seq.detokenizer.push([token_id])):
             return "stop"
         return "length" if len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq) else None

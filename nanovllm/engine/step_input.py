@@ -42,8 +42,7 @@ def step_input(batch: Batch) -> StepInput:
         params = seq.sampling_params
         signed_seed = (seq.seed + 2**63) % 2**64 - 2**63
         ints.append((seq.row, seq.token_ids[-1], start, params.top_k, signed_seed))
-        temperature = params.temperature if params.temperature >= COLDEST else 0.0
-        floats.append((temperature, params.top_p, params.min_p))
+        floats.append((params.temperature if params.temperature >= COLDEST else 0.0, params.top_p, params.min_p))
     for i, (row, start, num_tokens) in enumerate(zip(batch.rows, batch.starts, batch.num_tokens, strict=True)):
         if num_tokens == 1 and i < batch.num_samples:
             decode_rows.append(row)

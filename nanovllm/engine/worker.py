@@ -6,9 +6,7 @@ processes; the first rank that fails ends all of them and leaves behind the reas
 outlives a process, so they are always ended by SIGKILL, whatever they are doing.
 """
 
-from __future__ import annotations
-
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -16,9 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -40,7 +36,7 @@ class RankGroup:
         self.config = config
         self.tp = TensorParallel(config, 0)
         self.runner: ModelRunner | None = None
-        self.processes: list[BaseProcess] = []
+        self.processes: list[multiprocessing.process.BaseProcess] = []
         self.connections: list[Connection] = []
         self.store: dist.TCPStore | None = None  # where the ranks meet
         self.watcher: threading.Thread | None = None
@@ -63,7 +59,7 @@ class RankGroup:
         self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
         spawn = multiprocessing.get_context("spawn")
         # Ctrl-C is the caller's; the ranks inherit the mask. The tracker is first, as its start ends a mask.
-        resource_tracker.ensure_running()
+        multiprocessing.resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             for rank in range(1, size):
@@ -180,7 +176,7 @@ class RankGroup:
             self.changed.wait_for(lambda: self.failure is not None or self.num_ready == num_ready)
         self.check()
 
-    def _describe_end(self, rank: int, process: BaseProcess) -> str:
+    def _describe_end(self, rank: int, process: multiprocessing.process.BaseProcess) -> str:
         for other in self.processes:
             if other is not process:
                 other.kill()
@@ -192,9 +188,8 @@ class RankGroup:
 
 def describe_failure(rank: int, error: BaseException, details: str) -> str:
     """One text that names the rank, its error and the remedy if there is one."""
-    is_memory = isinstance(error, torch.OutOfMemoryError)
     remedy = "out of GPU memory; lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs: "
-    return f"rank {rank} failed: {remedy if is_memory else ''}{details}"
+    return f"rank {rank} failed: {remedy * isinstance(error, torch.OutOfMemoryError)}{details}"
 
 
 def run_rank(config: Config, rank: int, caller: int, port: int, connection: Connection) -> None:

@@ -41,16 +41,17 @@ def use_triton(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def use_pdl(device: torch.device) -> bool:
-    """Whether kernels on `device` can start before the one ahead of them ends (PDL): Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that calls `pdl_wait`, to start before the one ahead of it ends: Hopper and later."""
+    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": pdl, "launch_pdl": pdl}
 
 
 @triton.jit
 def pdl_wait(PDL: tl.constexpr) -> None:
     """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible.
 
-    Every program of a kernel that is launched with `launch_pdl` calls this once: before it reads what the step
+    Every program of a kernel that is launched with `pdl_options` calls this once: before it reads what the step
     computes, and before it writes anything at all, for memory may still be in use by an earlier kernel. What it may
     read sooner is what a kernel wrote that ended before some ordinary launch since: weights, and the step's inputs.
     """

@@ -10,7 +10,7 @@ its weights meanwhile. Parts go to two places in turn: whoever comes by for the 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import pdl_wait, tl, triton, use_pdl
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton
 
 MAX_BLOCKS = 256
 FLAG_BYTES = 4 * MAX_BLOCKS  # of each rank
@@ -18,7 +18,7 @@ BLOCK = 2048
 POLLS = 4096  # of a flag, between looks at whether the engine has given up: those go to host memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])  # one kernel for all ranks: the tests run two of them in one process
 def _add_sum_kernel(
     x_ptr, peers_ptr, offset, counts_ptr, given_up_ptr, numel, rank,
     SIZE: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, POLLS: tl.constexpr, PDL: tl.constexpr,
@@ -68,9 +68,8 @@ def add_sum(x: Tensor, peers: Tensor, offset: int, counts: Tensor, given_up: Ten
         given_up: int32 [1] in pinned host memory; anything but 0 ends the waiting.
         rank: of the caller.
     """
-    pdl = use_pdl(x.device)
     _add_sum_kernel[(min(triton.cdiv(x.numel(), BLOCK), MAX_BLOCKS),)](
         x, peers, offset, counts, given_up, x.numel(), rank, SIZE=len(peers),
-        MAX_BLOCKS=MAX_BLOCKS, BLOCK=BLOCK, POLLS=POLLS, PDL=pdl, launch_pdl=pdl, num_warps=4,
+        MAX_BLOCKS=MAX_BLOCKS, BLOCK=BLOCK, POLLS=POLLS, num_warps=4, **pdl_options(x.device),
     )  # fmt: skip
     return x

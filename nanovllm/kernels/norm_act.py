@@ -5,17 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 
 BLOCK = 1024
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, x_stride, eps, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, PDL: tl.constexpr
-):
+def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, x_stride, eps, SIZE: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, SIZE_PAD)
+    offs = tl.arange(0, triton.next_power_of_2(SIZE))
     mask = offs < SIZE
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     pdl_wait(PDL)
@@ -40,12 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm_torch(x, weight, eps)
     rows, size = x.shape
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    size_pad = triton.next_power_of_2(size)
-    num_warps = min(max(size_pad // 512, 1), 16)
-    pdl = use_pdl(x.device)
-    _rms_norm_kernel[(rows,)](
-        x, weight, y, x.stride(0), eps, SIZE=size, SIZE_PAD=size_pad, PDL=pdl, num_warps=num_warps, launch_pdl=pdl
-    )
+    num_warps = min(max(triton.next_power_of_2(size) // 512, 1), 16)
+    _rms_norm_kernel[(rows,)](x, weight, y, x.stride(0), eps, SIZE=size, num_warps=num_warps, **pdl_options(x.device))
     return y
 
 
@@ -76,8 +70,6 @@ def silu_and_mul(x: Tensor) -> Tensor:
         return silu_and_mul_torch(x)
     rows, size = x.shape[0], x.shape[1] // 2
     y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    pdl = use_pdl(x.device)
-    _silu_and_mul_kernel[rows, triton.cdiv(size, BLOCK)](
-        x, y, x.stride(0), size, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
-    )
+    grid = rows, triton.cdiv(size, BLOCK)
+    _silu_and_mul_kernel[grid](x, y, x.stride(0), size, BLOCK=BLOCK, num_warps=4, **pdl_options(x.device))
     return y

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels import INTERPRETED, pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton, use_triton
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 256  # one compiled kernel serves any batch up to this
@@ -33,14 +33,12 @@ def paged_attention_torch(
     """
     o = torch.zeros_like(q)
     starts = cu_seqlens_q.tolist()
-    for s, context in enumerate(context_lens.tolist()):
-        begin, end = starts[s], starts[s + 1]
+    for begin, end, context, table in zip(starts[:-1], starts[1:], context_lens.tolist(), block_tables, strict=True):
         if begin == end or context == 0:
             continue
-        blocks = block_tables[s, : -(-context // k_cache.size(1))]
+        blocks = table[: -(-context // k_cache.size(1))]
         k, v = (cache[blocks].flatten(0, 1)[:context].transpose(0, 1) for cache in (k_cache, v_cache))
-        keys = torch.arange(context, device=q.device)
-        visible = keys <= keys[context - (end - begin) :, None]
+        visible = torch.ones(end - begin, context, dtype=torch.bool, device=q.device).tril(context - (end - begin))
         o[begin:end] = F.scaled_dot_product_attention(
             q[begin:end].transpose(0, 1), k, v, visible, scale=scale, enable_gqa=True
         ).transpose(0, 1)
@@ -113,53 +111,44 @@ def _merge(partial_ptr, lse_ptr, first, last, o_ptr, COLS: tl.constexpr, DIM: tl
 
 
 @triton.jit
-def _first_tile(program, num_big, big, small):
-    return tl.minimum(program, num_big) * big + tl.maximum(program - num_big, 0) * small
-
-
-@triton.jit
 def _owner(tile, num_big, big, small):
+    """The program whose share has the tile."""
     return tl.where(tile < num_big * big, tile // big, num_big + (tile - num_big * big) // small)
 
 
 @triton.jit
-def _find_work(
-    lens_ptr, batch, num_big, big_eighths, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr
-):
+def _find_work(lens_ptr, batch, num_big, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr):
     """This program's tiles, as (first, end, row of the first, first tile of that row), and the two sizes of shares.
 
     The tiles of all units (row, KV head) stand in one line. An empty row owns a tile per head too, so that somebody
-    writes its zeros. The first num_big programs take big_eighths / 8 of the line in equal shares; the others, which
-    start as places on the GPU fall free, small shares of what is left: the memory is not equally fast for all SMs.
+    writes its zeros. The first num_big programs take the line in equal shares, or 7/8 of it if there are others, which
+    start as places on the GPU fall free: small shares of the rest, for the memory is not equally fast for all SMs.
     """
     rows = tl.arange(0, ROWS_PAD)
     lens = tl.load(lens_ptr + rows, mask=rows < batch, other=0)
     ends = tl.cumsum(tl.where(rows < batch, tl.maximum(tl.cdiv(lens, BLOCK_N), 1) * KV_HEADS, 0), 0)
     line = tl.max(ends, 0)
-    big = tl.cdiv(line * big_eighths, 8 * num_big)
-    num_small = tl.maximum(tl.num_programs(0) - num_big, 1)
-    small = tl.maximum(tl.cdiv(line - num_big * big, num_small), 1)
+    num_small = tl.num_programs(0) - num_big
+    big = tl.cdiv(line * tl.where(num_small > 0, 7, 8), 8 * num_big)
+    small = tl.maximum(tl.cdiv(line - num_big * big, tl.maximum(num_small, 1)), 1)
     program = tl.program_id(0)
-    tile = _first_tile(program, num_big, big, small)
-    stop = tl.minimum(_first_tile(program + 1, num_big, big, small), line)
+    tile = tl.minimum(program, num_big) * big + tl.maximum(program - num_big, 0) * small
+    stop = tl.minimum(tile + tl.where(program < num_big, big, small), line)
     row = tl.sum((ends <= tile).to(tl.int32), 0)
     row_start = tl.max(tl.where(rows < row, ends, 0), 0)
     return tile, stop, row, row_start, big, small
 
 
-@triton.jit(do_not_specialize=["batch", "num_big", "big_eighths"])
+@triton.jit(do_not_specialize=["batch", "num_big"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, scale,
-    batch, num_big, big_eighths,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    batch, num_big, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, stop, row, row_start, big, small = _find_work(
-        lens_ptr, batch, num_big, big_eighths, KV_HEADS, BLOCK_N, ROWS_PAD
-    )
+    tile, stop, row, row_start, big, small = _find_work(lens_ptr, batch, num_big, KV_HEADS, BLOCK_N, ROWS_PAD)
     pdl_wait(PDL)
     heads = tl.arange(0, max(16, triton.next_power_of_2(GROUP)))[:, None]
-    dims = tl.arange(0, DIM_PAD)[None, :]
+    dims = tl.arange(0, max(16, triton.next_power_of_2(DIM)))[None, :]
     offs = heads * DIM + dims
     mask = (heads < GROUP) & (dims < DIM)
     while tile < stop:
@@ -178,9 +167,9 @@ def _decode_kernel(
             q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride,
             begin, begin, end, end - 1, scale, False, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES,
         )  # fmt: skip
-        first_program = _owner(unit_start, num_big, big, small)
-        last_program = _owner(unit_end - 1, num_big, big, small)
-        if first_program == last_program:
+        first = _owner(unit_start, num_big, big, small)
+        last = _owner(unit_end - 1, num_big, big, small)
+        if first == last:
             tl.store(o_ptr + before + offs, o, mask=mask)
         else:
             # Along the line, each part has a new program or a new unit (or both): their sum numbers the parts.
@@ -188,10 +177,8 @@ def _decode_kernel(
             tl.store(partial_ptr + part * (GROUP * DIM) + offs, o, mask=mask)
             tl.store(lse_ptr + part * GROUP + heads, lse[:, None], mask=heads < GROUP)
             tl.debug_barrier()
-            if tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel") == last_program - first_program:
-                _merge(
-                    partial_ptr, lse_ptr, unit + first_program, unit + last_program, o_ptr + before, GROUP * DIM, DIM
-                )
+            if tl.atomic_add(semaphores_ptr + unit, 1, sem="acq_rel") == last - first:
+                _merge(partial_ptr, lse_ptr, unit + first, unit + last, o_ptr + before, GROUP * DIM, DIM)
                 tl.store(semaphores_ptr + unit, 0)
         if tile == row_start + unit_tiles * KV_HEADS:
             row += 1
@@ -201,7 +188,7 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, scale, starts_ptr, num_seqs,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, SEQS_PAD: tl.constexpr,
 ):  # fmt: skip
     # The rows of a sequence are its (token, query head of the group) pairs. Numbering the tiles of sequence s from
@@ -220,7 +207,7 @@ def _prefill_kernel(
     head = tl.program_id(0)
     rows = first_row + tl.arange(0, BLOCK_M)[:, None]
     tokens = rows // GROUP
-    dims = tl.arange(0, DIM_PAD)[None, :]
+    dims = tl.arange(0, max(16, triton.next_power_of_2(DIM)))[None, :]
     offs = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP) * DIM + dims
     mask = (tokens < q_len) & (dims < DIM)
     q = tl.load(q_ptr + offs, mask=mask, other=0.0)
@@ -236,18 +223,11 @@ def _prefill_kernel(
 
 
 @functools.cache
-def _num_stages(device: torch.device) -> int:
-    """The depth of the pipelines: an indirect load takes two stages a tile, and shared memory sets the limit."""
-    roomy = INTERPRETED or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 * 1024
-    return 5 if roomy else 3
-
-
-@functools.cache
 def _num_programs(units: int, device: torch.device) -> tuple[int, int]:
     """How many programs take big and small shares of `units` (row, KV head) pairs; three fit on an SM of Hopper.
 
     By measurement on an H200. A unit in more than 16 parts costs more to merge than it gains, and small shares pay
-    from one unit an SM on: 256 rows of 925 tokens read at 4.17 TB/s, 131 at 3.97, without them at 3.99 and 3.79.
+    from one unit an SM on. With the benchmark's lengths 246 rows read at 4.24 TB/s, 119 at 4.20, 77 at 4.13.
     """
     num_sms = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     if 16 * units <= num_sms:
@@ -255,14 +235,22 @@ def _num_programs(units: int, device: torch.device) -> tuple[int, int]:
     return (2 * num_sms, 0) if units <= num_sms else (3 * num_sms, 3 * num_sms)
 
 
-def _constants(q: Tensor, k_cache: Tensor) -> dict[str, int]:
-    """What both kernels are compiled for. A tile of K is 16 KiB, or shared memory would not hold the pipeline."""
-    block_size, kv_heads, dim = k_cache.shape[1:]
-    dim_pad = max(16, triton.next_power_of_2(dim))
-    block_n = min(64, max(16, 16384 // (dim_pad * q.element_size())))
+@functools.cache
+def _constants(
+    heads: int, cache_shape: torch.Size, dtype: torch.dtype, device: torch.device, is_wide: bool = False
+) -> dict[str, int]:
+    """What both kernels are compiled for.
+
+    A tile of K is 16 KiB, or shared memory would not hold the pipeline, whose depth it limits too: an indirect load
+    takes two stages a tile. Wide tiles and a short pipeline read an H200's memory up to 5% faster, given much work.
+    """
+    _, block_size, kv_heads, dim = cache_shape
+    block_n = min(64, max(16, 16384 // (max(16, triton.next_power_of_2(dim)) * dtype.itemsize)))
+    roomy = INTERPRETED or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 * 1024
+    is_wide &= roomy and 2 * block_n <= block_size
     return dict(
-        KV_HEADS=kv_heads, GROUP=q.size(1) // kv_heads, DIM=dim, DIM_PAD=dim_pad, BLOCK_SIZE=block_size,
-        BLOCK_N=block_n, STAGES=_num_stages(q.device), num_warps=4,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size,
+        BLOCK_N=2 * block_n if is_wide else block_n, STAGES=5 if roomy and not is_wide else 3, num_warps=4,
     )  # fmt: skip
 
 
@@ -279,20 +267,19 @@ def paged_decode(
     context_lens is read early, by the rule of `pdl_wait`. Returns o [B, Hq, D].
     """
     if not use_triton(q):
-        starts = torch.arange(len(q) + 1)
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, starts, scale)
+        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, torch.arange(len(q) + 1), scale)
     o = torch.empty_like(q)
-    constants = _constants(q, k_cache)
-    units, group = len(q) * constants["KV_HEADS"], constants["GROUP"]
+    units = len(q) * k_cache.size(2)
     num_big, num_small = _num_programs(units, q.device)
+    constants = _constants(q.size(1), k_cache.shape, q.dtype, q.device, is_wide=num_small > 0)
+    group = constants["GROUP"]
     num_parts = units + num_big + num_small
     partial = torch.empty((num_parts, group, constants["DIM"]), dtype=torch.float32, device=q.device)
     lse = torch.empty((num_parts, group), dtype=torch.float32, device=q.device)
-    pdl = use_pdl(q.device)
     _decode_kernel[(num_big + num_small,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
-        scale * LOG2_E, len(q), num_big, 7 if num_small else 8, **constants,
-        ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))), PDL=pdl, launch_pdl=pdl,
+        scale * LOG2_E, len(q), num_big, ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))),
+        **constants, **pdl_options(q.device),
     )  # fmt: skip
     return o
 
@@ -312,7 +299,7 @@ def paged_prefill(
     if not use_triton(q):
         return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
     o = torch.empty_like(q)
-    constants = _constants(q, k_cache)
+    constants = _constants(q.size(1), k_cache.shape, q.dtype, q.device)
     num_seqs, group = len(context_lens), constants["GROUP"]
     block_m = 64 if max_seqlen_q * group > 16 and q.dtype != torch.float32 else 16
     _prefill_kernel[constants["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs](

@@ -66,8 +66,7 @@ def _sample_kernel(logits_ptr, filters, best_ptr, missed_ptr, size):
     logits_ptr += row * size
     lanes = tl.arange(0, LANES)
     first = tl.full((LANES,), LOWEST, tl.float32)
-    second = first
-    third = first
+    second, third = first, first
     for n in tl.range(0, size, SPLITS * LANES, loop_unroll_factor=4):
         offs = n + split * LANES + lanes
         x = tl.load(logits_ptr + offs, mask=offs < size, other=float("-inf")).to(tl.float32)

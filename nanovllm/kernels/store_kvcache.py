@@ -8,7 +8,7 @@ memory bus once. It knows nothing of sequences: a row has a position and a slot.
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import pdl_wait, tl, triton, use_pdl, use_triton
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.norm_act import rms_norm_torch
 
 
@@ -62,11 +62,11 @@ def _rope_store_kernel(
 
 def rope_store_kvcache_torch(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
-    num_heads: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """What `rope_store_kvcache` computes, said plainly."""
     kv_heads, dim = k_cache.shape[-2:]
-    q, k, v = qkv.view(len(qkv), -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
+    q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
     cos, sin = cos_sin[positions.long(), None].chunk(2, dim=-1)
 
     def norm_rope(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ def rope_store_kvcache_torch(
 
 def rope_store_kvcache(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
-    num_heads: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """Rotate q and k (Su et al., 2021; the "rotate half" order), return q and store k and v in their slots.
 
@@ -91,18 +91,16 @@ def rope_store_kvcache(
     sines. positions: [N] int. slot_mapping: [N] int, slot = block * block_size + offset; the K and V of a row with
     slot -1 (padding) are stored nowhere. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's
     dtype. q_norm, k_norm: [D] weights of an RMSNorm of every head before the rotation, both or neither. D is even.
-    Arithmetic in float32. Positions and slot_mapping are read early, by the rule of
-    `pdl_wait`. Returns q [N, Hq, D] in qkv's dtype, contiguous.
+    Arithmetic in float32. Positions and slot_mapping are read early, by the rule of `pdl_wait`. Returns q [N, Hq, D]
+    in qkv's dtype, contiguous.
     """
     if not use_triton(qkv):
-        return rope_store_kvcache_torch(
-            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, q_norm, k_norm, eps
-        )
+        return rope_store_kvcache_torch(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps)
     kv_heads, dim = k_cache.shape[-2:]
-    q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)
-    pdl = use_pdl(qkv.device)
+    heads = qkv.size(1) // dim - 2 * kv_heads
+    q = torch.empty((len(qkv), heads, dim), dtype=qkv.dtype, device=qkv.device)
     _rope_store_kernel[(len(qkv),)](
         qkv, qkv.stride(0), cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, q,
-        Q_HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, PDL=pdl, launch_pdl=pdl, num_warps=4,
+        Q_HEADS=heads, KV_HEADS=kv_heads, DIM=dim, num_warps=4, **pdl_options(qkv.device),
     )  # fmt: skip
     return q

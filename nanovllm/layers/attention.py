@@ -15,27 +15,25 @@ from nanovllm.utils.context import Context
 
 
 class Attention(nn.Module):
-    """Rotary embedding, KV store and causal attention of `num_heads` query heads over `num_kv_heads` KV heads.
+    """Rotary embedding, KV store and causal attention of this rank's heads.
 
     `k_cache` and `v_cache` [num_blocks, block_size, num_kv_heads, head_dim] and `semaphores`, the zeros that
     paged_decode counts in, are set by whoever owns the cache's memory.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, backend: str, rotary_table: Tensor) -> None:
+    def __init__(self, head_dim: int, backend: str, rotary_table: Tensor) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.scale = head_dim**-0.5
         self.backend = backend
         self.rotary_table = rotary_table
         self.k_cache = self.v_cache = self.semaphores = torch.empty(0)
 
     def forward(
-        self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None = None,
-        k_norm: RMSNorm | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> Tensor:
         """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
         q = rope_store_kvcache(
-            qkv, self.rotary_table, positions, context.slot_mapping, self.k_cache, self.v_cache, self.num_heads,
+            qkv, self.rotary_table, positions, context.slot_mapping, self.k_cache, self.v_cache,
             q_norm.weight if q_norm else None, k_norm.weight if k_norm else None, q_norm.eps if q_norm else 0.0,
         )  # fmt: skip
         return getattr(self, f"_attend_{self.backend}")(q, context).flatten(1)
@@ -69,6 +67,6 @@ class Attention(nn.Module):
             )[:, 0]
         return flash_attn_varlen_func(
             q, *caches, cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=context.cu_seqlens_k,
-            max_seqlen_q=context.max_seqlen_q, max_seqlen_k=context.max_seqlen_k, softmax_scale=self.scale,
-            causal=True, block_table=tables,
+            max_seqlen_q=context.max_seqlen_q, max_seqlen_k=tables.size(1) * self.k_cache.size(1),
+            softmax_scale=self.scale, causal=True, block_table=tables,
         )  # fmt: skip

@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(heads * dim, c.hidden_size, o_bias, tp)
         self.q_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
         self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
-        self.attn = Attention(heads // tp.size, dim, config.attention_backend, rotary_table)
+        self.attn = Attention(dim, config.attention_backend, rotary_table)
 
     def forward(self, x: Tensor, norm: RMSNorm, positions: Tensor, context: Context) -> Tensor:
         o = self.attn(self.qkv_proj(x, norm), positions, context, self.q_norm, self.k_norm)

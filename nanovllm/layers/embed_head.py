@@ -1,8 +1,7 @@
 """Token embedding and LM head, both split by vocabulary over tensor-parallel ranks."""
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
@@ -21,7 +20,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = tp.parameter(size, hidden_size)
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, self.start, 0, size)]
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_ids: Tensor) -> Tensor:
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight)
         local_ids = token_ids - self.start
@@ -33,5 +32,5 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(VocabParallelEmbedding):
     """This rank's logits of normalised x: [N, hidden] -> [N, vocab / ranks], those of token ids from `start` on."""
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, norm=norm.weight, eps=norm.eps)

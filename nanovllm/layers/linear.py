@@ -5,8 +5,7 @@ The `shards` of a parameter tell the loader which part of a checkpoint's tensors
 
 from dataclasses import replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
@@ -32,7 +31,7 @@ class ColumnParallelLinear(nn.Module):
         if bias:
             self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps)
 
 
@@ -42,7 +41,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__(hidden_size, [intermediate_size] * 2, bias, tp)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, gated=True)
 
 
@@ -70,7 +69,7 @@ class RowParallelLinear(nn.Module):
         self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, residual=residual)
         part = self.tp.part(*residual.shape)

@@ -28,9 +28,7 @@ class Sampler(nn.Module):
             # Filters need whole distributions; every rank then draws alike.
             logits = self.tp.all_gather(logits)
             low = filter_thresholds(logits, temperature, top_k, top_p, min_p)
-            packed = draw(logits, temperature, seeds, positions, low=low)
-        else:
-            # Each rank offers its best candidate.
-            packed = draw(logits, temperature, seeds, positions, start=self.tp.rank * logits.size(1))
-            packed = self.tp.all_reduce(packed, dist.ReduceOp.MAX)
-        return packed
+            return draw(logits, temperature, seeds, positions, low=low)
+        # Each rank offers its best candidate.
+        packed = draw(logits, temperature, seeds, positions, start=self.tp.rank * logits.size(1))
+        return self.tp.all_reduce(packed, dist.ReduceOp.MAX)

@@ -17,7 +17,7 @@ class Context:
         block_tables: [S, max_blocks] int32, arbitrary behind a sequence's last block.
         cu_seqlens_q: [S + 1] int32, where each sequence's tokens begin among the N.
         cu_seqlens_k: [S + 1] int32, the running sum of the context lengths.
-        max_seqlen_q, max_seqlen_k: upper bounds of the tokens computed and attended to by one sequence.
+        max_seqlen_q: an upper bound of the tokens that one sequence computes.
     """
 
     slot_mapping: torch.Tensor
@@ -27,4 +27,3 @@ class Context:
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
-    max_seqlen_k: int

@@ -65,8 +65,7 @@ def checkpoint_targets(model: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]
     """Each checkpoint tensor's name -> the parameter that it fills and how."""
     targets = {}
     for name, parameter in model.named_parameters():
-        whole = Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))
-        shards = getattr(parameter, "shards", [whole])
+        shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
         module = name.split(".")[-2]
         sources = model.packed_modules_mapping.get(module, (module,))
         for source, shard in zip(sources, shards, strict=True):

@@ -64,8 +64,7 @@ class PeerMemory:
 
     def part(self, rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
         """The place for the next sum's part, [rows, size]; a step makes an even number of sums, two a layer."""
-        num_bytes = rows * size * dtype.itemsize
-        return self.bytes[self.offset :][:num_bytes].view(dtype).view(rows, size)
+        return self.bytes[self.offset :][: rows * size * dtype.itemsize].view(dtype).view(rows, size)
 
     def add_sum(self, x: torch.Tensor) -> torch.Tensor:
         """Adds to x the sum of the parts that the ranks have written."""

@@ -4,8 +4,6 @@ The process group belongs to one engine and is handed to the layers that need it
 that several engines, and a caller that uses torch.distributed itself, live side by side in one process.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from datetime import timedelta
@@ -97,9 +95,7 @@ class TensorParallel:
         """Reduces x over the ranks, in place."""
         self.check()
         if self.group is not None:
-            options = dist.AllreduceOptions()
-            options.reduceOp = op
-            self.group.allreduce([x], options).wait()
+            self.group.allreduce([x], op).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
