@@ -48,13 +48,15 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def pdl_wait(PDL: tl.constexpr) -> None:
+def pdl_wait(PDL: tl.constexpr, LAUNCH: tl.constexpr = True) -> None:
     """Let the next kernel of the stream start, and wait until all earlier ones ended and their writes are visible.
 
+    With LAUNCH false the next kernel starts only when the program calls `gdc_launch_dependents` itself, or ends.
     Every program of a kernel that is launched with `pdl_options` calls this once: before it reads what the step
     computes, and before it writes anything at all, for memory may still be in use by an earlier kernel. What it may
     read sooner is what a kernel wrote that ended before some ordinary launch since: weights, and the step's inputs.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if LAUNCH:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

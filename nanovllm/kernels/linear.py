@@ -11,6 +11,9 @@ from torch import Tensor
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.norm_act import rms_norm, silu_and_mul
 
+# From this many input features on, programs of the next kernel are in the way of this one's loads: they start when
+# those are done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532.
+LONG_K = tl.constexpr(4096)
 SMALL_BATCH = 8  # rows up to which the kernel beats the matrix product of the library; 0 turns it off
 
 # BLOCK_N, BLOCK_K and warps for 1, up to 4 and more rows, and for up to 2,048, 4,096, 8,192 and more features: the
@@ -41,7 +44,7 @@ def _linear_kernel(
     w = tl.load(w_ptr, mask=mask_n[None, :, None] & (k < K), other=0.0)
     if norm_ptr is not None:
         norm = tl.load(norm_ptr + k, mask=k < K, other=0.0)
-    pdl_wait(PDL)
+    pdl_wait(PDL, LAUNCH=K < LONG_K)
     x_ptr += m[None, :, None] * x_stride + k
     mask_m = (m < rows)[None, :, None]
     x = tl.load(x_ptr, mask=mask_m & (k < K), other=0.0)
@@ -61,6 +64,8 @@ def _linear_kernel(
         else:
             acc = tl.dot(x, tl.trans(w, 0, 2, 1), acc, input_precision="ieee")
         w, x = next_w, next_x
+    if PDL and K >= LONG_K:
+        tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
