@@ -14,7 +14,7 @@ from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels import linear as linear_module
-from nanovllm.kernels.linear import linear
+from nanovllm.kernels.linear import LONG_K, linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -161,16 +161,17 @@ def test_any_batch(rows):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_chain_of_layers_in_a_cuda_graph():
+@pytest.mark.parametrize("size", [1024, LONG_K.value])
+def test_a_chain_of_layers_in_a_cuda_graph(size):
     """Kernels that overlap still see what those before them wrote, and overwrite nothing that is still read."""
     layers = [
         [
             inputs(1, n, k, torch.bfloat16, *flags)
-            for n, k, flags in ((2048, 1024, (0, 1, 0, 0)), (1024, 2048, (0,) * 4))
+            for n, k, flags in ((2 * size, size, (0, 1, 0, 0)), (size, 2 * size, (0,) * 4))
         ]
         for _ in range(16)
     ]
-    start, h = torch.randn(1, 1024, device=DEVICE).bfloat16(), torch.zeros(1, 1024, device=DEVICE).bfloat16()
+    start, h = torch.randn(1, size, device=DEVICE).bfloat16(), torch.zeros(1, size, device=DEVICE).bfloat16()
 
     def run():
         for first, second in layers:

@@ -272,7 +272,7 @@ class LLMEngine:
 
 
 def load_tokenizer(folder: str) -> Tokenizer | None:
-    """The tokenizer of a model folder, None if it has none."""
+    """The tokenizer of a model folder, None if it has none; ValueError if it cannot be used."""
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         tokenizer = Tokenizer.from_file(path)
@@ -283,7 +283,10 @@ def load_tokenizer(folder: str) -> Tokenizer | None:
         return None
     from transformers import AutoTokenizer  # converts older formats, but takes seconds to import
 
-    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer in {folder!r} is of a kind that the tokenizers package does not know")
+    return tokenizer.backend_tokenizer
 
 
 @contextmanager
