@@ -133,7 +133,8 @@ class RankGroup:
         # Before all else is waited for: to break off NCCL's collectives takes the end of the graphs that hold them.
         runner, self.runner = self.runner, None
         if runner is not None:
-            runner.exit()
+            with suppress(RuntimeError):  # of a GPU that has failed
+                runner.exit()
         for process in self.processes:
             process.join()
         if self.watcher not in (None, threading.current_thread()):

@@ -6,6 +6,7 @@ that several engines, and a caller that uses torch.distributed itself, live side
 
 import os
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -45,7 +46,7 @@ class TensorParallel:
         self.min(0)
         try:
             self.peer_memory = PeerMemory(store, self.rank, self.size, self.device)
-        except RuntimeError:  # NCCL finds a way
+        except (RuntimeError, OSError):  # NCCL finds a way
             self.check()
         if not self.min(self.peer_memory is not None):
             self.peer_memory = None
@@ -65,7 +66,8 @@ class TensorParallel:
         if self.aborting is not None:
             self.aborting.join(ABORT_SECONDS)
         if self.peer_memory is not None:
-            self.peer_memory.close()
+            with suppress(RuntimeError):  # of a GPU that has failed
+                self.peer_memory.close()
         self.group = self.peer_memory = self.aborting = None
 
     def check(self) -> None:
