@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from nanovllm import LLM, SamplingParams
 pytestmark = pytest.mark.gpu
 GRAPHS = pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 FLOAT32 = {"device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.5}
 
 
@@ -43,7 +46,7 @@ def test_prefixes_of_earlier_calls(checkpoint, async_scheduling):
         assert hits == [(len(prompt) - 1) // 16 * 16 for prompt in prompts]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 @pytest.mark.parametrize("scenario", ["plain", "all_at_once"])
 @pytest.mark.parametrize("family", ["qwen3", "llama_bias"])
 def test_two_ranks(checkpoint, family, scenario):
@@ -89,6 +92,37 @@ def test_memory_comes_back(checkpoint):
         used.append(torch.cuda.memory_allocated())
     assert used[0] == used[1] == used[2]
     assert used[-1] < 2**28
+
+
+@needs_two_gpus
+def test_two_ranks_leave_nothing(checkpoint):
+    """One engine after the other, each on fresh ranks, and no GPU has less memory afterwards."""
+    used = []
+    for _ in range(3):
+        with engine(checkpoint("qwen3").path, **FLOAT32, tensor_parallel_size=2) as llm:
+            assert llm.ranks.tp.peer_memory is not None
+            generate(llm, [random_prompt(1, 20)], SamplingParams(temperature=0, max_tokens=2))
+        del llm
+        gc.collect()
+        used.append([total - free for free, total in map(torch.cuda.mem_get_info, range(2))])
+    assert all(abs(later - first) < 2**28 for first, later in zip(used[0], used[-1], strict=True))
+
+
+@needs_two_gpus
+def test_a_killed_rank_ends_the_engine(checkpoint):
+    """Kernels of rank 0 that wait for the dead one's part of a sum end too."""
+    with engine(checkpoint("qwen3").path, **FLOAT32, tensor_parallel_size=2) as llm:
+        killed = []
+
+        def kill() -> None:
+            killed.append(time.monotonic())
+            llm.ranks.processes[0].kill()
+
+        threading.Timer(0.5, kill).start()
+        with pytest.raises(RuntimeError, match="rank 1 ended with exit code -9"):
+            while True:
+                llm.generate([list(random_prompt(1, 20))] * 8, SamplingParams(ignore_eos=True), use_tqdm=False)
+        assert time.monotonic() - killed[0] < 5
 
 
 def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
