@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 def check(name: str, value: object, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
@@ -67,7 +68,7 @@ class SamplingParams:
         for token_id in self.stop_token_ids:
             check("stop_token_ids", token_id, int, 0)
 
-    @property
+    @cached_property  # every step asks it of every row
     def is_filtered(self) -> bool:
         """Whether sampling must look at the whole distribution before it draws."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

@@ -271,7 +271,7 @@ class ModelRunner:
         )  # fmt: skip
         hidden_states = self.model(token_ids, positions, context)
         if p:
-            hidden_states = hidden_states[(cu_seqlens_q[1:] - 1).clamp(min=0)]
+            hidden_states = hidden_states[cu_seqlens_q[1:] - 1]
         logits = self.model.compute_logits(hidden_states)
         # A token's draw depends on its position, which is the context length.
         packed = self.sampler(logits, self.row_ints[:, rows], self.row_floats[:, rows], context_lens, is_filtered)
