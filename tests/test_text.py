@@ -345,7 +345,8 @@ def test_streamed_pieces_are_the_text(babbler, stop):
     for prompt, param, result in zip(prompts, params, results, strict=True):
         taken = list(babbler.stream(prompt, param))
         assert "".join(taken) == result["text"] and "" not in taken
-        assert not any(piece.endswith("\ufffd") for piece in taken)
+        # Only the text's own end may be a character that never became whole.
+        assert not any(piece.endswith("\ufffd") for piece in taken[:-1])
     check_idle(babbler)
 
 
