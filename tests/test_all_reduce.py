@@ -1,4 +1,4 @@
-"""The sum over ranks that GPUs make by reading each other's memory. Here two ranks share a device."""
+"""Sums over ranks that GPUs make in each other's memory. Here two ranks share a device."""
 
 from contextlib import nullcontext
 
@@ -6,10 +6,15 @@ import pytest
 import torch
 from interpreter import run_in_interpreter
 
-from nanovllm.kernels import HAS_TRITON, INTERPRETED
-from nanovllm.kernels.all_reduce import BLOCK, FLAG_BYTES, MAX_BLOCKS, POLLS, add_sum, add_sum_torch
+from nanovllm.kernels import HAS_TRITON, INTERPRETED, norm_act
+from nanovllm.kernels.all_reduce import BLOCK, MAX_ROWS, POLLS, Peers, add_packets
+from nanovllm.kernels.linear import linear, linear_torch
+from nanovllm.kernels.norm_act import rms_norm, rms_norm_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+OFFSET = 4 * 2 * MAX_ROWS  # of the place for parts or packets, behind the flags
 
 
 def kernel_test(test):
@@ -17,67 +22,101 @@ def kernel_test(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-class Rank:
-    """A rank's buffer and counters, and a stream, where there are streams, to run beside the other."""
-
-    def __init__(self, rank: int, numel: int, dtype: torch.dtype) -> None:
-        self.rank = rank
-        self.bytes = torch.zeros(2 * FLAG_BYTES + numel * dtype.itemsize, dtype=torch.uint8, device=DEVICE)
-        self.flags = self.bytes[: 2 * FLAG_BYTES].view(torch.int32).view(2, MAX_BLOCKS)
-        self.part = self.bytes[2 * FLAG_BYTES :].view(dtype)
-        self.counts = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=DEVICE)
-        self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
-        self.stream = torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext()
-
-    def add_sum(self, x: torch.Tensor, peers: torch.Tensor) -> torch.Tensor:
-        with self.stream:
-            return add_sum(x, peers, 2 * FLAG_BYTES, self.counts, self.given_up, self.rank)
+def make_ranks(num_bytes: int, step: int = 0, index: int = 1) -> list[Peers]:
+    """Both ranks' view of a sum, the index-th of a step; each has a place of num_bytes."""
+    torch.manual_seed(0)
+    buffers = [torch.zeros(OFFSET + num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
+    steps = torch.tensor([step], dtype=torch.int32, device=DEVICE)
+    given_up = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
+    return [Peers(buffers[rank], addresses, rank, OFFSET, steps, index, given_up) for rank in range(2)]
 
 
-def make_ranks(numel: int, dtype: torch.dtype) -> tuple[list[Rank], torch.Tensor]:
-    ranks = [Rank(rank, numel, dtype) for rank in range(2)]
-    return ranks, torch.tensor([rank.bytes.data_ptr() for rank in ranks], device=DEVICE)
+def flags(peers: Peers) -> torch.Tensor:
+    return peers.buffer[:OFFSET].view(torch.int32).view(2, MAX_ROWS)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def side_by_side(function, ranks: list[Peers]) -> list[torch.Tensor | None]:
+    """What a function gives on each rank, in streams of their own where there are streams."""
+    synchronize()
+    results = []
+    for peers in ranks:
+        with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext():
+            results.append(function(peers))
+    synchronize()
+    return results
 
 
 @kernel_test
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numel", [1, BLOCK + 3, 3 * BLOCK, MAX_BLOCKS * BLOCK + BLOCK + 5])
-@pytest.mark.parametrize("count", [0, 2**31 - 1], ids=["first", "overflow"])
-def test_add_sum(dtype, numel, count):
-    ranks, peers = make_ranks(numel, dtype)
-    x = torch.randn(numel, device=DEVICE).to(dtype)
-    for rank in ranks:
-        rank.part.copy_(torch.randn(numel))
-        rank.counts.fill_(count)
-        rank.flags.fill_(count)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (9, 200), (3, 4096), (MAX_ROWS, 64)])
+@pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_sum_of_parts(dtype, rows, size, step, normed):
+    ranks = make_ranks(rows * size * dtype.itemsize, step)
+    number = (torch.tensor([step], dtype=torch.int32) + 1).item()
+    x, weight = torch.randn(rows, size, device=DEVICE).to(dtype), torch.randn(size, device=DEVICE).to(dtype)
+    parts = [peers.part(rows, size, dtype).copy_(torch.randn(rows, size)) for peers in ranks]
+    for peers in ranks:
+        flags(peers).fill_(step)
         if DEVICE == "cpu":  # nothing runs beside: the other rank has come already
-            rank.flags[1 - rank.rank] += 1
-    want = add_sum_torch(x.clone(), [rank.part for rank in ranks])
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    results = [rank.add_sum(x.clone(), peers) for rank in ranks]
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    torch.testing.assert_close(results[0], want)
-    assert torch.equal(results[0], results[1])
-    num_blocks = min(-(-numel // BLOCK), MAX_BLOCKS)
-    for rank in ranks:
-        after = torch.tensor(count, dtype=torch.int32) + 1
-        assert (rank.counts[:num_blocks].cpu() == after).all() and (rank.counts[num_blocks:].cpu() == count).all()
-        assert (rank.flags[:, :num_blocks].cpu() == after).all()
+            flags(peers)[1 - peers.rank, :rows] = number
+    sums = [x.clone(), x.clone()]
+    want_x = x.clone()
+    want = rms_norm_torch(want_x, weight if normed else None, 1e-6, torch.stack(parts))
+    got = side_by_side(lambda peers: rms_norm(sums[peers.rank], weight if normed else None, 1e-6, peers), ranks)
+    torch.testing.assert_close(sums[0], want_x)
+    torch.testing.assert_close(got[0], want, rtol=2e-2, atol=1e-3)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(got[0], got[1])
+    for peers in ranks:
+        assert (flags(peers)[:, :rows] == number).all() and (flags(peers)[:, rows:] == step).all()
 
 
 @kernel_test
-def test_an_engine_that_gives_up_does_not_wait(monkeypatch):
-    """For a rank that never comes."""
-    ranks, peers = make_ranks(5, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, BLOCK), (1, 2 * BLOCK + 4), (7, 300), (8, 1030)])
+@pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
+def test_a_sum_of_packets(dtype, rows, size, step):
+    ranks = make_ranks(2 * rows * size * 8, step)
+    x = torch.randn(2, rows, 96, device=DEVICE).to(dtype)
+    weight = (torch.randn(2, size, 96, device=DEVICE) / 96**0.5).to(dtype)
+    bias = torch.randn(size, device=DEVICE).to(dtype)
+    residual = torch.randn(rows, size, device=DEVICE).to(dtype)
+    want = residual.double() + bias.double() + sum(linear_torch(x[i].double(), weight[i].double()) for i in range(2))
+
+    for peers in ranks:
+        linear(x[peers.rank], weight[peers.rank], None if peers.rank else bias, peers=peers)
+    got = side_by_side(lambda peers: add_packets(residual.clone(), peers), ranks)
+    assert torch.equal(got[0], got[1])
+    torch.testing.assert_close(got[0], want.to(dtype))
+
+
+@kernel_test
+def test_packets_of_an_earlier_sum_do_not_count(monkeypatch):
+    """Nor does an engine that gives up wait for a rank that never comes."""
     if DEVICE == "cpu":  # polls of the interpreter take long
-        monkeypatch.setitem(add_sum.__globals__, "POLLS", POLLS // 1024)
-    ranks[0].given_up.fill_(1)
-    ranks[0].add_sum(torch.zeros(5, device=DEVICE), peers)
+        monkeypatch.setitem(add_packets.__globals__, "POLLS", POLLS // 1024)
+        monkeypatch.setattr(norm_act, "POLLS", POLLS // 1024)
+    ranks = make_ranks(2 * 5 * 8)
+    x, weight = torch.ones(1, 3, device=DEVICE), torch.ones(5, 3, device=DEVICE)
+    for peers in ranks:
+        linear(x, weight, peers=peers)
+    later = ranks[0]._replace(index=2)
     if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    assert ranks[1].flags[0, 0] == 1 and ranks[0].flags[1, 0] == 0
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            add_packets(torch.zeros(1, 5, device=DEVICE), later)
+        assert not stream.query()
+    later.given_up.fill_(1)
+    add_packets(torch.zeros(1, 5, device=DEVICE), later)
+    rms_norm(torch.zeros(1, 5, device=DEVICE), None, 0.0, later)
+    synchronize()
+    assert flags(ranks[1])[0, 0] == 2 and flags(ranks[0])[1, 0] == 0
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="the parent process runs it, with triton")

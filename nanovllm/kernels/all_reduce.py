@@ -1,75 +1,116 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
-"""Adding the sum of all ranks' partial results to a tensor, by reading the other GPUs' memory directly.
+"""Sums over tensor-parallel ranks that read and write each other's GPU memory.
 
-Every rank has a buffer that all map: flags, then places for partial results. A kernel tells the others that its rank's
-part is there, waits for theirs, and reads them; for the few kilobytes of a decode step that takes less time than a
-collective of a library, and it can start early like the other kernels (`pdl_wait`), so that what follows it fetches
-its weights meanwhile. Parts go to two places in turn: whoever comes by for the next sum has read the last one.
+Each rank has a buffer that all of them map. For the kilobytes of a decode step this takes less time than a library's
+collective, and a kernel that waits for another GPU can start early like the others, so that what follows it fetches
+its weights meanwhile. There are two ways:
+
+- Packets, for few rows. The kernel of the linear layer writes each float32 of its part to all ranks, beside the number
+  of the sum in the same 64 bits (as NCCL's LL protocol does). Who reads that number has the value: no flag, no fence.
+- Parts, for more rows. Each rank leaves its part in its own buffer, raises flags in those of the others, and having
+  seen all flags reads all parts.
+
+The sums of a step use two places in turn: whoever comes by for the next sum has read the last one.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import pdl_options, pdl_wait, tl, triton
+from nanovllm.kernels import pdl_options, tl, triton
 
-MAX_BLOCKS = 256
-FLAG_BYTES = 4 * MAX_BLOCKS  # of each rank
-BLOCK = 2048
-POLLS = 4096  # of a flag, between looks at whether the engine has given up: those go to host memory
+MAX_ROWS = 256  # of parts: each has a flag
+PART_BYTES = 2**21  # of a rank's part; NCCL is faster with larger ones
+BLOCK = 1024
+POLLS = 4096  # of a flag or a packet, between looks at whether the engine has given up: those go to host memory
 
 
-@triton.jit(do_not_specialize=["rank"])  # one kernel for all ranks: the tests run two of them in one process
-def _add_sum_kernel(
-    x_ptr, peers_ptr, offset, counts_ptr, given_up_ptr, numel, rank,
-    SIZE: tl.constexpr, MAX_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, POLLS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    pdl_wait(PDL)
-    # The how-manieth sum of this block it is: what a flag then says. int32 that may wrap around.
-    count = tl.load(counts_ptr + block) + 1
-    for peer in tl.static_range(SIZE):
-        flags = tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(flags + rank * MAX_BLOCKS + block, count, sem="release", scope="sys")
-    flags = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int32))
-    for peer in tl.static_range(SIZE):
+class Peers(NamedTuple):
+    """Where and how this rank takes part in one sum.
+
+    A rank's buffer holds flags, int32 [ranks, MAX_ROWS], and at byte `offset` its part [rows, size] of PART_BYTES at
+    most, or all ranks' packets, int64 [ranks, rows, size]; at first all is zero.
+    """
+
+    buffer: Tensor  # this rank's, uint8
+    addresses: Tensor  # int64 [ranks] on the device, of the ranks' buffers
+    rank: int
+    offset: int
+    step: Tensor  # int32 [1] on the device; plus `index`, the sum's number, larger than those before (it may wrap)
+    index: int
+    given_up: Tensor  # int32 [1] in pinned host memory; anything but 0 ends the waiting
+
+    def part(self, rows: int, size: int, dtype: torch.dtype) -> Tensor:
+        """The place for this rank's part, [rows, size]."""
+        return self.buffer[self.offset :][: rows * size * dtype.itemsize].view(dtype).view(rows, size)
+
+
+@triton.jit
+def wait_for_parts(
+    addresses_ptr, rank, number, given_up_ptr,
+    RANKS: tl.constexpr, MAX_ROWS: tl.constexpr, POLLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Say that this rank's part is there, and wait for the others'. Every program has flags of its own."""
+    program = tl.program_id(0)
+    for peer in tl.static_range(RANKS):
+        flags = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(flags + rank * MAX_ROWS + program, number, sem="release", scope="sys")
+    flags = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.int32))
+    for peer in tl.static_range(RANKS):
         behind = 1
         polls = 0
         while behind > 0:
-            behind = count - tl.atomic_add(flags + peer * MAX_BLOCKS + block, 0, sem="acquire", scope="sys")
+            behind = number - tl.atomic_add(flags + peer * MAX_ROWS + program, 0, sem="acquire", scope="sys")
             polls += 1
             if polls % POLLS == 0:
                 behind = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, behind)
-    for begin in range(block * BLOCK, numel, tl.num_programs(0) * BLOCK):
-        offs = begin + tl.arange(0, BLOCK)
-        mask = offs < numel
-        total = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        for peer in tl.static_range(SIZE):  # in the same order on every rank, so that all get the same sum
-            part_ptr = (tl.load(peers_ptr + peer) + offset).to(tl.pointer_type(x_ptr.dtype.element_ty))
-            part_ptr = tl.multiple_of(part_ptr, 16)  # so that 16 bytes are read at once
-            # Past the cache of the SM, which may still have what lay there two sums ago.
-            total += tl.load(part_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-        tl.store(x_ptr + offs, total.to(x_ptr.dtype.element_ty), mask=mask)
-    tl.store(counts_ptr + block, count)
 
 
-def add_sum_torch(x: Tensor, parts: list[Tensor]) -> Tensor:
-    """What `add_sum` computes."""
-    return x.copy_(x.float() + torch.stack(parts).float().sum(0))
+@triton.jit
+def send_packets(y, offs, mask, numel, addresses_ptr, rank, offset, number, RANKS: tl.constexpr) -> None:
+    """Write float32 values y to all ranks, each beside the number of the sum."""
+    packets = (y.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(RANKS):
+        place = (tl.load(addresses_ptr + peer) + offset).to(tl.pointer_type(tl.int64))
+        tl.store(place + rank * numel + offs, packets, mask=mask)
 
 
-def add_sum(x: Tensor, peers: Tensor, offset: int, counts: Tensor, given_up: Tensor, rank: int) -> Tensor:
-    """Adds all ranks' parts to x, in place; all ranks must call it, with tensors of one size.
+@triton.jit(do_not_specialize=["rank", "index"])
+def _add_packets_kernel(
+    x_ptr, numel, addresses_ptr, rank, offset, step_ptr, index, given_up_ptr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, POLLS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # Not `pdl_wait`: this rank's own packets say that the kernel ahead has read all it needs, and that those before
+    # that one have ended.
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    number = tl.load(step_ptr) + index
+    place = (tl.load(addresses_ptr + rank) + offset).to(tl.pointer_type(tl.int64))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for peer in tl.static_range(RANKS):  # in the same order on every rank, so that all get the same sum
+        packets = tl.zeros((BLOCK,), tl.int64)
+        missing = 1
+        polls = 0
+        while missing > 0:
+            packets = tl.load(place + peer * numel + offs, mask=mask, other=0, volatile=True)
+            missing = tl.sum((mask & (packets.to(tl.int32) != number)).to(tl.int32), 0)
+            polls += 1
+            if polls % POLLS == 0:
+                missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
+        total += (packets >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + total
+    tl.store(x_ptr + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
-    Args:
-        x: contiguous, of the parts' type.
-        peers: int64 [ranks] on the device, the addresses of the ranks' buffers: int32 flags [ranks, MAX_BLOCKS], zero
-            at first, and at byte `offset` the rank's part.
-        counts: int32 [MAX_BLOCKS], the sums so far.
-        given_up: int32 [1] in pinned host memory; anything but 0 ends the waiting.
-        rank: of the caller.
-    """
-    _add_sum_kernel[(min(triton.cdiv(x.numel(), BLOCK), MAX_BLOCKS),)](
-        x, peers, offset, counts, given_up, x.numel(), rank, SIZE=len(peers),
-        MAX_BLOCKS=MAX_BLOCKS, BLOCK=BLOCK, POLLS=POLLS, num_warps=4, **pdl_options(x.device),
+
+def add_packets(x: Tensor, peers: Peers) -> Tensor:
+    """Adds to x the sum of what `linear` sent to `peers` on all ranks, in place. x: [rows, size], contiguous."""
+    _add_packets_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+        x, x.numel(), *peers[1:], RANKS=len(peers.addresses), BLOCK=BLOCK, POLLS=POLLS, num_warps=4,
+        **pdl_options(x.device),
     )  # fmt: skip
     return x

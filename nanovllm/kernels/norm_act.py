@@ -1,45 +1,79 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
-"""What comes before and after a linear layer with many rows: RMS normalisation, and the gated activation of an MLP."""
+"""What stands around linear layers with many rows: sums of their parts, RMS normalisation, an MLP's activation."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels.all_reduce import MAX_ROWS, POLLS, Peers, wait_for_parts
 
 BLOCK = 1024
+Parts = Tensor | Peers | None  # of a sum that is still to be added, by whoever reads it next
 
 
-@triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, x_stride, eps, SIZE: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["rank", "index"])
+def _rms_norm_kernel(
+    x_ptr, x_stride, weight_ptr, eps, y_ptr, parts_ptr, part_numel, addresses_ptr, rank, offset, step_ptr, index,
+    given_up_ptr, SIZE: tl.constexpr, PARTS: tl.constexpr, MAX_ROWS: tl.constexpr, POLLS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, triton.next_power_of_2(SIZE))
     mask = offs < SIZE
-    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     pdl_wait(PDL)
-    x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
-    tl.store(y_ptr + row * SIZE + offs, x * rstd * weight, mask=mask)
+    x_ptr += row * x_stride + offs
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        if addresses_ptr is not None:
+            wait_for_parts(addresses_ptr, rank, tl.load(step_ptr) + index, given_up_ptr, PARTS, MAX_ROWS, POLLS)
+        for i in tl.static_range(PARTS):  # in the same order on every rank, so that all get the same sum
+            if addresses_ptr is None:
+                part_ptr = parts_ptr + i * part_numel
+            else:
+                part_ptr = (tl.load(addresses_ptr + i) + offset).to(x_ptr.dtype)
+                part_ptr = tl.multiple_of(part_ptr, 16)  # so that 16 bytes are read at once
+            # Past the cache of the SM, which may still have what lay there two sums ago.
+            x += tl.load(part_ptr + row * SIZE + offs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        rounded = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    if weight_ptr is not None:
+        rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
+        tl.store(y_ptr + row * SIZE + offs, x * rstd * weight, mask=mask)
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float, parts: Tensor | None = None) -> Tensor:
     """What `rms_norm` computes, said plainly."""
+    if parts is not None:
+        x.copy_(x.float() + parts.float().sum(0))
+    if weight is None:
+        return x
     h = x.float()
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise rows: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, 2019).
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, parts: Parts = None) -> Tensor:
+    """Normalise rows: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, 2019), having added parts to them.
 
-    x: [N, H], rows any distance apart, elements of a row contiguous. weight: [H]. Arithmetic in float32. Returns
-    [N, H] in x's dtype, contiguous.
+    x: [N, H], rows any distance apart, elements of a row contiguous; the sum of the parts is added to it in place.
+    parts: [P, N, H], contiguous, or the ranks' in their memory, N at most MAX_ROWS. weight: [H]; None to only add.
+    Arithmetic in float32. Returns [N, H] in x's dtype, contiguous; x without a weight.
     """
     if not use_triton(x):
-        return rms_norm_torch(x, weight, eps)
+        return rms_norm_torch(x, weight, eps, parts)
     rows, size = x.shape
-    y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    num_warps = min(max(triton.next_power_of_2(size) // 512, 1), 16)
-    _rms_norm_kernel[(rows,)](x, weight, y, x.stride(0), eps, SIZE=size, num_warps=num_warps, **pdl_options(x.device))
+    y = x if weight is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    if isinstance(parts, Peers):
+        num_parts, source = len(parts.addresses), (None, 0, *parts[1:])
+    else:
+        num_parts, source = 0 if parts is None else len(parts), (parts, x.numel(), None, 0, 0, None, 0, None)
+    _rms_norm_kernel[(rows,)](
+        x, x.stride(0), weight, eps, y, *source, SIZE=size, PARTS=num_parts, MAX_ROWS=MAX_ROWS, POLLS=POLLS,
+        num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16), **pdl_options(x.device),
+    )  # fmt: skip
     return y
 
 

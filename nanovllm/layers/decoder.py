@@ -1,6 +1,7 @@
 """The pre-norm decoder that all supported families share; a family says what its attention has.
 
-The residual stream x [N, hidden] runs through all layers; what reads it norms it, what adds to it does so in place.
+The residual stream x [N, hidden] runs through all layers. What reads it norms it; what adds to it does so in place, or
+leaves parts of a sum that the next norm adds.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nanovllm.config import Config
+from nanovllm.kernels.norm_act import Parts, rms_norm
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -19,7 +21,7 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class SelfAttention(nn.Module):
-    """x + o(attention(qkv(norm(x)))) on [N, hidden], with biases, or an RMSNorm of each query and key head, or not."""
+    """x += o(attention(qkv(norm(x)))) on [N, hidden]; with or without biases, and an RMSNorm of each q and k head."""
 
     def __init__(
         self, config: Config, tp: TensorParallel, rotary_table: Tensor, qkv_bias: bool, o_bias: bool, qk_norm: bool
@@ -33,21 +35,21 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
         self.attn = Attention(dim, config.attention_backend, rotary_table)
 
-    def forward(self, x: Tensor, norm: RMSNorm, positions: Tensor, context: Context) -> Tensor:
-        o = self.attn(self.qkv_proj(x, norm), positions, context, self.q_norm, self.k_norm)
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm, positions: Tensor, context: Context) -> Parts:
+        o = self.attn(self.qkv_proj(x, parts, norm), positions, context, self.q_norm, self.k_norm)
         return self.o_proj(o, residual=x)
 
 
 class GatedMLP(nn.Module):
-    """x + down(silu(gate(norm(x))) * up(norm(x))) on [N, hidden]."""
+    """x += down(silu(gate(norm(x))) * up(norm(x))) on [N, hidden]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, intermediate_size, bias, tp)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return self.down_proj(self.gate_up_proj(x, norm), residual=x)
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Parts:
+        return self.down_proj(self.gate_up_proj(x, parts, norm), residual=x)
 
 
 class DecoderLayer(nn.Module):
@@ -61,9 +63,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, positions, context)
-        return self.mlp(x, self.post_attention_layernorm)
+    def forward(self, x: Tensor, parts: Parts, positions: Tensor, context: Context) -> Parts:
+        parts = self.self_attn(x, parts, self.input_layernorm, positions, context)
+        return self.mlp(x, parts, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -80,10 +82,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        x = self.embed_tokens(input_ids)
+        x, parts = self.embed_tokens(input_ids), None
         for layer in self.layers:
-            x = layer(x, positions, context)
-        return x
+            parts = layer(x, parts, positions, context)
+        return x if parts is None else rms_norm(x, None, 0.0, parts)
 
 
 class CausalLM(nn.Module):

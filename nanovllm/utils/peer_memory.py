@@ -5,9 +5,10 @@ import ctypes
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.all_reduce import FLAG_BYTES, MAX_BLOCKS, add_sum
+from nanovllm.kernels.all_reduce import MAX_ROWS, PART_BYTES, Peers
+from nanovllm.kernels.linear import SMALL_BATCH
 
-PART_BYTES = 2**21  # of a rank's part of a sum; NCCL is faster with larger ones
+MAX_SUMS = 1024  # of a step
 
 
 class IpcHandle(ctypes.Structure):
@@ -27,15 +28,16 @@ def cuda_driver(function: str, *args: object) -> None:
 
 
 class PeerMemory:
-    """Memory that the GPUs of all ranks read: flags, then two places for this rank's part of a sum."""
+    """A buffer that the GPUs of all ranks read and write, laid out for `Peers`; and the count of its sums."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, hidden_size: int, device: torch.device) -> None:
         """Raises RuntimeError where the GPUs cannot reach each other's memory."""
         self.rank = rank
-        self.bytes = torch.zeros(size * FLAG_BYTES + 2 * PART_BYTES, dtype=torch.uint8, device=device)
-        self.counts = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=device)
+        self.first_place = 4 * size * MAX_ROWS  # behind the flags
+        self.place_bytes = PART_BYTES + 8 * size * SMALL_BATCH * hidden_size
+        self.bytes = torch.zeros(self.first_place + 2 * self.place_bytes, dtype=torch.uint8, device=device)
+        self.step, self.index = torch.zeros(1, dtype=torch.int32, device=device), 0
         self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self.first_offset = self.offset = size * FLAG_BYTES
         torch.cuda.synchronize(device)
         # torch hands out pieces of larger allocations, and a handle is one of a whole allocation.
         address, own, handle = self.bytes.data_ptr(), ctypes.c_uint64(), IpcHandle()
@@ -62,12 +64,13 @@ class PeerMemory:
         for base in self.opened:
             cuda_driver("cuIpcCloseMemHandle", base)
 
-    def part(self, rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """The place for the next sum's part, [rows, size]; a step makes an even number of sums, two a layer."""
-        return self.bytes[self.offset :][: rows * size * dtype.itemsize].view(dtype).view(rows, size)
+    def begin_step(self) -> None:
+        """Gives the next sums numbers that no earlier ones had."""
+        self.step += MAX_SUMS
+        self.index = 0
 
-    def add_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Adds to x the sum of the parts that the ranks have written."""
-        add_sum(x, self.peers, self.offset, self.counts, self.given_up, self.rank)
-        self.offset = 2 * self.first_offset + PART_BYTES - self.offset
-        return x
+    def next_peers(self, rows: int) -> Peers:
+        """Where the step's next sum is made, of parts or packets; a step makes an even number of sums, two a layer."""
+        offset = self.first_place + self.index % 2 * self.place_bytes + PART_BYTES * (rows <= SMALL_BATCH)
+        self.index += 1
+        return Peers(self.bytes, self.peers, self.rank, offset, self.step, self.index - 1, self.given_up)

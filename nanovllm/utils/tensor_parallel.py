@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from nanovllm.config import Config
-from nanovllm.utils.peer_memory import PART_BYTES, PeerMemory
+from nanovllm.kernels.all_reduce import MAX_ROWS, PART_BYTES, Peers
+from nanovllm.utils.peer_memory import PeerMemory
 
 TIMEOUT = timedelta(minutes=10)
 ABORT_SECONDS = 3.0
@@ -29,6 +30,7 @@ class TensorParallel:
         self.size = config.tensor_parallel_size
         self.device = torch.device(config.device, rank if config.device == "cuda" else None)
         self.dtype = config.torch_dtype
+        self.hidden_size = config.model_config.hidden_size
         self.group: dist.Backend | None = None
         self.peer_memory: PeerMemory | None = None
         self.is_aborted = False
@@ -45,7 +47,7 @@ class TensorParallel:
         self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
         self.min(0)
         try:
-            self.peer_memory = PeerMemory(store, self.rank, self.size, self.device)
+            self.peer_memory = PeerMemory(store, self.rank, self.size, self.hidden_size, self.device)
         except (RuntimeError, OSError):  # NCCL finds a way
             self.check()
         if not self.min(self.peer_memory is not None):
@@ -79,19 +81,16 @@ class TensorParallel:
         """A parameter of this rank, yet to be filled."""
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
 
-    def part(self, rows: int, size: int) -> torch.Tensor:
-        """An empty [rows, size] for this rank's part of the sum that `add_sum` makes next."""
-        if self._fits_peer_memory(rows * size):
-            return self.peer_memory.part(rows, size, self.dtype)
-        return torch.empty(rows, size, dtype=self.dtype, device=self.device)
+    def begin_step(self) -> None:
+        """To be called before a step's first sum."""
+        if self.peer_memory is not None:
+            self.peer_memory.begin_step()
 
-    def add_sum(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """Adds to x, in place, the sum of the ranks' parts."""
+    def next_peers(self, rows: int, size: int) -> Peers | None:
+        """The ranks' memory for the step's next sum, of parts [rows, size]; None if `all_reduce` is to make it."""
         self.check()
-        return self.peer_memory.add_sum(x) if self._fits_peer_memory(x.numel()) else x.add_(self.all_reduce(part))
-
-    def _fits_peer_memory(self, numel: int) -> bool:
-        return self.peer_memory is not None and numel * self.dtype.itemsize <= PART_BYTES
+        fits = rows <= MAX_ROWS and rows * size * self.dtype.itemsize <= PART_BYTES
+        return self.peer_memory.next_peers(rows) if fits and self.peer_memory is not None else None
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""
