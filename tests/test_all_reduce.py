@@ -6,14 +6,15 @@ import pytest
 import torch
 from interpreter import run_in_interpreter
 
-from nanovllm.kernels import HAS_TRITON, INTERPRETED, norm_act
-from nanovllm.kernels.all_reduce import BLOCK, MAX_ROWS, POLLS, Peers, add_packets
+from nanovllm.kernels import HAS_TRITON, INTERPRETED, tl
+from nanovllm.kernels.all_reduce import POLLS, Peers, receive_sum
 from nanovllm.kernels.linear import linear, linear_torch
 from nanovllm.kernels.norm_act import rms_norm, rms_norm_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
 DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+MAX_ROWS = 300
 OFFSET = 4 * 2 * MAX_ROWS  # of the place for parts or packets, behind the flags
 
 
@@ -22,18 +23,18 @@ def kernel_test(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-def make_ranks(num_bytes: int, step: int = 0, index: int = 1) -> list[Peers]:
+def make_ranks(num_bytes: int, has_packets: bool, step: int = 0, index: int = 1) -> list[Peers]:
     """Both ranks' view of a sum, the index-th of a step; each has a place of num_bytes."""
     torch.manual_seed(0)
     buffers = [torch.zeros(OFFSET + num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
     steps = torch.tensor([step], dtype=torch.int32, device=DEVICE)
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
-    return [Peers(buffers[rank], addresses, rank, OFFSET, steps, index, given_up) for rank in range(2)]
+    return [Peers(buffers[rank], has_packets, addresses, rank, OFFSET, steps, index, given_up) for rank in range(2)]
 
 
 def flags(peers: Peers) -> torch.Tensor:
-    return peers.buffer[:OFFSET].view(torch.int32).view(2, MAX_ROWS)
+    return peers.buffer[:OFFSET].view(torch.int32).view(MAX_ROWS, 2)
 
 
 def synchronize() -> None:
@@ -54,18 +55,18 @@ def side_by_side(function, ranks: list[Peers]) -> list[torch.Tensor | None]:
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 1), (9, 200), (3, 4096), (MAX_ROWS, 64)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (9, 200), (3, 4096), (MAX_ROWS - 1, 64)])
 @pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
 @pytest.mark.parametrize("normed", [True, False])
 def test_a_sum_of_parts(dtype, rows, size, step, normed):
-    ranks = make_ranks(rows * size * dtype.itemsize, step)
+    ranks = make_ranks(rows * size * dtype.itemsize, False, step)
     number = (torch.tensor([step], dtype=torch.int32) + 1).item()
     x, weight = torch.randn(rows, size, device=DEVICE).to(dtype), torch.randn(size, device=DEVICE).to(dtype)
     parts = [peers.part(rows, size, dtype).copy_(torch.randn(rows, size)) for peers in ranks]
     for peers in ranks:
         flags(peers).fill_(step)
         if DEVICE == "cpu":  # nothing runs beside: the other rank has come already
-            flags(peers)[1 - peers.rank, :rows] = number
+            flags(peers)[:rows, 1 - peers.rank] = number
     sums = [x.clone(), x.clone()]
     want_x = x.clone()
     want = rms_norm_torch(want_x, weight if normed else None, 1e-6, torch.stack(parts))
@@ -74,15 +75,15 @@ def test_a_sum_of_parts(dtype, rows, size, step, normed):
     torch.testing.assert_close(got[0], want, rtol=2e-2, atol=1e-3)
     assert torch.equal(sums[0], sums[1]) and torch.equal(got[0], got[1])
     for peers in ranks:
-        assert (flags(peers)[:, :rows] == number).all() and (flags(peers)[:, rows:] == step).all()
+        assert (flags(peers)[:rows] == number).all() and (flags(peers)[rows:] == step).all()
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, BLOCK), (1, 2 * BLOCK + 4), (7, 300), (8, 1030)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1024), (1, 4100), (7, 300), (8, 1030)])
 @pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
 def test_a_sum_of_packets(dtype, rows, size, step):
-    ranks = make_ranks(2 * rows * size * 8, step)
+    ranks = make_ranks(2 * rows * size * 8, True, step)
     x = torch.randn(2, rows, 96, device=DEVICE).to(dtype)
     weight = (torch.randn(2, size, 96, device=DEVICE) / 96**0.5).to(dtype)
     bias = torch.randn(size, device=DEVICE).to(dtype)
@@ -91,7 +92,7 @@ def test_a_sum_of_packets(dtype, rows, size, step):
 
     for peers in ranks:
         linear(x[peers.rank], weight[peers.rank], None if peers.rank else bias, peers=peers)
-    got = side_by_side(lambda peers: add_packets(residual.clone(), peers), ranks)
+    got = side_by_side(lambda peers: rms_norm(residual.clone(), None, 0.0, peers), ranks)
     assert torch.equal(got[0], got[1])
     torch.testing.assert_close(got[0], want.to(dtype))
 
@@ -100,9 +101,8 @@ def test_a_sum_of_packets(dtype, rows, size, step):
 def test_packets_of_an_earlier_sum_do_not_count(monkeypatch):
     """Nor does an engine that gives up wait for a rank that never comes."""
     if DEVICE == "cpu":  # polls of the interpreter take long
-        monkeypatch.setitem(add_packets.__globals__, "POLLS", POLLS // 1024)
-        monkeypatch.setattr(norm_act, "POLLS", POLLS // 1024)
-    ranks = make_ranks(2 * 5 * 8)
+        monkeypatch.setitem(receive_sum.fn.__globals__, "POLLS", tl.constexpr(POLLS.value // 1024))
+    ranks = make_ranks(2 * 5 * 8, True)
     x, weight = torch.ones(1, 3, device=DEVICE), torch.ones(5, 3, device=DEVICE)
     for peers in ranks:
         linear(x, weight, peers=peers)
@@ -110,13 +110,13 @@ def test_packets_of_an_earlier_sum_do_not_count(monkeypatch):
     if DEVICE == "cuda":
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            add_packets(torch.zeros(1, 5, device=DEVICE), later)
+            rms_norm(torch.zeros(1, 5, device=DEVICE), None, 0.0, later)
         assert not stream.query()
     later.given_up.fill_(1)
-    add_packets(torch.zeros(1, 5, device=DEVICE), later)
-    rms_norm(torch.zeros(1, 5, device=DEVICE), None, 0.0, later)
+    for has_packets in (True, False):
+        rms_norm(torch.zeros(1, 5, device=DEVICE), None, 0.0, later._replace(has_packets=has_packets))
     synchronize()
-    assert flags(ranks[1])[0, 0] == 2 and flags(ranks[0])[1, 0] == 0
+    assert flags(ranks[1])[0, 0] == 2 and flags(ranks[0])[0, 1] == 0
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="the parent process runs it, with triton")

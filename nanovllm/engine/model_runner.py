@@ -19,7 +19,6 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.utils.context import Context
-from nanovllm.utils.cuda_graph import CUDAGraph
 from nanovllm.utils.loader import fill_dummy, load_model
 from nanovllm.utils.tensor_parallel import TensorParallel
 
@@ -69,9 +68,8 @@ class ModelRunner:
             load_model(self.model, config.model, tp.check)
         self.sampler = Sampler(tp)
         self.graph_shapes = list_graph_shapes(config)
-        self.graphs: dict[StepShape, CUDAGraph] = {}
-        self.graph_pool = torch.cuda.MemPool() if self.graph_shapes else None
-        self.capture_stream = torch.cuda.Stream() if self.graph_shapes else None
+        self.graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self.graph_pool: tuple[int, int] | None = None
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -163,10 +161,15 @@ class ModelRunner:
     def capture_cudagraph(self) -> None:
         """Captures the graph shapes, the largest first to share its memory."""
         for shape in reversed(self.graph_shapes):
-            self._capture(shape)
+            self.graphs[shape] = self._capture(shape)
 
-    def _capture(self, shape: StepShape) -> None:
-        self.graphs[shape] = CUDAGraph(lambda: self._forward(shape), self.graph_pool, self.capture_stream)
+    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # "relaxed": a kernel may have to be loaded, or compiled, on the way.
+        with torch.cuda.graph(graph, self.graph_pool, self.tp.stream, capture_error_mode="relaxed"):
+            self._forward(shape)
+        self.graph_pool = graph.pool()
+        return graph
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +188,7 @@ class ModelRunner:
             self._forward(shape, int(step.prompts[:, 2].max(initial=0)))
         else:
             if padded not in self.graphs:  # of steps that filter: captured when they first come
-                self._capture(padded)
+                self.graphs[padded] = self._capture(padded)
             self.graphs[padded].replay()
         event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         self.step_count += 1
@@ -282,7 +285,6 @@ class ModelRunner:
     def exit(self) -> None:
         """Frees the rank's memory."""
         self.graphs.clear()
-        self.graph_pool = None
         del self.model, self.sampler
         gc.collect()
         if self.device.type == "cuda":

@@ -77,7 +77,8 @@ class RankGroup:
 
     def load(self) -> None:
         """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs."""
-        self.runner = ModelRunner(self.config, self.tp)
+        with torch.cuda.stream(self.tp.stream):
+            self.runner = ModelRunner(self.config, self.tp)
         if not self.processes:
             return
         self._wait(len(self.processes))
@@ -100,7 +101,8 @@ class RankGroup:
             message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
             for connection in self.connections:
                 connection.send_bytes(message)
-        return getattr(self.runner, method)(*args)
+        with torch.cuda.stream(self.tp.stream):
+            return getattr(self.runner, method)(*args)
 
     def check(self) -> None:
         """Raises RuntimeError if a rank has failed."""
@@ -161,7 +163,8 @@ class RankGroup:
 
     def _join(self, store: dist.Store) -> None:
         try:
-            self.tp.connect(store)
+            with torch.cuda.stream(self.tp.stream):
+                self.tp.connect(store)
             self._count_ready()
         except Exception as error:
             self.stop(self.cause(error))
@@ -197,11 +200,12 @@ def run_rank(config: Config, rank: int, caller: int, port: int, connection: Conn
     """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
     threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
     try:
-        tp = TensorParallel(config, rank)
-        if tp.device.type == "cuda":
-            torch.cuda.set_device(tp.device)
+        if config.device == "cuda":
+            torch.cuda.set_device(rank)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
+        tp = TensorParallel(config, rank)
+        torch.cuda.set_stream(tp.stream)
         runner = ModelRunner(config, tp)
         connection.send((0.0, ""))
         tp.connect(dist.TCPStore("127.0.0.1", port, is_master=False))

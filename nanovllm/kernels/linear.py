@@ -10,13 +10,12 @@ from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.all_reduce import Peers, send_packets
-from nanovllm.kernels.norm_act import Parts, rms_norm, silu_and_mul
+from nanovllm.kernels.norm_act import rms_norm, silu_and_mul
 
-# From this many input features on, programs of the next kernel are in the way of this one's loads: they start when
-# those are done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532.
-LONG_K = 4096
+# From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
+# done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532.
+LARGE_WEIGHT = 2**23
 SMALL_BATCH = 8  # rows up to which the kernel beats the matrix product of the library; 0 turns it off
-SPLIT_BATCH = 256  # rows up to which short products beat a long one; 0 turns it off
 
 # BLOCK_N, BLOCK_K and warps for 1, up to 4 and more rows, and for up to 2,048, 4,096, 8,192 and more features: the
 # fastest on an H200 with the shapes of Qwen3-0.6B and 8B. Few features make few programs: each has many warps, to have
@@ -91,11 +90,11 @@ def _linear_kernel(
 
 def linear_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    parts: Parts = None, residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None,
+    residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `linear` computes, one operation after another; also its way with many rows."""
+    """What `linear` computes, one operation after another; also its way with many rows, perhaps into `out`."""
     if norm is not None:
-        x = rms_norm(x, norm, eps, parts)
+        x = rms_norm(x, norm, eps)
     if residual is not None and bias is None and not gated:
         return residual.addmm_(x, weight.t())
     y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
@@ -106,23 +105,24 @@ def linear_torch(
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    parts: Parts = None, residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None,
-    peers: Peers | None = None,
-) -> Tensor:  # fmt: skip
+    parts: Peers | None = None, residual: Tensor | None = None, gated: bool = False, peers: Peers | None = None,
+) -> Tensor | None:  # fmt: skip
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
     x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],
-    the weight of an RMSNorm of x's rows with `eps`. parts: what `rms_norm` is to add to x first, given with norm and
-    more than SMALL_BATCH rows only. gated: the features are N/2 gates, then N/2 ups, and y is silu(gate) * up.
-    residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is returned. out: [M, N],
-    written and returned where there is neither gate nor residual. peers: y goes to all ranks instead, for
-    `add_packets`; at most SMALL_BATCH rows. All in one dtype: float32, float16 or bfloat16; sums in float32. Returns
-    [M, N] (gated: [M, N/2]).
+    the weight of an RMSNorm of x's rows with `eps`. parts: given with norm, what is added to x first, in place. gated:
+    the features are N/2 gates, then N/2 ups, and y is silu(gate) * up. residual: [M, N] (gated: [M, N/2]), not
+    overlapping x; y is added to it in place and it is returned. peers: where y is left as this rank's part of a sum,
+    without a gate or residual; packets take at most SMALL_BATCH rows. All in one dtype: float32, float16 or bfloat16;
+    sums in float32. Returns [M, N] (gated: [M, N/2]), or nothing of use with peers.
     """
     rows, (n, k) = len(x), weight.shape
+    if parts is not None:
+        x, norm = rms_norm(x, norm, eps, parts), None
     if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
-        return linear_torch(x, weight, bias, norm, eps, parts, residual, gated, out)
-    y = out if residual is None else residual
+        out = None if peers is None else peers.part(rows, n, x.dtype)
+        return linear_torch(x, weight, bias, norm, eps, residual, gated, out)
+    y = residual
     if y is None and peers is None:
         y = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
     block_n, block_k, warps = TILES[(rows > 1) + (rows > 4)][(n > 2048) + (n > 4096) + (n > 8192)]
@@ -131,24 +131,9 @@ def linear(
     warps = min(warps, whole_k // block_k)
     _linear_kernel[(triton.cdiv(n, block_n),)](
         x, x.stride(0), weight, bias, norm, eps, y, n if y is None else y.stride(0), rows, n,
-        *((None, 0, 0, None, 0) if peers is None else peers[1:6]),
+        *((None, 0, 0, None, 0) if peers is None else peers[2:7]),
         K=k, GATED=gated, ADDED=residual is not None, RANKS=0 if peers is None else len(peers.addresses),
-        IS_LATE=k >= LONG_K, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n, BLOCK_K=block_k, WARPS=warps,
-        num_warps=warps, **pdl_options(x.device),
+        IS_LATE=weight.numel() >= LARGE_WEIGHT, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n,
+        BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device),
     )  # fmt: skip
     return y
-
-
-def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
-    """residual += x W^T + bias, as in `linear`: in place, or by the float32 parts [P, M, N] that `rms_norm` will add.
-
-    With a medium number of rows a product of few output features leaves much of the GPU idle; split over the input
-    features it does not, and whatever normalises the residual next makes the sum on its way. Returns the parts if any.
-    """
-    rows, (n, k) = len(x), weight.shape
-    num_parts = 4 if n < 2048 else 2
-    if not x.is_cuda or bias is not None or not SMALL_BATCH < rows <= SPLIT_BATCH or k % num_parts:
-        linear(x, weight, bias, residual=residual)
-        return None
-    slices = x.view(rows, num_parts, -1).transpose(0, 1), weight.view(n, num_parts, -1).permute(1, 2, 0)
-    return torch.bmm(*slices, out_dtype=torch.float32)

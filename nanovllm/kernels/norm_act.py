@@ -1,52 +1,51 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
-"""What stands around linear layers with many rows: sums of their parts, RMS normalisation, an MLP's activation."""
+"""What comes before and after a linear layer with many rows: RMS normalisation, and the gated activation of an MLP."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.all_reduce import MAX_ROWS, POLLS, Peers, wait_for_parts
+from nanovllm.kernels.all_reduce import Peers, receive_sum
 
 BLOCK = 1024
-Parts = Tensor | Peers | None  # of a sum that is still to be added, by whoever reads it next
 
 
 @triton.jit(do_not_specialize=["rank", "index"])
 def _rms_norm_kernel(
-    x_ptr, x_stride, weight_ptr, eps, y_ptr, parts_ptr, part_numel, addresses_ptr, rank, offset, step_ptr, index,
-    given_up_ptr, SIZE: tl.constexpr, PARTS: tl.constexpr, MAX_ROWS: tl.constexpr, POLLS: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, eps, y_ptr, numel, addresses_ptr, rank, offset, step_ptr, index, given_up_ptr,
+    SIZE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, triton.next_power_of_2(SIZE))
     mask = offs < SIZE
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    pdl_wait(PDL)
+    if PDL and HAS_PACKETS:
+        # This rank's own packets say that the kernel ahead has read all it needs, and those before it have ended.
+        tl.extra.cuda.gdc_launch_dependents()
+    else:
+        pdl_wait(PDL)
     x_ptr += row * x_stride + offs
-    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        if addresses_ptr is not None:
-            wait_for_parts(addresses_ptr, rank, tl.load(step_ptr) + index, given_up_ptr, PARTS, MAX_ROWS, POLLS)
-        for i in tl.static_range(PARTS):  # in the same order on every rank, so that all get the same sum
-            if addresses_ptr is None:
-                part_ptr = parts_ptr + i * part_numel
-            else:
-                part_ptr = (tl.load(addresses_ptr + i) + offset).to(x_ptr.dtype)
-                part_ptr = tl.multiple_of(part_ptr, 16)  # so that 16 bytes are read at once
-            # Past the cache of the SM, which may still have what lay there two sums ago.
-            x += tl.load(part_ptr + row * SIZE + offs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-        rounded = x.to(x_ptr.dtype.element_ty)
+    if RANKS == 0:
+        x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    else:
+        total = receive_sum(
+            row, offs, mask, numel, addresses_ptr, rank, offset, tl.load(step_ptr) + index, given_up_ptr,
+            SIZE, x_ptr.dtype.element_ty, RANKS, HAS_PACKETS,
+        )  # fmt: skip
+        rounded = (tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32) + total).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr, rounded, mask=mask)
         x = rounded.to(tl.float32)
     if weight_ptr is not None:
         rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
         tl.store(y_ptr + row * SIZE + offs, x * rstd * weight, mask=mask)
+    if PDL and HAS_PACKETS:
+        tl.extra.cuda.gdc_wait()
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float, parts: Tensor | None = None) -> Tensor:
-    """What `rms_norm` computes, said plainly."""
+    """What `rms_norm` computes, said plainly, with parts of shape [ranks, N, H]."""
     if parts is not None:
         x.copy_(x.float() + parts.float().sum(0))
     if weight is None:
@@ -55,23 +54,20 @@ def rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float, parts: Tensor |
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, parts: Parts = None) -> Tensor:
-    """Normalise rows: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, 2019), having added parts to them.
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, peers: Peers | None = None) -> Tensor:
+    """Normalise rows: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, 2019).
 
-    x: [N, H], rows any distance apart, elements of a row contiguous; the sum of the parts is added to it in place.
-    parts: [P, N, H], contiguous, or the ranks' in their memory, N at most MAX_ROWS. weight: [H]; None to only add.
-    Arithmetic in float32. Returns [N, H] in x's dtype, contiguous; x without a weight.
+    x: [N, H], rows any distance apart, elements of a row contiguous. peers: where the ranks leave parts of a sum that
+    is added to x first, in place. weight: [H]; None to only add. Arithmetic in float32. Returns [N, H] in x's dtype,
+    contiguous; x without a weight.
     """
     if not use_triton(x):
-        return rms_norm_torch(x, weight, eps, parts)
+        return rms_norm_torch(x, weight, eps)
     rows, size = x.shape
     y = x if weight is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    if isinstance(parts, Peers):
-        num_parts, source = len(parts.addresses), (None, 0, *parts[1:])
-    else:
-        num_parts, source = 0 if parts is None else len(parts), (parts, x.numel(), None, 0, 0, None, 0, None)
     _rms_norm_kernel[(rows,)](
-        x, x.stride(0), weight, eps, y, *source, SIZE=size, PARTS=num_parts, MAX_ROWS=MAX_ROWS, POLLS=POLLS,
+        x, x.stride(0), weight, eps, y, x.numel(), *((None, 0, 0, None, 0, None) if peers is None else peers[2:]),
+        SIZE=size, RANKS=0 if peers is None else len(peers.addresses), HAS_PACKETS=bool(peers and peers.has_packets),
         num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16), **pdl_options(x.device),
     )  # fmt: skip
     return y

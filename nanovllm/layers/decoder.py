@@ -1,7 +1,7 @@
 """The pre-norm decoder that all supported families share; a family says what its attention has.
 
 The residual stream x [N, hidden] runs through all layers. What reads it norms it; what adds to it does so in place, or
-leaves parts of a sum that the next norm adds.
+leaves parts of a sum over the ranks, which the next norm adds.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nanovllm.config import Config
-from nanovllm.kernels.norm_act import Parts, rms_norm
+from nanovllm.kernels.all_reduce import Peers
+from nanovllm.kernels.norm_act import rms_norm
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -21,7 +22,7 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class SelfAttention(nn.Module):
-    """x += o(attention(qkv(norm(x)))) on [N, hidden]; with or without biases, and an RMSNorm of each q and k head."""
+    """x += o(attention(qkv(norm(x)))) on [N, hidden], with biases, or an RMSNorm of each q and k head, or not."""
 
     def __init__(
         self, config: Config, tp: TensorParallel, rotary_table: Tensor, qkv_bias: bool, o_bias: bool, qk_norm: bool
@@ -35,7 +36,9 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
         self.attn = Attention(dim, config.attention_backend, rotary_table)
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm, positions: Tensor, context: Context) -> Parts:
+    def forward(
+        self, x: Tensor, parts: Peers | None, norm: RMSNorm, positions: Tensor, context: Context
+    ) -> Peers | None:
         o = self.attn(self.qkv_proj(x, parts, norm), positions, context, self.q_norm, self.k_norm)
         return self.o_proj(o, residual=x)
 
@@ -48,7 +51,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, intermediate_size, bias, tp)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp)
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Parts:
+    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Peers | None:
         return self.down_proj(self.gate_up_proj(x, parts, norm), residual=x)
 
 
@@ -63,7 +66,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, x: Tensor, parts: Parts, positions: Tensor, context: Context) -> Parts:
+    def forward(self, x: Tensor, parts: Peers | None, positions: Tensor, context: Context) -> Peers | None:
         parts = self.self_attn(x, parts, self.input_layernorm, positions, context)
         return self.mlp(x, parts, self.post_attention_layernorm)
 

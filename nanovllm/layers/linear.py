@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nanovllm.kernels.all_reduce import add_packets
-from nanovllm.kernels.linear import SMALL_BATCH, add_linear, linear
-from nanovllm.kernels.norm_act import Parts
+from nanovllm.kernels.all_reduce import Peers
+from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
@@ -18,7 +17,7 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 class ColumnParallelLinear(nn.Module):
     """y = norm(x) W^T + b with the output features of each of `output_sizes` split over the ranks.
 
-    x is [N, in], with parts that are still to be added to it; y is [N, sum(output_sizes) / ranks].
+    x is [N, in], y is [N, sum(output_sizes) / ranks]. `parts` of a sum over the ranks are added to x first.
     """
 
     def __init__(self, input_size: int, output_sizes: list[int], bias: bool, tp: TensorParallel) -> None:
@@ -33,7 +32,7 @@ class ColumnParallelLinear(nn.Module):
         if bias:
             self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, parts=parts)
 
 
@@ -43,7 +42,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__(hidden_size, [intermediate_size] * 2, bias, tp)
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, parts=parts, gated=True)
 
 
@@ -60,7 +59,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """residual += x W^T + b with the input features split over the ranks: x [N, in / ranks], residual [N, out].
 
-    In place; or what it returns are parts that are still to be added.
+    In place; or what it returns are the ranks' parts, for whoever reads the residual next to add.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
@@ -71,17 +70,12 @@ class RowParallelLinear(nn.Module):
         self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor) -> Parts:
+    def forward(self, x: Tensor, residual: Tensor) -> Peers | None:
         if self.tp.size == 1:
-            return add_linear(x, self.weight, self.bias, residual)
-        bias = self.bias if self.tp.rank == 0 else None
-        peers = self.tp.next_peers(*residual.shape)
+            linear(x, self.weight, self.bias, residual=residual)
+            return None
+        peers = self.tp.next_peers(len(x))
+        y = linear(x, self.weight, self.bias if self.tp.rank == 0 else None, peers=peers)
         if peers is None:
-            residual.add_(self.tp.all_reduce(linear(x, self.weight, bias)))
-        elif len(x) <= SMALL_BATCH:
-            linear(x, self.weight, bias, peers=peers)
-            add_packets(residual, peers)
-        else:
-            linear(x, self.weight, bias, out=peers.part(*residual.shape, residual.dtype))
-            return peers
-        return None
+            residual.add_(self.tp.all_reduce(y))
+        return peers

@@ -5,7 +5,7 @@ import ctypes
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.all_reduce import MAX_ROWS, PART_BYTES, Peers
+from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.linear import SMALL_BATCH
 
 MAX_SUMS = 1024  # of a step
@@ -27,14 +27,24 @@ def cuda_driver(function: str, *args: object) -> None:
         raise RuntimeError(f"{function} failed with CUDA error {code}")
 
 
+def aligned(num_bytes: int) -> int:
+    """The least multiple of 64 that is not smaller."""
+    return -(-num_bytes // 64) * 64
+
+
 class PeerMemory:
     """A buffer that the GPUs of all ranks read and write, laid out for `Peers`; and the count of its sums."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, hidden_size: int, device: torch.device) -> None:
-        """Raises RuntimeError where the GPUs cannot reach each other's memory."""
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """For sums of up to `sum_shape`. Raises RuntimeError where the GPUs cannot reach each other's memory."""
         self.rank = rank
-        self.first_place = 4 * size * MAX_ROWS  # behind the flags
-        self.place_bytes = PART_BYTES + 8 * size * SMALL_BATCH * hidden_size
+        rows, hidden_size = sum_shape
+        self.packet_bytes = 8 * size * SMALL_BATCH * hidden_size
+        self.place_bytes = aligned(self.packet_bytes + rows * hidden_size * dtype.itemsize)
+        self.first_place = aligned(4 * size * rows)  # behind the flags
         self.bytes = torch.zeros(self.first_place + 2 * self.place_bytes, dtype=torch.uint8, device=device)
         self.step, self.index = torch.zeros(1, dtype=torch.int32, device=device), 0
         self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
@@ -70,7 +80,8 @@ class PeerMemory:
         self.index = 0
 
     def next_peers(self, rows: int) -> Peers:
-        """Where the step's next sum is made, of parts or packets; a step makes an even number of sums, two a layer."""
-        offset = self.first_place + self.index % 2 * self.place_bytes + PART_BYTES * (rows <= SMALL_BATCH)
+        """Where the step's next sum is made; a step makes an even number of sums, two a layer."""
+        has_packets = rows <= SMALL_BATCH
+        offset = self.first_place + self.index % 2 * self.place_bytes + self.packet_bytes * (not has_packets)
         self.index += 1
-        return Peers(self.bytes, self.peers, self.rank, offset, self.step, self.index - 1, self.given_up)
+        return Peers(self.bytes, has_packets, self.peers, self.rank, offset, self.step, self.index - 1, self.given_up)
