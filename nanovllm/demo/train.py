@@ -9,7 +9,6 @@ The configurations are written by hand, in keys that old and new transformers re
 """
 
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -64,7 +63,6 @@ def main() -> None:
     model = Qwen3ForCausalLM(config).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, LR_DECAY)
-    start = time.perf_counter()
     for epoch in range(1, MAX_EPOCHS + 1):
         mean_loss = 0.0
         for rows in torch.randperm(len(ids)).split(BATCH_SIZE):
@@ -75,7 +73,7 @@ def main() -> None:
             optimizer.step()
             mean_loss += loss.item() * len(rows) / len(ids)
         schedule.step()
-        print(f"epoch {epoch}: loss {mean_loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"epoch {epoch}: loss {mean_loss:.4f}", flush=True)
         if epoch % 5 == 0 and mean_loss < 0.02:
             weights = {name: p.detach().bfloat16().cpu() for name, p in model.named_parameters()}
             save_file(weights, FOLDER / "model.safetensors", metadata={"format": "pt"})

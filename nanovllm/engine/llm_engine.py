@@ -50,8 +50,7 @@ class LLMEngine:
             self.tokenizer = load_tokenizer(config.model)
             self.ranks.load()
             num_blocks = self.ranks.call("allocate_kv_cache")
-            if config.device == "cuda" and not config.enforce_eager:
-                self.ranks.call("capture_cudagraph")
+            self.ranks.call("capture_cudagraph")
             self.ranks.check()
             self.scheduler = Scheduler(config, num_blocks)
         except (TypeError, ValueError):
@@ -103,8 +102,7 @@ class LLMEngine:
 
     def generate(
         self, prompts: Prompt | Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        use_tqdm: bool = True) -> list[dict[str, Any]]:  # fmt: skip
         """Completes prompts: strings or lists of token ids, or a single one of these.
 
         Args:

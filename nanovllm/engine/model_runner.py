@@ -159,7 +159,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
-        """Captures the graph shapes, the largest first to share its memory."""
+        """Captures the graph shapes, if any, the largest first to share its memory."""
         for shape in reversed(self.graph_shapes):
             self.graphs[shape] = self._capture(shape)
 
@@ -243,7 +243,8 @@ class ModelRunner:
         Reads and writes the tensors that `__init__` allocates only, so that it can be captured.
         """
         d, p, t, is_filtered = shape
-        self.tp.begin_step()
+        if self.tp.peer_memory is not None:
+            self.tp.peer_memory.begin_step()
         token_ids, positions, token_rows = self.prompts[: 3 * t].view(3, t)
         rows, prompt_lens, sample_rows = self.prompts[3 * t : 3 * t + 3 * p].view(3, p)
         cu_seqlens = self.prompts[3 * t + 3 * p : 3 * t + 4 * p + 1]

@@ -56,8 +56,7 @@ def send_packets(y, offs, mask, numel, addresses_ptr, rank, offset, number, RANK
 @triton.jit
 def receive_sum(
     row, cols, mask, numel, addresses_ptr, rank, offset, number, given_up_ptr,
-    SIZE: tl.constexpr, DTYPE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr,
-):  # fmt: skip
+    SIZE: tl.constexpr, DTYPE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr):  # fmt: skip
     """The sum of all ranks' parts of a row, in float32, once they are there."""
     offs = row * SIZE + cols
     own = tl.load(addresses_ptr + rank)

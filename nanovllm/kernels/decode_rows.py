@@ -24,8 +24,7 @@ def advance_rows_torch(
 @triton.jit
 def _advance_kernel(
     rows_ptr, last_tokens_ptr, context_lens_ptr, block_tables_ptr, tokens_ptr, positions_ptr, slots_ptr, lens_ptr,
-    tables_ptr, padding_row, max_blocks, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    tables_ptr, padding_row, max_blocks, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i = tl.program_id(0)
     row = tl.load(rows_ptr + i)
     table_ptr = block_tables_ptr + row * max_blocks
@@ -66,8 +65,7 @@ def advance_rows(
     results = (torch.empty_like(rows), positions, slots, lens, tables)
     _advance_kernel[(batch_size,)](
         rows, last_tokens, context_lens, block_tables, *results,
-        len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1,
-    )  # fmt: skip
+        len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1)  # fmt: skip
     return results
 
 
@@ -81,7 +79,7 @@ def store_tokens_torch(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: 
 
 @triton.jit
 def _store_kernel(
-    packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows, BLOCK: tl.constexpr
+    packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows, BLOCK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_ptr)
     ring_ptr += count % ring_size * num_rows

@@ -90,8 +90,7 @@ def _linear_kernel(
 
 def linear_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None) -> Tensor:  # fmt: skip
     """What `linear` computes, one operation after another; also its way with many rows, perhaps into `out`."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
@@ -125,7 +124,9 @@ def linear(
     y = residual
     if y is None and peers is None:
         y = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype, device=x.device)
+    is_large = weight.numel() >= LARGE_WEIGHT
     block_n, block_k, warps = TILES[(rows > 1) + (rows > 4)][(n > 2048) + (n > 4096) + (n > 8192)]
+    block_n = 4 if is_large and rows == 1 else block_n
     whole_k = max(triton.next_power_of_2(k), 16)
     block_k = min(block_k, whole_k)
     warps = min(warps, whole_k // block_k)
@@ -133,7 +134,6 @@ def linear(
         x, x.stride(0), weight, bias, norm, eps, y, n if y is None else y.stride(0), rows, n,
         *((None, 0, 0, None, 0) if peers is None else peers[2:7]),
         K=k, GATED=gated, ADDED=residual is not None, RANKS=0 if peers is None else len(peers.addresses),
-        IS_LATE=weight.numel() >= LARGE_WEIGHT, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n,
-        BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device),
-    )  # fmt: skip
+        IS_LATE=is_large, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n,
+        BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device))  # fmt: skip
     return y

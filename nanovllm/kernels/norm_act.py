@@ -14,8 +14,7 @@ BLOCK = 1024
 @triton.jit(do_not_specialize=["rank", "index"])
 def _rms_norm_kernel(
     x_ptr, x_stride, weight_ptr, eps, y_ptr, numel, addresses_ptr, rank, offset, step_ptr, index, given_up_ptr,
-    SIZE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    SIZE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, triton.next_power_of_2(SIZE))
     mask = offs < SIZE
@@ -32,8 +31,7 @@ def _rms_norm_kernel(
     else:
         total = receive_sum(
             row, offs, mask, numel, addresses_ptr, rank, offset, tl.load(step_ptr) + index, given_up_ptr,
-            SIZE, x_ptr.dtype.element_ty, RANKS, HAS_PACKETS,
-        )  # fmt: skip
+            SIZE, x_ptr.dtype.element_ty, RANKS, HAS_PACKETS)  # fmt: skip
         rounded = (tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32) + total).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -68,8 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, peers: Peers | None =
     _rms_norm_kernel[(rows,)](
         x, x.stride(0), weight, eps, y, x.numel(), *((None, 0, 0, None, 0, None) if peers is None else peers[2:]),
         SIZE=size, RANKS=0 if peers is None else len(peers.addresses), HAS_PACKETS=bool(peers and peers.has_packets),
-        num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16), **pdl_options(x.device),
-    )  # fmt: skip
+        num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16), **pdl_options(x.device))  # fmt: skip
     return y
 
 

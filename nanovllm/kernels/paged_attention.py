@@ -21,8 +21,7 @@ MIN_ROWS = 256  # one compiled kernel serves any batch up to this
 
 def paged_attention_torch(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    scale: float,
-) -> Tensor:  # fmt: skip
+    scale: float) -> Tensor:  # fmt: skip
     """Attention by gathering each sequence's pages and masking what lies ahead.
 
     q: [N, Hq, D], the queries of S sequences one after another. k_cache, v_cache: [num_blocks, block_size, Hkv, D].
@@ -143,8 +142,7 @@ def _find_work(lens_ptr, batch, num_big, KV_HEADS: tl.constexpr, BLOCK_N: tl.con
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, partial_ptr, lse_ptr, semaphores_ptr, tables_ptr, table_stride, lens_ptr, scale,
     batch, num_big, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ROWS_PAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     tile, stop, row, row_start, big, small = _find_work(lens_ptr, batch, num_big, KV_HEADS, BLOCK_N, ROWS_PAD)
     pdl_wait(PDL)
     heads = tl.arange(0, max(16, triton.next_power_of_2(GROUP)))[:, None]
@@ -165,8 +163,7 @@ def _decode_kernel(
         q = tl.load(q_ptr + before + offs, mask=mask, other=0.0)
         o, lse = _attend(
             q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride,
-            begin, begin, end, end - 1, scale, False, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES,
-        )  # fmt: skip
+            begin, begin, end, end - 1, scale, False, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES)  # fmt: skip
         first = _owner(unit_start, num_big, big, small)
         last = _owner(unit_end - 1, num_big, big, small)
         if first == last:
@@ -189,8 +186,7 @@ def _decode_kernel(
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, scale, starts_ptr, num_seqs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, SEQS_PAD: tl.constexpr,
-):  # fmt: skip
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, SEQS_PAD: tl.constexpr):  # fmt: skip
     # The rows of a sequence are its (token, query head of the group) pairs. Numbering the tiles of sequence s from
     # (rows before it) // BLOCK_M + s leaves room for every ragged end, so a program can find its own s. The last tiles
     # of a sequence see the most keys: they go first.
@@ -217,8 +213,7 @@ def _prefill_kernel(
     end = tl.minimum(past + (first_row + BLOCK_M - 1) // GROUP + 1, context)
     o, _lse = _attend(
         q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + seq.to(tl.int64) * table_stride,
-        0, unmasked, end, past + tokens, scale, True, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES,
-    )  # fmt: skip
+        0, unmasked, end, past + tokens, scale, True, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES)  # fmt: skip
     tl.store(o_ptr + offs, o, mask=mask)
 
 
@@ -256,8 +251,7 @@ def _constants(
 
 def paged_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, semaphores: Tensor,
-    scale: float,
-) -> Tensor:  # fmt: skip
+    scale: float) -> Tensor:  # fmt: skip
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
     As `paged_attention_torch` with q [B, Hq, D] contiguous and one row a sequence; a padding row has context 0 and
@@ -279,15 +273,13 @@ def paged_decode(
     _decode_kernel[(num_big + num_small,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
         scale * LOG2_E, len(q), num_big, ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))),
-        **constants, **pdl_options(q.device),
-    )  # fmt: skip
+        **constants, **pdl_options(q.device))  # fmt: skip
     return o
 
 
 def paged_prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, scale: float,
-) -> Tensor:  # fmt: skip
+    max_seqlen_q: int, scale: float) -> Tensor:  # fmt: skip
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
     As `paged_attention_torch`, q [N, Hq, D] contiguous; max_seqlen_q: the most queries of a sequence. The query heads
@@ -304,6 +296,5 @@ def paged_prefill(
     block_m = 64 if max_seqlen_q * group > 16 and q.dtype != torch.float32 else 16
     _prefill_kernel[constants["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs](
         q, k_cache, v_cache, o, block_tables, block_tables.stride(0), context_lens, scale * LOG2_E, cu_seqlens_q,
-        num_seqs, **constants, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)),
-    )  # fmt: skip
+        num_seqs, **constants, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)))  # fmt: skip
     return o

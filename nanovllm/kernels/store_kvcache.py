@@ -39,8 +39,7 @@ def _norm_rope_store(a, b, offs, mask, norm_ptr, eps, cos, sin, out_ptr, DIM: tl
 @triton.jit
 def _rope_store_kernel(
     qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, eps,
-    q_ptr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    q_ptr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     cos, sin, _, _ = _load_halves(cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM, 1, DIM)
@@ -62,8 +61,7 @@ def _rope_store_kernel(
 
 def rope_store_kvcache_torch(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:  # fmt: skip
     """What `rope_store_kvcache` computes, said plainly."""
     kv_heads, dim = k_cache.shape[-2:]
     q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
@@ -83,8 +81,7 @@ def rope_store_kvcache_torch(
 
 def rope_store_kvcache(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:  # fmt: skip
     """Rotate q and k (Su et al., 2021; the "rotate half" order), return q and store k and v in their slots.
 
     qkv: [N, (Hq + 2 Hkv) D], the fused projection's rows. cos_sin: [max_position, D] float32, D/2 cosines then D/2
@@ -101,6 +98,5 @@ def rope_store_kvcache(
     q = torch.empty((len(qkv), heads, dim), dtype=qkv.dtype, device=qkv.device)
     _rope_store_kernel[(len(qkv),)](
         qkv, qkv.stride(0), cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, q,
-        Q_HEADS=heads, KV_HEADS=kv_heads, DIM=dim, num_warps=4, **pdl_options(qkv.device),
-    )  # fmt: skip
+        Q_HEADS=heads, KV_HEADS=kv_heads, DIM=dim, num_warps=4, **pdl_options(qkv.device))  # fmt: skip
     return q

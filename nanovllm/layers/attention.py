@@ -68,5 +68,4 @@ class Attention(nn.Module):
         return flash_attn_varlen_func(
             q, *caches, cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=context.cu_seqlens_k,
             max_seqlen_q=context.max_seqlen_q, max_seqlen_k=tables.size(1) * self.k_cache.size(1),
-            softmax_scale=self.scale, causal=True, block_table=tables,
-        )  # fmt: skip
+            softmax_scale=self.scale, causal=True, block_table=tables)  # fmt: skip

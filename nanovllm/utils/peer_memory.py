@@ -37,36 +37,32 @@ class PeerMemory:
 
     def __init__(
         self, store: dist.Store, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:  # fmt: skip
+        device: torch.device) -> None:  # fmt: skip
         """For sums of up to `sum_shape`. Raises RuntimeError where the GPUs cannot reach each other's memory."""
         self.rank = rank
         rows, hidden_size = sum_shape
         self.packet_bytes = 8 * size * SMALL_BATCH * hidden_size
         self.place_bytes = aligned(self.packet_bytes + rows * hidden_size * dtype.itemsize)
         self.first_place = aligned(4 * size * rows)  # behind the flags
-        self.bytes = torch.zeros(self.first_place + 2 * self.place_bytes, dtype=torch.uint8, device=device)
+        # A handle is one of a whole allocation; in a pool of its own, the buffer is one.
+        self.pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(self.pool):
+            self.bytes = torch.zeros(self.first_place + 2 * self.place_bytes, dtype=torch.uint8, device=device)
         self.step, self.index = torch.zeros(1, dtype=torch.int32, device=device), 0
         self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device)
-        # torch hands out pieces of larger allocations, and a handle is one of a whole allocation.
-        address, own, handle = self.bytes.data_ptr(), ctypes.c_uint64(), IpcHandle()
-        cuda_driver("cuMemGetAddressRange_v2", ctypes.byref(own), None, ctypes.c_uint64(address))
-        cuda_driver("cuIpcGetMemHandle", ctypes.byref(handle), own)
-        store.set(f"memory of rank {rank}", (address - own.value).to_bytes(8, "little") + bytes(handle))
+        handle, with_peer_access = IpcHandle(), 1
+        cuda_driver("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.bytes.data_ptr()))
+        store.set(f"memory of rank {rank}", bytes(handle))
         self.opened: list[ctypes.c_uint64] = []
-        addresses = []
+        addresses = [self.bytes.data_ptr()] * size
         for peer in range(size):
-            message = store.get(f"memory of rank {peer}")
-            base = own if peer == rank else self._open(IpcHandle.from_buffer_copy(message[8:]))
-            addresses.append(base.value + int.from_bytes(message[:8], "little"))
+            if peer != rank:
+                handle, address = IpcHandle.from_buffer_copy(store.get(f"memory of rank {peer}")), ctypes.c_uint64()
+                cuda_driver("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, with_peer_access)
+                self.opened.append(address)
+                addresses[peer] = address.value
         self.peers = torch.tensor(addresses, device=device)
-
-    def _open(self, handle: IpcHandle) -> ctypes.c_uint64:
-        base, with_peer_access = ctypes.c_uint64(), 1
-        cuda_driver("cuIpcOpenMemHandle_v2", ctypes.byref(base), handle, with_peer_access)
-        self.opened.append(base)
-        return base
 
     def close(self) -> None:
         """Gives up the others' memory."""

@@ -91,11 +91,6 @@ class TensorParallel:
         """A parameter of this rank, yet to be filled."""
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
 
-    def begin_step(self) -> None:
-        """To be called before a step's first sum."""
-        if self.peer_memory is not None:
-            self.peer_memory.begin_step()
-
     def next_peers(self, rows: int) -> Peers | None:
         """The ranks' memory for the step's next sum, of some rows; None if `all_reduce` is to make it."""
         self.check()
@@ -109,18 +104,17 @@ class TensorParallel:
         if self.group is not None:
             options = dist.AllreduceOptions()
             options.reduceOp, options.asyncOp = op, False  # that is, on this stream
-            self.group.allreduce([x], options).wait()
+            if work := self.group.allreduce([x], options):
+                work.wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' x of shape [N, D] side by side, [N, size * D]."""
         if self.group is None:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        options = dist.distributed_c10d.AllgatherOptions()
-        options.asyncOp = False
-        self.group.allgather([parts], [x], options).wait()
-        return torch.cat(parts, dim=-1)
+        whole = x.new_zeros(len(x), self.size, x.size(1))
+        whole[:, self.rank] = x
+        return self.all_reduce(whole.flatten(1))
 
     def min(self, value: int) -> int:
         """The smallest of the ranks' values."""
