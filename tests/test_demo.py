@@ -18,7 +18,6 @@ LINES = [json.loads(line) for line in (DEMO / "questions.jsonl").read_text(encod
 EOS_TOKEN_ID = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
 GREEDY = SamplingParams(temperature=0, max_tokens=256)
 needs_flash_attn = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
-needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def check_answers(lines: list[dict] = LINES, **options) -> Trace:
@@ -106,10 +105,11 @@ def test_on_a_gpu_with_little_of_everything(backend, block_size):
 
 
 @pytest.mark.gpu
-@needs_two_gpus
+@pytest.mark.parametrize("num_gpus", [2, 4])
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("backend", [pytest.param("flash_attn", marks=needs_flash_attn), "triton", "torch"])
-def test_on_two_gpus(backend, enforce_eager):
-    check_answers(
-        device="cuda", dtype="bfloat16", attention_backend=backend, enforce_eager=enforce_eager, tensor_parallel_size=2
-    )
+def test_on_several_gpus(backend, enforce_eager, num_gpus):
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    options = {"attention_backend": backend, "enforce_eager": enforce_eager, "tensor_parallel_size": num_gpus}
+    check_answers(device="cuda", dtype="bfloat16", **options)

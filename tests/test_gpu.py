@@ -46,11 +46,12 @@ def test_prefixes_of_earlier_calls(checkpoint, async_scheduling):
         assert hits == [(len(prompt) - 1) // 16 * 16 for prompt in prompts]
 
 
-@needs_two_gpus
 @pytest.mark.parametrize("scenario", ["plain", "all_at_once"])
-@pytest.mark.parametrize("family", ["qwen3", "llama_bias"])
-def test_two_ranks(checkpoint, family, scenario):
-    check_scenario(checkpoint(family), scenario, 16, **FLOAT32, tensor_parallel_size=2)
+@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3", 2), ("llama_bias", 2), ("mistral", 4)])
+def test_several_ranks(checkpoint, family, scenario, num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    check_scenario(checkpoint(family), scenario, 16, **FLOAT32, tensor_parallel_size=num_ranks)
 
 
 @GRAPHS
