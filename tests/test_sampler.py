@@ -32,7 +32,13 @@ def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> tuple:
 
 def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor:
     """Token ids for each row of logits."""
-    config = SimpleNamespace(device=device, tensor_parallel_size=1, torch_dtype=torch.float32)
+    config = SimpleNamespace(
+        device=device,
+        tensor_parallel_size=1,
+        torch_dtype=torch.float32,
+        max_num_batched_tokens=1,
+        model_config=SimpleNamespace(hidden_size=1),
+    )
     sampler = Sampler(TensorParallel(config, 0))
     packed = sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options))
     return unpack_token_ids(packed).cpu()

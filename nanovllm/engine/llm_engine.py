@@ -50,7 +50,8 @@ class LLMEngine:
             self.tokenizer = load_tokenizer(config.model)
             self.ranks.load()
             num_blocks = self.ranks.call("allocate_kv_cache")
-            self.ranks.call("capture_cudagraph")
+            if config.device == "cuda" and not config.enforce_eager:
+                self.ranks.call("capture_cudagraph")
             self.ranks.check()
             self.scheduler = Scheduler(config, num_blocks)
         except (TypeError, ValueError):

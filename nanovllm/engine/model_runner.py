@@ -159,7 +159,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
-        """Captures the graph shapes, if any, the largest first to share its memory."""
+        """Captures the graph shapes, the largest first to share its memory."""
         for shape in reversed(self.graph_shapes):
             self.graphs[shape] = self._capture(shape)
 
