@@ -32,10 +32,9 @@ class LLM(LLMEngine):
         tokenizer = AutoTokenizer.from_pretrained(self.config.model)
         return tokenizer if tokenizer.chat_template else None
 
-    def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+            sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+            use_tqdm: bool = True) -> list[dict[str, Any]]:  # fmt: skip
         """Answers a conversation, or each of a list of them, rendered by the tokenizer's chat template.
 
         A conversation is a list of messages such as {"role": "user", "content": "Hello"}. Returns what `generate`

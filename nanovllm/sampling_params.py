@@ -15,6 +15,11 @@ def check(name: str, value: object, kind: type, low: float = -math.inf, high: fl
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
+LIMITS = (  # lowest, highest
+    ("temperature", float, 0), ("top_k", int, -1), ("top_p", float, 0, 1), ("min_p", float, 0, 1),
+    ("max_tokens", int, 1), ("ignore_eos", bool), ("seed", int, -(2**63), 2**64 - 1))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling options of one request.
@@ -46,16 +51,11 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        check("temperature", self.temperature, float, 0)
-        check("top_k", self.top_k, int, -1)
-        check("top_p", self.top_p, float, 0, 1)
+        for name, kind, *limits in LIMITS:
+            if name != "seed" or self.seed is not None:
+                check(name, getattr(self, name), kind, *limits)
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0, got 0")
-        check("min_p", self.min_p, float, 0, 1)
-        check("max_tokens", self.max_tokens, int, 1)
-        check("ignore_eos", self.ignore_eos, bool)
-        if self.seed is not None:
-            check("seed", self.seed, int, -(2**63), 2**64 - 1)
         object.__setattr__(self, "stop", [self.stop] if isinstance(self.stop, str) else self.stop)
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)

@@ -37,11 +37,10 @@ class StepInput:
 def step_input(batch: Batch) -> StepInput:
     """What the ranks are told of a batch that has sequences."""
     ints, floats, decode_rows, prompts, token_ids = [], [], [], [], []
-    first_joined = len(batch.seqs) - batch.num_joined
-    for seq, start in zip(batch.seqs[first_joined:], batch.starts[first_joined:], strict=True):
-        params = seq.sampling_params
+    for i in range(len(batch.seqs) - batch.num_joined, len(batch.seqs)):
+        seq, params = batch.seqs[i], batch.seqs[i].sampling_params
         signed_seed = (seq.seed + 2**63) % 2**64 - 2**63
-        ints.append((seq.row, seq.token_ids[-1], start, params.top_k, signed_seed))
+        ints.append((seq.row, seq.token_ids[-1], batch.starts[i], params.top_k, signed_seed))
         floats.append((params.temperature if params.temperature >= COLDEST else 0.0, params.top_p, params.min_p))
     for i, (row, start, num_tokens) in enumerate(zip(batch.rows, batch.starts, batch.num_tokens, strict=True)):
         if num_tokens == 1 and i < batch.num_samples:

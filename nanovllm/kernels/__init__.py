@@ -9,7 +9,6 @@ This file knows nothing of the engine: the functions take tensors and numbers.
 
 import functools
 import os
-from typing import Any
 
 import torch
 
@@ -19,17 +18,9 @@ try:
 
     HAS_TRITON = True
 except ImportError:
+    from unittest.mock import MagicMock
 
-    class _Absent:
-        """Stands in for triton, so that `@triton.jit` and `tl.constexpr` can be written down, if never run."""
-
-        def __getattr__(self, name: str) -> "_Absent":
-            return self
-
-        def __call__(self, *args: Any, **kwargs: Any) -> "_Absent":
-            return self
-
-    triton = tl = _Absent()
+    triton = tl = MagicMock()  # so that `@triton.jit` and `tl.constexpr` can be written down, if never run
     HAS_TRITON = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

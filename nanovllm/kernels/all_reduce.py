@@ -54,9 +54,8 @@ def send_packets(y, offs, mask, numel, addresses_ptr, rank, offset, number, RANK
 
 
 @triton.jit
-def receive_sum(
-    row, cols, mask, numel, addresses_ptr, rank, offset, number, given_up_ptr,
-    SIZE: tl.constexpr, DTYPE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr):  # fmt: skip
+def receive_sum(row, cols, mask, numel, addresses_ptr, rank, offset, number, given_up_ptr, SIZE: tl.constexpr,
+        DTYPE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr):  # fmt: skip
     """The sum of all ranks' parts of a row, in float32, once they are there.
 
     More programs than a GPU holds may wait for each other: every GPU starts them in the order of their rows, so that

@@ -8,9 +8,8 @@ from nanovllm.kernels import tl, triton, use_triton
 from nanovllm.kernels.sampling import unpack_token_ids
 
 
-def advance_rows_torch(
-    rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_tables: Tensor, block_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def advance_rows_torch(rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_tables: Tensor,
+        block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `advance_rows`."""
     is_padding = rows == len(last_tokens) - 1
     positions, tables = context_lens[rows], block_tables[rows]
@@ -43,9 +42,8 @@ def _advance_kernel(
         tl.store(context_lens_ptr + row, position + 1)
 
 
-def advance_rows(
-    rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_tables: Tensor, block_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def advance_rows(rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_tables: Tensor,
+        block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a step needs of the rows that decode one token, whose context lengths grow by it.
 
     Args:
@@ -78,9 +76,8 @@ def store_tokens_torch(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: 
 
 
 @triton.jit
-def _store_kernel(
-    packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _store_kernel(packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, batch_size, ring_size, num_rows,
+        BLOCK: tl.constexpr):  # fmt: skip
     count = tl.load(count_ptr)
     ring_ptr += count % ring_size * num_rows
     for begin in range(0, batch_size, BLOCK):

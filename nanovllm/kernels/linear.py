@@ -28,12 +28,10 @@ TILES = (
 
 
 @triton.jit(do_not_specialize=["rows", "rank", "index"])
-def _linear_kernel(
-    x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, y_stride, rows, N,
-    addresses_ptr, rank, offset, step_ptr, index,
-    K: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, RANKS: tl.constexpr, IS_LATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+def _linear_kernel(x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, y_stride, rows, N, addresses_ptr, rank,
+        offset, step_ptr, index, K: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, RANKS: tl.constexpr,
+        IS_LATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     # A program computes BLOCK_N features. Its warps split K, BLOCK_K each at a time: axis 0 of the tiles is the warp.
     STEP: tl.constexpr = WARPS * BLOCK_K
     features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,9 +86,8 @@ def _linear_kernel(
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None) -> Tensor:  # fmt: skip
+def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+        residual: Tensor | None = None, gated: bool = False, out: Tensor | None = None) -> Tensor:  # fmt: skip
     """What `linear` computes, one operation after another; also its way with many rows, perhaps into `out`."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
@@ -102,10 +99,9 @@ def linear_torch(
     return y if residual is None else residual.add_(y)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    parts: Peers | None = None, residual: Tensor | None = None, gated: bool = False, peers: Peers | None = None,
-) -> Tensor | None:  # fmt: skip
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+        parts: Peers | None = None, residual: Tensor | None = None, gated: bool = False,
+        peers: Peers | None = None) -> Tensor | None:  # fmt: skip
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
     x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],

@@ -19,9 +19,8 @@ LOG2_E = 1.4426950408889634
 MIN_ROWS = 256  # one compiled kernel serves any batch up to this
 
 
-def paged_attention_torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    scale: float) -> Tensor:  # fmt: skip
+def paged_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
+        cu_seqlens_q: Tensor, scale: float) -> Tensor:  # fmt: skip
     """Attention by gathering each sequence's pages and masking what lies ahead.
 
     q: [N, Hq, D], the queries of S sequences one after another. k_cache, v_cache: [num_blocks, block_size, Hkv, D].
@@ -45,10 +44,9 @@ def paged_attention_torch(
 
 
 @triton.jit
-def _attend(
-    q, k_ptr, v_ptr, table_ptr, begin, unmasked, end, last_key, scale, HAS_UNMASKED: tl.constexpr,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def _attend(q, k_ptr, v_ptr, table_ptr, begin, unmasked, end, last_key, scale, HAS_UNMASKED: tl.constexpr,
+        KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+        STAGES: tl.constexpr):  # fmt: skip
     """Attention of the rows of q [BLOCK_M, DIM_PAD] over one head's keys from begin to end, and its log-sum-exp.
 
     By online softmax (Milakov & Gimelshein, 2018), in base 2: `scale` includes log2(e). With HAS_UNMASKED all rows see
@@ -183,10 +181,9 @@ def _decode_kernel(
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
-def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, scale, starts_ptr, num_seqs,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, SEQS_PAD: tl.constexpr):  # fmt: skip
+def _prefill_kernel(q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_ptr, scale, starts_ptr, num_seqs,
+        KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+        BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, SEQS_PAD: tl.constexpr):  # fmt: skip
     # The rows of a sequence are its (token, query head of the group) pairs. Numbering the tiles of sequence s from
     # (rows before it) // BLOCK_M + s leaves room for every ragged end, so a program can find its own s. The last tiles
     # of a sequence see the most keys: they go first.
@@ -231,9 +228,8 @@ def _num_programs(units: int, device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _constants(
-    heads: int, cache_shape: torch.Size, dtype: torch.dtype, device: torch.device, is_wide: bool = False
-) -> dict[str, int]:
+def _constants(heads: int, cache_shape: torch.Size, dtype: torch.dtype, device: torch.device,
+        is_wide: bool = False) -> dict[str, int]:  # fmt: skip
     """What both kernels are compiled for.
 
     A tile of K is 16 KiB, or shared memory would not hold the pipeline, whose depth it limits too: an indirect load
@@ -249,9 +245,8 @@ def _constants(
     )  # fmt: skip
 
 
-def paged_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, semaphores: Tensor,
-    scale: float) -> Tensor:  # fmt: skip
+def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
+        semaphores: Tensor, scale: float) -> Tensor:  # fmt: skip
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
     As `paged_attention_torch` with q [B, Hq, D] contiguous and one row a sequence; a padding row has context 0 and
@@ -277,9 +272,8 @@ def paged_decode(
     return o
 
 
-def paged_prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, scale: float) -> Tensor:  # fmt: skip
+def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
+        cu_seqlens_q: Tensor, max_seqlen_q: int, scale: float) -> Tensor:  # fmt: skip
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
     As `paged_attention_torch`, q [N, Hq, D] contiguous; max_seqlen_q: the most queries of a sequence. The query heads

@@ -3,7 +3,9 @@
 
 Each filter (min-p, top-k, top-p) keeps the tokens whose logit reaches a threshold, so nothing needs sorting: it is
 enough to find the largest threshold that still keeps k tokens (top-k) or a share p of the mass (top-p), by bisection
-on the bits of the float. Tokens that tie at a threshold stay together.
+on the bits of the float. Tokens that tie at a threshold stay together. A kernel of its own, so that few rows fill the
+GPU too, deals a row out to SPLITS * LANES lanes, which note their two best logits. The bisection holds those in
+registers: they are all that reaches a threshold above every lane's third best, so that it seldom reads the row again.
 
 The draw takes one pass, with the Gumbel-max trick: argmax(logits / temperature + g) with independent standard Gumbel
 noise g is a draw from softmax(logits / temperature) (Gumbel 1954; arXiv 1411.0030). The noise is a hash of (seed,
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from nanovllm.kernels import tl, triton, use_triton
 
+SPLITS = tl.constexpr(8)
+LANES = tl.constexpr(1024)
 SEARCH_BLOCK = tl.constexpr(4096)
 DRAW_BLOCK = tl.constexpr(2048)
 DRAW_PART = tl.constexpr(8 * 2048)  # logits of one program
@@ -39,27 +43,74 @@ _flip_jit, _hash32_jit = triton.jit(_flip), triton.jit(_hash32)
 
 
 @triton.jit
-def _measure(x_ptr, size, low, high, inv_temperature, MASS: tl.constexpr):
-    """How many logits of a row reach `low`; with MASS the sum of their exp((x - high) / temperature)."""
-    lanes = tl.arange(0, SEARCH_BLOCK)
-    acc = tl.zeros((SEARCH_BLOCK,), tl.float32)
-    for n in tl.range(0, size, SEARCH_BLOCK, loop_unroll_factor=4):
-        x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
-        acc += tl.where(x >= low, tl.exp((x - high) * inv_temperature) if MASS else 1.0, 0.0)
-    return tl.sum(acc, 0)
+def _load_filters(filters, row, size):
+    """A row's 1 / temperature, top_k (0: off), top_p, min_p, and whether it is filtered at all."""
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr = filters
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_k = tl.where(top_k < size, tl.maximum(top_k, 0), 0)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    return 1.0 / temperature, top_k, top_p, min_p, (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
 
 
 @triton.jit
-def _search(x_ptr, size, low, high, inv_temperature, target, MASS: tl.constexpr):
+def _sample_kernel(logits_ptr, filters, best_ptr, missed_ptr, size):
+    """One of the SPLITS parts of a row: each lane's two best logits, and the best one that they miss."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    _inv_temperature, _top_k, _top_p, _min_p, is_filtered = _load_filters(filters, row, size)
+    if not is_filtered:
+        return
+    logits_ptr += row * size
+    lanes = tl.arange(0, LANES)
+    first = tl.full((LANES,), LOWEST, tl.float32)
+    second, third = first, first
+    for n in tl.range(0, size, SPLITS * LANES, loop_unroll_factor=4):
+        offs = n + split * LANES + lanes
+        x = tl.load(logits_ptr + offs, mask=offs < size, other=float("-inf")).to(tl.float32)
+        not_first = tl.minimum(first, x)
+        first = tl.maximum(first, x)
+        third = tl.maximum(third, tl.minimum(second, not_first))
+        second = tl.maximum(second, not_first)
+    best_ptr += (row * SPLITS + split) * (2 * LANES) + lanes
+    tl.store(best_ptr, first)
+    tl.store(best_ptr + LANES, second)
+    tl.store(missed_ptr + row * SPLITS + split, tl.max(third, 0))
+
+
+@triton.jit
+def _weigh(x, low, high, inv_temperature, MASS: tl.constexpr):
+    """1 or, with MASS, exp((x - high) / temperature), of each x >= low, else 0."""
+    return tl.where(x >= low, tl.exp((x - high) * inv_temperature) if MASS else 1.0, 0.0)
+
+
+@triton.jit
+def _measure(logits, low, enough, MASS: tl.constexpr):
+    """The weight of a row; that of its best logits alone, if it is `enough` or if no other can reach `low`."""
+    best, missed, x_ptr, size, high, inv_temperature = logits
+    total = tl.sum(_weigh(best, low, high, inv_temperature, MASS), 0)
+    if (total < enough) & (low <= missed):
+        lanes = tl.arange(0, SEARCH_BLOCK)
+        acc = tl.zeros((SEARCH_BLOCK,), tl.float32)
+        for n in tl.range(0, size, SEARCH_BLOCK, loop_unroll_factor=4):
+            x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
+            acc += _weigh(x, low, high, inv_temperature, MASS)
+        total = tl.sum(acc, 0)
+    return total
+
+
+@triton.jit
+def _search(logits, low, high, target, MASS: tl.constexpr):
     """The largest threshold from low to high that measures `target` or more; low where none does."""
     # The low bits of a float32 that are the same in all numbers of the logits' type need no search.
-    SHIFT: tl.constexpr = 23 - x_ptr.dtype.element_ty.fp_mantissa_width
+    SHIFT: tl.constexpr = 23 - logits[2].dtype.element_ty.fp_mantissa_width
     good = _flip_jit(low.to(tl.int32, bitcast=True)) >> SHIFT
     bad = (_flip_jit(high.to(tl.int32, bitcast=True)) >> SHIFT) + 1
     while good + 1 < bad:
         middle = (good & bad) + ((good ^ bad) >> 1)  # the mean, without overflow
         threshold = _flip_jit(middle << SHIFT).to(tl.float32, bitcast=True)
-        if _measure(x_ptr, size, threshold, high, inv_temperature, MASS) >= target:
+        if _measure(logits, threshold, target, MASS) >= target:
             good = middle
             low = threshold
         else:
@@ -68,28 +119,22 @@ def _search(x_ptr, size, low, high, inv_temperature, target, MASS: tl.constexpr)
 
 
 @triton.jit
-def _threshold_kernel(logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, low_ptr, size):
+def _threshold_kernel(logits_ptr, filters, best_ptr, missed_ptr, low_ptr, size):
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_k = tl.where(top_k < size, tl.maximum(top_k, 0), 0)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    low = float("-inf")
-    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
-        x_ptr = logits_ptr + row * size
-        lanes = tl.arange(0, SEARCH_BLOCK)
-        best = tl.full((SEARCH_BLOCK,), LOWEST, tl.float32)
-        for n in tl.range(0, size, SEARCH_BLOCK, loop_unroll_factor=4):
-            x = tl.load(x_ptr + n + lanes, mask=n + lanes < size, other=float("-inf")).to(tl.float32)
-            best = tl.maximum(best, x)
-        high = tl.max(best, 0)
-        low = tl.maximum(high + tl.log(min_p) * temperature, LOWEST)  # min_p 0: the log is -inf
-        if top_k > 0:
-            low = _search(x_ptr, size, low, high, 1.0 / temperature, top_k, False)
-        if top_p < 1.0:
-            mass = _measure(x_ptr, size, low, high, 1.0 / temperature, True)
-            low = _search(x_ptr, size, low, high, 1.0 / temperature, top_p * mass, True)
+    inv_temperature, top_k, top_p, min_p, is_filtered = _load_filters(filters, row, size)
+    if not is_filtered:
+        tl.store(low_ptr + row, float("-inf"))
+        return
+    best = tl.load(best_ptr + row * (2 * SPLITS * LANES) + tl.arange(0, 2 * SPLITS * LANES)).to(tl.float32)
+    high = tl.max(best, 0)
+    missed = tl.max(tl.load(missed_ptr + row * SPLITS + tl.arange(0, SPLITS)), 0)
+    logits = (best, missed, logits_ptr + row * size, size, high, inv_temperature)
+    low = tl.maximum(high + tl.log(min_p) / inv_temperature, LOWEST)  # min_p 0: the log is -inf
+    if top_k > 0:
+        low = _search(logits, low, high, top_k, False)
+    if top_p < 1.0:
+        mass = _measure(logits, low, float("inf"), True)
+        low = _search(logits, low, high, top_p * mass, True)
     tl.store(low_ptr + row, low)
 
 
@@ -114,12 +159,19 @@ def filter_thresholds(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p:
     keeps p >= min_p * max(p) (0: all); top_k [B] int64 keeps the k largest of the rest (<= 0: all); top_p [B] float32
     keeps the smallest set of the largest whose share of the mass that is left reaches top_p (1: all). Ties at a border
     are kept, and so is always the largest.
+
+    On an H200, V 151,936 in bfloat16, top_k 20 and top_p 0.95: 256 rows 53 us, one row 17 us. Filters that keep
+    thousands of tokens cost up to ten times as much.
     """
     if not use_triton(logits):
         return filter_thresholds_torch(logits, temperature, top_k, top_p, min_p)
     rows, size = logits.shape
+    filters = temperature, top_k, top_p, min_p
+    best = torch.empty((rows, SPLITS.value, 2, LANES.value), dtype=logits.dtype, device=logits.device)
+    missed = torch.empty((rows, SPLITS.value), dtype=torch.float32, device=logits.device)
     low = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _threshold_kernel[(rows,)](logits, temperature, top_k, top_p, min_p, low, size, num_warps=16)
+    _sample_kernel[(rows, SPLITS.value)](logits, filters, best, missed, size, num_warps=8)
+    _threshold_kernel[(rows,)](logits, filters, best, missed, low, size, num_warps=16)
     return low
 
 
@@ -133,9 +185,8 @@ def gumbel_noise_torch(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> T
     return -torch.log(-torch.log1p(-uniform))
 
 
-def draw_torch(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0, low: Tensor | None = None
-) -> Tensor:
+def draw_torch(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0,
+        low: Tensor | None = None) -> Tensor:  # fmt: skip
     """See `draw`."""
     scores = logits.float()
     if low is not None:
@@ -196,9 +247,8 @@ def _draw_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, p
     tl.atomic_max(packed_ptr + row, packed)
 
 
-def draw(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0, low: Tensor | None = None
-) -> Tensor:
+def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0,
+        low: Tensor | None = None) -> Tensor:  # fmt: skip
     """The best of logits / temperature + noise in each row, and the token id that has it.
 
     Args, all contiguous:

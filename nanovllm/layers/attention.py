@@ -28,9 +28,8 @@ class Attention(nn.Module):
         self.rotary_table = rotary_table
         self.k_cache = self.v_cache = self.semaphores = torch.empty(0)
 
-    def forward(
-        self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None, k_norm: RMSNorm | None
-    ) -> Tensor:
+    def forward(self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None,
+            k_norm: RMSNorm | None) -> Tensor:  # fmt: skip
         """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
         q = rope_store_kvcache(
             qkv, self.rotary_table, positions, context.slot_mapping, self.k_cache, self.v_cache,

@@ -10,12 +10,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nanovllm.config import Config
-from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.norm_act import rms_norm
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import MergedColumnParallelLinear, Parts, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import rotary_table
 from nanovllm.utils.context import Context
 from nanovllm.utils.tensor_parallel import TensorParallel
@@ -24,9 +23,8 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 class SelfAttention(nn.Module):
     """x += o(attention(qkv(norm(x)))) on [N, hidden], with biases, or an RMSNorm of each q and k head, or not."""
 
-    def __init__(
-        self, config: Config, tp: TensorParallel, rotary_table: Tensor, qkv_bias: bool, o_bias: bool, qk_norm: bool
-    ) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, qkv_bias: bool, o_bias: bool,
+            qk_norm: bool) -> None:  # fmt: skip
         super().__init__()
         c = config.model_config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -36,9 +34,7 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
         self.attn = Attention(dim, config.attention_backend, rotary_table)
 
-    def forward(
-        self, x: Tensor, parts: Peers | None, norm: RMSNorm, positions: Tensor, context: Context
-    ) -> Peers | None:
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm, positions: Tensor, context: Context) -> Parts:
         o = self.attn(self.qkv_proj(x, parts, norm), positions, context, self.q_norm, self.k_norm)
         return self.o_proj(o, residual=x)
 
@@ -51,7 +47,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, intermediate_size, bias, tp)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, tp)
 
-    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Peers | None:
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Parts:
         return self.down_proj(self.gate_up_proj(x, parts, norm), residual=x)
 
 
@@ -66,7 +62,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, x: Tensor, parts: Peers | None, positions: Tensor, context: Context) -> Peers | None:
+    def forward(self, x: Tensor, parts: Parts, positions: Tensor, context: Context) -> Parts:
         parts = self.self_attn(x, parts, self.input_layernorm, positions, context)
         return self.mlp(x, parts, self.post_attention_layernorm)
 
@@ -95,9 +91,7 @@ class CausalLM(nn.Module):
     """A decoder with its LM head. Its parameters have a checkpoint's names, but for the modules that fuse several."""
 
     packed_modules_mapping: ClassVar = {
-        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-        "gate_up_proj": ("gate_proj", "up_proj"),
-    }
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # fmt: skip
     make_attention: Callable[[Config, TensorParallel, Tensor], SelfAttention]  # what a family defines
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:

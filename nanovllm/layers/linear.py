@@ -13,6 +13,8 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
 
+Parts = Peers | None  # of a sum over the ranks that is still to be added to the residual stream
+
 
 class ColumnParallelLinear(nn.Module):
     """y = norm(x) W^T + b with the output features of each of `output_sizes` split over the ranks.
@@ -32,7 +34,7 @@ class ColumnParallelLinear(nn.Module):
         if bias:
             self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
 
-    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, parts=parts)
 
 
@@ -42,16 +44,15 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__(hidden_size, [intermediate_size] * 2, bias, tp)
 
-    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, parts=parts, gated=True)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
     """The query, key and value projections in one product: [N, hidden] -> [N, q heads | k heads | v heads]."""
 
-    def __init__(
-        self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel
-    ) -> None:
+    def __init__(self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool,
+            tp: TensorParallel) -> None:  # fmt: skip
         sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         super().__init__(hidden_size, sizes, bias, tp)
 
@@ -70,7 +71,7 @@ class RowParallelLinear(nn.Module):
         self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor) -> Peers | None:
+    def forward(self, x: Tensor, residual: Tensor) -> Parts:
         if self.tp.size == 1:
             linear(x, self.weight, self.bias, residual=residual)
             return None

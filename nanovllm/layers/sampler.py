@@ -14,9 +14,8 @@ class Sampler(nn.Module):
         super().__init__()
         self.tp = tp
 
-    def forward(
-        self, logits: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor, is_filtered: bool
-    ) -> Tensor:
+    def forward(self, logits: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor,
+            is_filtered: bool) -> Tensor:  # fmt: skip
         """The sampling parameters of the rows are contiguous rows of two tensors.
 
         row_ints: int64 [2, B], top_k and seed. row_floats: float32 [3, B], temperature, top_p and min_p. positions:

@@ -6,11 +6,8 @@ from nanovllm.models.qwen2 import Qwen2ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 ARCHITECTURES: dict[str, type[CausalLM]] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "MistralForCausalLM": LlamaForCausalLM,
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
-}
+    family.__name__: family for family in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+} | {"MistralForCausalLM": LlamaForCausalLM}
 
 
 def model_class(architecture: str) -> type[CausalLM]:

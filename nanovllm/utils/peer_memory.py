@@ -35,9 +35,8 @@ def aligned(num_bytes: int) -> int:
 class PeerMemory:
     """A buffer that the GPUs of all ranks read and write, laid out for `Peers`; and the count of its sums."""
 
-    def __init__(
-        self, store: dist.Store, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype,
-        device: torch.device) -> None:  # fmt: skip
+    def __init__(self, store: dist.Store, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype,
+            device: torch.device) -> None:  # fmt: skip
         """For sums of up to `sum_shape`. Raises RuntimeError where the GPUs cannot reach each other's memory."""
         self.rank = rank
         rows, hidden_size = sum_shape

@@ -94,9 +94,8 @@ class TensorParallel:
     def next_peers(self, rows: int) -> Peers | None:
         """The ranks' memory for the step's next sum, of some rows; None if `all_reduce` is to make it."""
         self.check()
-        if self.peer_memory is None or rows > self.sum_shape[0]:
-            return None
-        return self.peer_memory.next_peers(rows)
+        fits = self.peer_memory is not None and rows <= self.sum_shape[0]
+        return self.peer_memory.next_peers(rows) if fits else None
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""
