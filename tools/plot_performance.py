@@ -67,7 +67,7 @@ def measure(shape: str) -> dict[str, Any]:
 
 def draw(figures: dict[str, Any], folder: Path) -> None:
     """Writes decode_step.svg and throughput.svg."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     sizes, curves = figures["batch_sizes"], (("nano-vllm", figures["seconds"]), ("memory bound", figures["floor"]))
     for name, label, scale in (
@@ -81,6 +81,8 @@ def draw(figures: dict[str, Any], folder: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sizes, sizes)
+        axes.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(folder / f"{name}.svg")
