@@ -46,8 +46,9 @@ def list_graph_shapes(config: Config) -> list[StepShape]:
     """In ascending order, what CUDA graphs are captured for."""
     if config.device == "cpu" or config.enforce_eager:
         return []
-    # Batch sizes are fine-grained: all but a step's attention takes time for padding too.
-    sizes = {min(size, config.max_num_seqs) for size in (1, 2, 4, *range(8, config.max_num_seqs + 8, 8))}
+    # Batch sizes are fine-grained: all but a step's attention takes time for padding too. The larger ones are odd
+    # multiples of 8, since cuBLAS needs up to a fifth longer for multiples of 16 (on an H200).
+    sizes = {min(n, config.max_num_seqs) for n in (1, 2, 4, 8, 16, 24, 32, *range(40, config.max_num_seqs + 16, 16))}
     # The torch backend attends to prompts in a loop of the host's over sequences.
     lengths = () if config.attention_backend == "torch" else GRAPH_TOKENS
     return [StepShape(n, 0, 0, False) for n in sorted(sizes)] + [StepShape(0, 1, n, False) for n in lengths]
@@ -101,12 +102,14 @@ class ModelRunner:
         num_tokens = min(limit // num_prompts, self.config.max_model_len - 1)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
+        # Decodes first, as kernels are not loaded while the GPU is busy, and the prompts will keep it busy.
+        self.decode_rows.copy_(torch.arange(max_num_seqs))
+        for size in num_prompts, max_num_seqs:
+            self._forward(StepShape(size, 0, 0, is_filtered=False))
         prompts = StepShape(0, num_prompts, num_prompts * num_tokens, is_filtered=False)
         parts = np.array([(row, 0, num_tokens) for row in range(num_prompts)])
         self._set_prompts(parts, np.zeros(prompts.num_tokens, dtype=np.int64), False, prompts)
         self._forward(prompts)
-        self.decode_rows.copy_(torch.arange(max_num_seqs))
-        self._forward(StepShape(max_num_seqs, 0, 0, is_filtered=False))
         self.context_lens.zero_()
         self.device_step_count.zero_()
         torch.cuda.synchronize(self.device)
@@ -188,6 +191,7 @@ class ModelRunner:
             self._forward(shape, int(step.prompts[:, 2].max(initial=0)))
         else:
             if padded not in self.graphs:  # of steps that filter: captured when they first come
+                torch.cuda.synchronize(self.device)  # kernels load sooner
                 self.graphs[padded] = self._capture(padded)
             self.graphs[padded].replay()
         event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None

@@ -20,19 +20,20 @@ def _rms_norm_kernel(
     mask = offs < SIZE
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += row * x_stride + offs
     if PDL and HAS_PACKETS:
         # This rank's own packets say that the kernel ahead has read all it needs, and those before it have ended.
         tl.extra.cuda.gdc_launch_dependents()
     else:
         pdl_wait(PDL)
-    x_ptr += row * x_stride + offs
-    if RANKS == 0:
         x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
-    else:
+    if RANKS > 0:
         total = receive_sum(
             row, offs, mask, numel, addresses_ptr, rank, offset, tl.load(step_ptr) + index, given_up_ptr,
             SIZE, x_ptr.dtype.element_ty, RANKS, HAS_PACKETS)  # fmt: skip
-        rounded = (tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32) + total).to(x_ptr.dtype.element_ty)
+        if PDL and HAS_PACKETS:
+            x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+        rounded = (x + total).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr, rounded, mask=mask)
         x = rounded.to(tl.float32)
     if weight_ptr is not None:

@@ -42,7 +42,7 @@ class PeerMemory:
         rows, hidden_size = sum_shape
         self.packet_bytes = 8 * size * SMALL_BATCH * hidden_size
         self.place_bytes = aligned(self.packet_bytes + rows * hidden_size * dtype.itemsize)
-        self.first_place = aligned(4 * size * rows)  # behind the flags
+        self.first_place = aligned(4 * size)  # behind the flags
         # A handle is one of a whole allocation; in a pool of its own, the buffer is one.
         self.pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.pool):
