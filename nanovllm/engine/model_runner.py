@@ -191,7 +191,6 @@ class ModelRunner:
             self._forward(shape, int(step.prompts[:, 2].max(initial=0)))
         else:
             if padded not in self.graphs:  # of steps that filter: captured when they first come
-                torch.cuda.synchronize(self.device)  # kernels load sooner
                 self.graphs[padded] = self._capture(padded)
             self.graphs[padded].replay()
         event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
