@@ -222,7 +222,7 @@ def test_attention_on_the_cpu_takes_the_torch_function():
     *cache, contexts, starts = inputs
     assert not expected[1].any()
     assert torch.equal(paged_decode(*cache, contexts, torch.zeros(6, dtype=torch.int32), 0.3), expected)
-    assert torch.equal(paged_prefill(*cache, contexts, starts, 1, 0.3), expected)
+    assert torch.equal(paged_prefill(*cache, contexts, starts, 0.3), expected)
 
 
 SHAPES = [(2, 2, 64, 16), (4, 2, 80, 64), (4, 1, 96, 256), (7, 1, 32, 16), (6, 3, 128, 64), (2, 1, 256, 256)]
@@ -235,14 +235,14 @@ def test_paged_prefill(heads, kv_heads, dim, block_size, dtype):
     # Whole prompts, a chunk behind a context, decode rows, a sequence with nothing to do, a border at every tile size.
     q_lens, contexts = [70, 33, 1, 0, 1, 64, 5], [70, 100, 1, 9, 130, 128, 261]
     inputs = paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype)
-    assert_rows_close(paged_prefill(*inputs, 70, 0.1), reference(*inputs, 0.1), dtype)
+    assert_rows_close(paged_prefill(*inputs, 0.1), reference(*inputs, 0.1), dtype)
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 def test_paged_prefill_of_few_queries(dtype):
     inputs = paged_inputs([1, 2, 4, 0], [1, 50, 70, 0], 4, 2, 64, 16, dtype)
-    assert_rows_close(paged_prefill(*inputs, 4, 0.1), reference(*inputs, 0.1), dtype)
+    assert_rows_close(paged_prefill(*inputs, 0.1), reference(*inputs, 0.1), dtype)
 
 
 @kernel_test
@@ -301,7 +301,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     q = rope_store_kvcache(qkv, table, torch.arange(600, device=DEVICE), slots, k_cache, v_cache)
     assert torch.equal(v_cache.view(-1, 8, 128)[slots].flatten(1), qkv[:, 24 * 128 :])
     expected = paged_attention_torch(q, k_cache, v_cache, tables, lens, starts, 0.1)
-    prefilled = paged_prefill(q, k_cache, v_cache, tables, lens, starts, 600, 0.1)
+    prefilled = paged_prefill(q, k_cache, v_cache, tables, lens, starts, 0.1)
     assert_rows_close(prefilled, expected, torch.bfloat16)
     semaphores = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     decoded = paged_decode(q[-1:], k_cache, v_cache, tables, lens, semaphores, 0.1)

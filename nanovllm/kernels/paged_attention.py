@@ -16,7 +16,6 @@ from torch import Tensor
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton, use_triton
 
 LOG2_E = 1.4426950408889634
-MIN_ROWS = 256  # one compiled kernel serves any batch up to this
 
 
 def paged_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
@@ -252,8 +251,8 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tens
     As `paged_attention_torch` with q [B, Hq, D] contiguous and one row a sequence; a padding row has context 0 and
     gives zeros. The number of programs depends on B and the device alone, and each finds its share of the work from
     the context lengths on the device, so one CUDA graph serves any lengths. A (row, KV head) that several programs
-    share is put together by the last of them to finish. semaphores: int32, B * Hkv or more, zero before and after.
-    context_lens is read early, by the rule of `pdl_wait`. Returns o [B, Hq, D].
+    share is put together by the last of them to finish. One compiled kernel serves up to 256 rows. semaphores: int32,
+    B * Hkv or more, zero before and after. context_lens is read early, see `pdl_wait`. Returns o [B, Hq, D].
     """
     if not use_triton(q):
         return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, torch.arange(len(q) + 1), scale)
@@ -267,17 +266,17 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tens
     lse = torch.empty((num_parts, group), dtype=torch.float32, device=q.device)
     _decode_kernel[(num_big + num_small,)](
         q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
-        scale * LOG2_E, len(q), num_big, ROWS_PAD=max(MIN_ROWS, triton.next_power_of_2(len(q))),
+        scale * LOG2_E, len(q), num_big, ROWS_PAD=max(256, triton.next_power_of_2(len(q))),
         **constants, **pdl_options(q.device))  # fmt: skip
     return o
 
 
 def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
-        cu_seqlens_q: Tensor, max_seqlen_q: int, scale: float) -> Tensor:  # fmt: skip
+        cu_seqlens_q: Tensor, scale: float) -> Tensor:  # fmt: skip
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
-    As `paged_attention_torch`, q [N, Hq, D] contiguous; max_seqlen_q: the most queries of a sequence. The query heads
-    that share a KV head are rows of the same tile, so that K and V are read once for all of them.
+    As `paged_attention_torch`, q [N, Hq, D] contiguous. The query heads that share a KV head are rows of one tile, so
+    that K and V are read once for all. One compiled kernel serves up to 512 sequences of any lengths.
 
     On an H200, D 128: 250 TFLOP/s for 28 prompts of 100 to 1,024 tokens (FlashAttention-2: 200), 430 for one of 8,192
     (280). Tiles of 128 x 128 on 8 warps reach 475 there, but 210 on the short ones.
@@ -287,8 +286,8 @@ def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Ten
     o = torch.empty_like(q)
     constants = _constants(q.size(1), k_cache.shape, q.dtype, q.device)
     num_seqs, group = len(context_lens), constants["GROUP"]
-    block_m = 64 if max_seqlen_q * group > 16 and q.dtype != torch.float32 else 16
+    block_m = 16 if q.dtype == torch.float32 else 64
     _prefill_kernel[constants["KV_HEADS"], triton.cdiv(len(q) * group, block_m) + num_seqs](
         q, k_cache, v_cache, o, block_tables, block_tables.stride(0), context_lens, scale * LOG2_E, cu_seqlens_q,
-        num_seqs, **constants, BLOCK_M=block_m, SEQS_PAD=max(MIN_ROWS, triton.next_power_of_2(num_seqs)))  # fmt: skip
+        num_seqs, **constants, BLOCK_M=block_m, SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)))  # fmt: skip
     return o

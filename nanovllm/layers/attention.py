@@ -47,11 +47,11 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=self.scale, enable_gqa=True)[:, :, 0]
 
     def _attend_triton(self, q: Tensor, context: Context) -> Tensor:
-        n, max_seqlen_q = context.num_decodes, context.max_seqlen_q
+        n = context.num_decodes
         caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
         if n == len(q):
             return paged_decode(q, *caches, tables, lens, self.semaphores, self.scale)
-        o = paged_prefill(q, *caches, tables[n:], lens[n:], context.cu_seqlens_q[n:], max_seqlen_q, self.scale)
+        o = paged_prefill(q, *caches, tables[n:], lens[n:], context.cu_seqlens_q[n:], self.scale)
         if n:
             o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], self.semaphores, self.scale)
         return o
