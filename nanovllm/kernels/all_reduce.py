@@ -70,7 +70,7 @@ def receive_sum(row, cols, mask, numel, addresses_ptr, rank, offset, number, giv
     total = tl.zeros(cols.shape, tl.float32)
     for peer in tl.static_range(RANKS):  # in the same order on every rank, so that all get the same sum
         packets = tl.zeros(cols.shape, tl.int64)
-        missing = tl.where(HAS_PACKETS or peer != rank, 1, 0)
+        missing = tl.where(HAS_PACKETS or peer != rank, 1, 0)  # the part of its own needs no flag
         polls = 0
         while missing > 0:
             if HAS_PACKETS:
