@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from checkpoints import CONFIGS, Checkpoint
@@ -10,7 +12,9 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """An exception that ends a thread of the engine fails the test."""
+    """An exception that ends a thread of the engine fails the test; Ctrl-C works, in subprocesses too."""
+    # What a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
