@@ -104,8 +104,7 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(self.device)
         # Decodes first, as kernels are not loaded while the GPU is busy, and the prompts will keep it busy.
         self.decode_rows.copy_(torch.arange(max_num_seqs))
-        for size in num_prompts, max_num_seqs:
-            self._forward(StepShape(size, 0, 0, is_filtered=False))
+        self._forward(StepShape(max_num_seqs, 0, 0, is_filtered=False))
         prompts = StepShape(0, num_prompts, num_prompts * num_tokens, is_filtered=False)
         parts = np.array([(row, 0, num_tokens) for row in range(num_prompts)])
         self._set_prompts(parts, np.zeros(prompts.num_tokens, dtype=np.int64), False, prompts)
