@@ -6,6 +6,7 @@ processes; the first rank that fails ends all of them and leaves behind the reas
 outlives a process, so they are always ended by SIGKILL, whatever they are doing.
 """
 
+import ctypes
 import multiprocessing.resource_tracker
 import os
 import pickle
@@ -25,6 +26,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
+CUDA_ERROR_NOT_INITIALIZED = 3
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
 
@@ -56,24 +58,26 @@ class RankGroup:
             return
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise RuntimeError(f"tensor_parallel_size={size} starts processes that import this script: {MAIN_GUARD}")
-        self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
-        spawn = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork" if can_fork(self.config) else "spawn")
         # Ctrl-C is the caller's; the ranks inherit the mask. The tracker is first, as its start ends a mask.
         multiprocessing.resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             for rank in range(1, size):
-                ours, theirs = spawn.Pipe()
-                args = (self.config, rank, self.caller, self.store.port, theirs)
-                process = spawn.Process(target=run_rank, args=args, daemon=True)
+                ours, theirs = context.Pipe()
+                args = (self.config, rank, self.caller, theirs)
+                process = context.Process(target=run_rank, args=args, daemon=True)
                 process.start()
                 theirs.close()
                 self.processes.append(process)
                 self.connections.append(ours)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # 0: any free port
         self.watcher = threading.Thread(target=self._watch, daemon=True, name="nanovllm-watch")
         self.watcher.start()
+        for connection in self.connections:
+            connection.send(self.store.port)
 
     def load(self) -> None:
         """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs."""
@@ -196,19 +200,31 @@ def describe_failure(rank: int, error: BaseException, details: str) -> str:
     return f"rank {rank} failed: {remedy * isinstance(error, torch.OutOfMemoryError)}{details}"
 
 
-def run_rank(config: Config, rank: int, caller: int, port: int, connection: Connection) -> None:
+def can_fork(config: Config) -> bool:
+    """Whether ranks may be forks of this process, which spares them to import torch: that takes longer than the rest.
+
+    CUDA would not survive a fork, nor would locks that other threads hold.
+    """
+    if config.device == "cpu" or threading.active_count() > 1:
+        return False
+    return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == CUDA_ERROR_NOT_INITIALIZED
+
+
+def run_rank(config: Config, rank: int, caller: int, connection: Connection) -> None:
     """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
     threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the caller's handler
     try:
         if config.device == "cuda":
             torch.cuda.set_device(rank)
+            torch.set_num_threads(1)  # a fork must not look for the caller's threads
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
         tp = TensorParallel(config, rank)
         torch.cuda.set_stream(tp.stream)
         runner = ModelRunner(config, tp)
         connection.send((0.0, ""))
-        tp.connect(dist.TCPStore("127.0.0.1", port, is_master=False))
+        tp.connect(dist.TCPStore("127.0.0.1", connection.recv(), is_master=False))
         while True:
             method, args = connection.recv()
             getattr(runner, method)(*args)
