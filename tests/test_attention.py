@@ -52,6 +52,7 @@ def attend(backend, decodes, prompts):
         cu_seqlens_q=torch.nn.functional.pad(q_lens.cumsum(0), (1, 0)).int(),
         cu_seqlens_k=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
         max_seqlen_q=int(q_lens.max()),
+        logits_indices=None,
     )
     layer = Attention(DIM, backend, torch.randn(64, DIM))
     layer.k_cache, layer.v_cache = torch.randn(2, len(parts) * 3, BLOCK_SIZE, KV_HEADS, DIM)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 from checkpoints import FAMILIES, mixed_prompts, random_prompt
-from engines import SCENARIOS, Trace, check_scenario, engine, expected, generate, tokens
+from engines import MAX_TOKENS, SCENARIOS, Trace, check_scenario, engine, expected, generate, tokens
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.utils.peer_memory import MAX_PART_ROWS
 
 pytestmark = pytest.mark.gpu
 GRAPHS = pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
@@ -52,6 +55,33 @@ def test_several_ranks(checkpoint, family, scenario, num_ranks):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
     check_scenario(checkpoint(family), scenario, 16, **FLOAT32, tensor_parallel_size=num_ranks)
+
+
+@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3", 2), ("mistral", 4)])
+def test_several_ranks_share_the_rows_of_a_sum(checkpoint, family, num_ranks):
+    """In a step of so many prompts that each rank sums some of the rows only."""
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    checkpoint, prompts = checkpoint(family), [random_prompt(seed, 250 + seed) for seed in range(12)]
+    with engine(checkpoint.path, **FLOAT32, tensor_parallel_size=num_ranks) as llm:
+        trace = Trace(llm)
+        assert tokens(generate(llm, prompts)) == [checkpoint.greedy(prompt, MAX_TOKENS) for prompt in prompts]
+        assert trace.most_tokens > MAX_PART_ROWS
+
+
+@needs_two_gpus
+def test_ranks_of_a_fresh_process_are_forks(checkpoint):
+    """So that they need not import torch; where CUDA is in use, they are spawned."""
+    script = """if True:
+        import sys
+        from nanovllm import LLM, SamplingParams
+        for _ in range(2):
+            with LLM(sys.argv[1], tensor_parallel_size=2, gpu_memory_utilization=0.3, max_model_len=300) as llm:
+                print(type(llm.ranks.processes[0]).__name__, llm.generate([[5, 6]], SamplingParams(max_tokens=3)))
+    """
+    command = [sys.executable, "-c", script, checkpoint("qwen3").path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ForkProcess", "SpawnProcess"], done.stderr
 
 
 @GRAPHS

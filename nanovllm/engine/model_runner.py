@@ -272,10 +272,9 @@ class ModelRunner:
             slot_mapping=slots, context_lens=context_lens, block_tables=block_tables, num_decodes=d,
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=t if max_seqlen_q is None else max_seqlen_q,
             cu_seqlens_k=torch.nn.functional.pad(context_lens.cumsum(0), (1, 0)).int() if p else context_lens,
+            logits_indices=cu_seqlens_q[1:] - 1 if p else None,
         )  # fmt: skip
         hidden_states = self.model(token_ids, positions, context)
-        if p:
-            hidden_states = hidden_states[cu_seqlens_q[1:] - 1]
         logits = self.model.compute_logits(hidden_states)
         # A token's draw depends on its position, which is the context length.
         packed = self.sampler(logits, self.row_ints[:, rows], self.row_floats[:, rows], context_lens, is_filtered)

@@ -3,17 +3,21 @@
 
 Each rank has a buffer that all of them map. For the kilobytes of a decode step this takes less time than a library's
 collective, and a kernel that waits for another GPU can start early like the others, so that what follows it fetches
-its weights meanwhile. A sum is made by the kernel that normalises it (`rms_norm`), in one of two ways:
+its weights meanwhile. A sum is made by the kernel that normalises it (`rms_norm`), in one of three ways:
 
 - Packets, for few rows. The kernel of the linear layer writes each float32 of its part to all ranks, beside the number
   of the sum in the same 64 bits (as NCCL's LL protocol does). Who reads that number has the value: no flag, no fence.
 - Parts, for more rows. Each rank leaves its part in its own buffer, raises a flag in those of the others, and having
   seen all flags reads all parts.
+- Shares, for the thousands of rows of prompts. Each rank sums and normalises a share of the rows. The matrix product
+  writes the rows of its part straight to the ranks whose they are, which hides half of the traffic behind the
+  arithmetic; the normalised rows go to all ranks. Of the residual stream, a rank keeps its own share only.
 
-The sums of a step use two places in turn: whoever comes by for the next sum has read the last one.
+Sums of packets and of parts use two places in turn: whoever comes by for the next sum has read the last one. Those of
+shares need one, as the ranks meet before and after.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,22 +30,52 @@ POLLS = tl.constexpr(4096)  # between looks at whether the engine has given up: 
 class Peers(NamedTuple):
     """Where and how this rank takes part in one sum.
 
-    A rank's buffer holds flags, int32 [ranks], and at byte `offset` its part [rows, size], or all ranks' packets,
-    int64 [ranks, rows, size]; at first all is zero.
+    A rank's buffer holds flags, int32 [ranks], and at byte `offset` its part [rows, size]; or all ranks' packets,
+    int64 [ranks, rows, size]; or all ranks' parts of its share, [ranks, share, size], and then the sums of all rows,
+    normalised, [rows, size]. At first all is zero.
     """
 
-    buffer: Tensor  # this rank's, uint8
-    has_packets: bool
+    buffers: list[Tensor]  # of all ranks, uint8
+    form: Literal["packets", "parts", "shares"]
     addresses: Tensor  # int64 [ranks] on the device, of the ranks' buffers
     rank: int
     offset: int
     step: Tensor  # int32 [1] on the device; plus `index`, the sum's number, larger than those before (it may wrap)
-    index: int
+    index: int  # a sum of shares takes the number after it, too
     given_up: Tensor  # int32 [1] in pinned host memory; anything but 0 ends the waiting
 
-    def part(self, rows: int, size: int, dtype: torch.dtype) -> Tensor:
-        """The place for this rank's part, [rows, size]."""
-        return self.buffer[self.offset :][: rows * size * dtype.itemsize].view(dtype).view(rows, size)
+    def share(self, rows: int) -> int:
+        """The rows of a rank's share; the last one may be smaller."""
+        return -(-rows // len(self.buffers))
+
+    def view(self, rank: int, first: int, rows: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Rows in a rank's buffer, [rows, size], from the first-th behind `offset` on."""
+        row_bytes = size * dtype.itemsize
+        return self.buffers[rank][self.offset + first * row_bytes :][: rows * row_bytes].view(dtype).view(rows, size)
+
+
+@triton.jit
+def _meet(addresses_ptr, rank, number, given_up_ptr, is_first, RANKS: tl.constexpr, SEM: tl.constexpr) -> None:
+    """Raise this rank's flags, in the first program, and wait for the others'."""
+    if is_first:
+        for peer in tl.static_range(RANKS):
+            flags = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flags + rank, number, sem=SEM, scope="sys")
+    flags = tl.load(addresses_ptr + rank).to(tl.pointer_type(tl.int32))
+    for peer in tl.static_range(RANKS):
+        missing = tl.where(peer != rank, 1, 0)
+        polls = 0
+        while missing > 0:
+            missing = number - tl.atomic_add(flags + peer, 0, sem=SEM, scope="sys")
+            polls += 1
+            if polls % POLLS == 0:
+                missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
+
+
+@triton.jit(do_not_specialize=["rank", "index"])
+def meet_kernel(addresses_ptr, rank, offset, step_ptr, index, given_up_ptr, RANKS: tl.constexpr):
+    """One program, which ends when all ranks have come here; what they wrote before can then be read."""
+    _meet(addresses_ptr, rank, tl.load(step_ptr) + index, given_up_ptr, True, RANKS, "acq_rel")
 
 
 @triton.jit
@@ -54,41 +88,35 @@ def send_packets(y, offs, mask, numel, addresses_ptr, rank, offset, number, RANK
 
 
 @triton.jit
-def receive_sum(row, cols, mask, numel, addresses_ptr, rank, offset, number, given_up_ptr, SIZE: tl.constexpr,
-        DTYPE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr):  # fmt: skip
+def receive_sum(row, cols, mask, numel, share, addresses_ptr, rank, offset, number, given_up_ptr, SIZE: tl.constexpr,
+        DTYPE: tl.constexpr, RANKS: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
     """The sum of all ranks' parts of a row, in float32, once they are there.
 
     More programs than a GPU holds may wait for the flag that the first one raises: GPUs start programs in order. The
     flags need no fences, which take 2 us: kernels that have ended wrote the parts, and none is read before its flag.
     """
-    offs = row * SIZE + cols
-    own = tl.load(addresses_ptr + rank)
-    if not HAS_PACKETS and row == 0:
-        for peer in tl.static_range(RANKS):
-            flags = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(flags + rank, number, sem="relaxed", scope="sys")
     total = tl.zeros(cols.shape, tl.float32)
+    if FORM == "parts":
+        _meet(addresses_ptr, rank, number, given_up_ptr, row == 0, RANKS, "relaxed")
     for peer in tl.static_range(RANKS):  # in the same order on every rank, so that all get the same sum
-        packets = tl.zeros(cols.shape, tl.int64)
-        missing = tl.where(HAS_PACKETS or peer != rank, 1, 0)  # the part of its own needs no flag
-        polls = 0
-        while missing > 0:
-            if HAS_PACKETS:
-                place = (own + offset).to(tl.pointer_type(tl.int64))
-                packets = tl.load(place + peer * numel + offs, mask=mask, other=0, volatile=True)
+        own = tl.load(addresses_ptr + rank) + offset
+        if FORM == "packets":
+            packet_ptr = own.to(tl.pointer_type(tl.int64)) + peer * numel + row * SIZE + cols
+            packets = tl.zeros(cols.shape, tl.int64)
+            missing = 1
+            polls = 0
+            while missing > 0:
+                packets = tl.load(packet_ptr, mask=mask, other=0, volatile=True)
                 missing = tl.sum((mask & (packets.to(tl.int32) != number)).to(tl.int32), 0)
-            else:
-                flag_ptr = own.to(tl.pointer_type(tl.int32)) + peer
-                missing = number - tl.atomic_add(flag_ptr, 0, sem="relaxed", scope="sys")
-            polls += 1
-            if polls % POLLS == 0:
-                missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
-        if HAS_PACKETS:
+                polls += 1
+                if polls % POLLS == 0:
+                    missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
             total += (packets >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    if not HAS_PACKETS:
-        for peer in tl.static_range(RANKS):
-            part_ptr = (tl.load(addresses_ptr + peer) + offset).to(tl.pointer_type(DTYPE))
-            part_ptr = tl.multiple_of(part_ptr, 16)  # so that 16 bytes are read at once
+        else:
+            part = tl.load(addresses_ptr + peer) + offset if FORM == "parts" else own
+            part_ptr = tl.multiple_of(part.to(tl.pointer_type(DTYPE)), 16)  # so that 16 bytes are read at once
+            part_row = row if FORM == "parts" else row + (peer - rank) * share
             # Past the cache of the SM, which may still have what lay there two sums ago.
-            total += tl.load(part_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            part = tl.load(part_ptr + part_row * SIZE + cols, mask=mask, other=0.0, cache_modifier=".cg")
+            total += part.to(tl.float32)
     return total

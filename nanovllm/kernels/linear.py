@@ -112,10 +112,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor |
     sums in float32. Returns [M, N] (gated: [M, N/2]), or nothing of use with peers.
     """
     rows, (n, k) = len(x), weight.shape
+    if peers is not None and peers.form == "shares":
+        share = peers.share(rows)
+        for peer, x_share in enumerate(x.split(share)):
+            linear_torch(x_share, weight, bias, out=peers.view(peer, peers.rank * share, len(x_share), n, x.dtype))
+        return None
     if parts is not None:
         x, norm = rms_norm(x, norm, eps, parts), None
     if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
-        out = None if peers is None else peers.part(rows, n, x.dtype)
+        out = None if peers is None else peers.view(peers.rank, 0, rows, n, x.dtype)
         return linear_torch(x, weight, bias, norm, eps, residual, gated, out)
     y = residual
     if y is None and peers is None:
@@ -129,7 +134,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor |
     _linear_kernel[(triton.cdiv(n, block_n),)](
         x, x.stride(0), weight, bias, norm, eps, y, n if y is None else y.stride(0), rows, n,
         *((None, 0, 0, None, 0) if peers is None else peers[2:7]),
-        K=k, GATED=gated, ADDED=residual is not None, RANKS=0 if peers is None else len(peers.addresses),
+        K=k, GATED=gated, ADDED=residual is not None, RANKS=0 if peers is None else len(peers.buffers),
         IS_LATE=is_large, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n,
         BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device))  # fmt: skip
     return y

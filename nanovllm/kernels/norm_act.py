@@ -6,22 +6,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.all_reduce import Peers, receive_sum
+from nanovllm.kernels.all_reduce import Peers, meet_kernel, receive_sum
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["rank", "index"])
+@triton.jit(do_not_specialize=["rank", "index", "share"])
 def _rms_norm_kernel(
-    x_ptr, x_stride, weight_ptr, eps, y_ptr, numel, addresses_ptr, rank, offset, step_ptr, index, given_up_ptr,
-    SIZE: tl.constexpr, RANKS: tl.constexpr, HAS_PACKETS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    x_ptr, x_stride, weight_ptr, eps, y_ptr, numel, share, addresses_ptr, rank, offset, step_ptr, index, given_up_ptr,
+    SIZE: tl.constexpr, RANKS: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if FORM == "shares":
+        row += rank * share
     offs = tl.arange(0, triton.next_power_of_2(SIZE))
     mask = offs < SIZE
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     x_ptr += row * x_stride + offs
-    if PDL and HAS_PACKETS:
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if PDL and FORM == "packets":
         # This rank's own packets say that the kernel ahead has read all it needs, and those before it have ended.
         tl.extra.cuda.gdc_launch_dependents()
     else:
@@ -29,17 +32,22 @@ def _rms_norm_kernel(
         x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     if RANKS > 0:
         total = receive_sum(
-            row, offs, mask, numel, addresses_ptr, rank, offset, tl.load(step_ptr) + index, given_up_ptr,
-            SIZE, x_ptr.dtype.element_ty, RANKS, HAS_PACKETS)  # fmt: skip
-        if PDL and HAS_PACKETS:
+            row, offs, mask, numel, share, addresses_ptr, rank, offset, tl.load(step_ptr) + index, given_up_ptr,
+            SIZE, DTYPE, RANKS, FORM)  # fmt: skip
+        if PDL and FORM == "packets":
             x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
-        rounded = (x + total).to(x_ptr.dtype.element_ty)
+        rounded = (x + total).to(DTYPE)
         tl.store(x_ptr, rounded, mask=mask)
         x = rounded.to(tl.float32)
     if weight_ptr is not None:
-        rstd = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
-        tl.store(y_ptr + row * SIZE + offs, x * rstd * weight, mask=mask)
-    if PDL and HAS_PACKETS:
+        x *= tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
+    if FORM == "shares":
+        for peer in tl.static_range(RANKS):
+            sums_ptr = (tl.load(addresses_ptr + peer) + offset).to(tl.pointer_type(DTYPE))
+            tl.store(tl.multiple_of(sums_ptr, 16) + (RANKS * share + row) * SIZE + offs, x, mask=mask)
+    elif weight_ptr is not None:
+        tl.store(y_ptr + row * SIZE + offs, x, mask=mask)
+    if PDL and FORM == "packets":
         tl.extra.cuda.gdc_wait()
 
 
@@ -58,16 +66,27 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, peers: Peers | None =
 
     x: [N, H], rows any distance apart, elements of a row contiguous. peers: where the ranks leave parts of a sum that
     is added to x first, in place. weight: [H]; None to only add. Arithmetic in float32. Returns [N, H] in x's dtype,
-    contiguous; x without a weight.
+    contiguous; x without a weight. Of a sum of shares, only the rank's own rows of x are read and written; what is
+    returned, in the ranks' memory until the next such sum, has all rows.
     """
     if not use_triton(x):
         return rms_norm_torch(x, weight, eps)
     rows, size = x.shape
     y = x if weight is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    _rms_norm_kernel[(rows,)](
-        x, x.stride(0), weight, eps, y, x.numel(), *((None, 0, 0, None, 0, None) if peers is None else peers[2:]),
-        SIZE=size, RANKS=0 if peers is None else len(peers.addresses), HAS_PACKETS=bool(peers and peers.has_packets),
-        num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16), **pdl_options(x.device))  # fmt: skip
+    num_rows, share, ranks, form = rows, 0, 0, None
+    if peers is not None:
+        ranks, form = len(peers.buffers), peers.form
+        if form == "shares":
+            share = peers.share(rows)
+            num_rows = min(share, rows - peers.rank * share)
+            y = peers.view(peers.rank, ranks * share, rows, size, x.dtype)
+            meet_kernel[(1,)](*peers[2:], RANKS=ranks, num_warps=1)
+    _rms_norm_kernel[(num_rows,)](
+        x, x.stride(0), weight, eps, y, x.numel(), share, *(peers[2:] if peers else (None, 0, 0, None, 0, None)),
+        SIZE=size, RANKS=ranks, FORM=form, num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16),
+        **pdl_options(x.device))  # fmt: skip
+    if form == "shares":
+        meet_kernel[(1,)](*peers._replace(index=peers.index + 1)[2:], RANKS=ranks, num_warps=1)
     return y
 
 

@@ -34,9 +34,13 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
         self.attn = Attention(dim, config.attention_backend, rotary_table)
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm, positions: Tensor, context: Context) -> Parts:
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm, positions: Tensor, context: Context,
+            rows: Tensor | None) -> tuple[Tensor, Parts]:  # fmt: skip
+        """With `rows`, the keys and values of all tokens are stored, but only those rows go on."""
         o = self.attn(self.qkv_proj(x, parts, norm), positions, context, self.q_norm, self.k_norm)
-        return self.o_proj(o, residual=x)
+        if rows is not None:
+            x, o = x[rows], o[rows]
+        return x, self.o_proj(o, residual=x)
 
 
 class GatedMLP(nn.Module):
@@ -62,13 +66,19 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, x: Tensor, parts: Parts, positions: Tensor, context: Context) -> Parts:
-        parts = self.self_attn(x, parts, self.input_layernorm, positions, context)
-        return self.mlp(x, parts, self.post_attention_layernorm)
+    def forward(self, x: Tensor, parts: Parts, positions: Tensor, context: Context,
+            rows: Tensor | None) -> tuple[Tensor, Parts]:  # fmt: skip
+        x, parts = self.self_attn(x, parts, self.input_layernorm, positions, context, rows)
+        return x, self.mlp(x, parts, self.post_attention_layernorm)
+
+
+def with_parts(x: Tensor, parts: Parts) -> Tensor:
+    """The residual stream with what is still to be added to it."""
+    return x if parts is None else rms_norm(x, None, 0.0, parts)
 
 
 class Decoder(nn.Module):
-    """Token ids [N] to hidden states [N, hidden]; the LM head applies `norm`, to the tokens that need it."""
+    """Token ids [N] to hidden states [N, hidden], or of `logits_indices` only; the LM head applies `norm`."""
 
     def __init__(self, make_attention: Callable[..., SelfAttention], config: Config, tp: TensorParallel) -> None:
         super().__init__()
@@ -81,10 +91,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        x, parts = self.embed_tokens(input_ids), None
+        x, parts, rows = self.embed_tokens(input_ids), None, None
         for layer in self.layers:
-            parts = layer(x, parts, positions, context)
-        return x if parts is None else rms_norm(x, None, 0.0, parts)
+            if layer is self.layers[-1] and context.logits_indices is not None:
+                x, parts, rows = with_parts(x, parts), None, context.logits_indices
+            x, parts = layer(x, parts, positions, context, rows)
+        return with_parts(x, parts)
 
 
 class CausalLM(nn.Module):
@@ -103,7 +115,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Token ids and positions [N] -> hidden states [N, hidden]."""
+        """Token ids and positions [N] -> hidden states [N, hidden], or of `logits_indices` only."""
         return self.model(input_ids, positions, context)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

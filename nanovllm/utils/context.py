@@ -18,6 +18,7 @@ class Context:
         cu_seqlens_q: [S + 1] int32, where each sequence's tokens begin among the N.
         cu_seqlens_k: [S + 1] int32, the running sum of the context lengths.
         max_seqlen_q: an upper bound of the tokens that one sequence computes.
+        logits_indices: int64, the tokens whose hidden states are asked for; None: all.
     """
 
     slot_mapping: torch.Tensor
@@ -27,3 +28,4 @@ class Context:
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
+    logits_indices: torch.Tensor | None
