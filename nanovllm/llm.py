@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine, Params, Prompt
 from nanovllm.sampling_params import SamplingParams
 
 Message = dict[str, Any]
@@ -32,8 +32,7 @@ class LLM(LLMEngine):
         tokenizer = AutoTokenizer.from_pretrained(self.config.model)
         return tokenizer if tokenizer.chat_template else None
 
-    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]],
-            sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
             use_tqdm: bool = True) -> list[dict[str, Any]]:  # fmt: skip
         """Answers a conversation, or each of a list of them, rendered by the tokenizer's chat template.
 

@@ -25,6 +25,7 @@ from nanovllm.engine.worker import RankGroup
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Items[int]
+Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
 POLL_SECONDS = 2e-5
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
 
@@ -101,9 +102,8 @@ class LLMEngine:
         if request_id in self.requests:
             self._drop([request_id])
 
-    def generate(
-        self, prompts: Prompt | Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams] | None = None,
-        use_tqdm: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+    def generate(self, prompts: Prompt | Items[Prompt], sampling_params: Params = None,
+            use_tqdm: bool = True) -> list[dict[str, Any]]:  # fmt: skip
         """Completes prompts: strings or lists of token ids, or a single one of these.
 
         Args:
