@@ -66,12 +66,9 @@ class LLMEngine:
         self.num_requests = 0
         self.num_computed = np.zeros(2)  # tokens, of prompts and of decodes
         self.failure = None
-        print(
-            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
-            f"{config.device}; attention by {config.attention_backend} ({config.attention_reason});",
-            f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens",
-            file=sys.stderr,
-        )
+        print(f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
+            f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of",
+            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens", file=sys.stderr)  # fmt: skip
 
     # ---- driving the engine ---------------------------------------------------------------------------------------
 
