@@ -173,8 +173,7 @@ class Config:
                 check(name, value, kind, *LIMITS.get(name, ()))
             elif get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        for name in ("gpu_memory_utilization", "num_kvcache_blocks"):
-            if getattr(self, name) == 0:
+            if name in ("gpu_memory_utilization", "num_kvcache_blocks") and value == 0:
                 raise ValueError(f"{name} must not be 0")
         if self.kvcache_block_size & (self.kvcache_block_size - 1):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
