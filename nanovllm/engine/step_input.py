@@ -1,6 +1,6 @@
 """What the ranks are told of a step: only what the device cannot know, so that it does not grow with the context."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,8 +9,7 @@ from nanovllm.engine.scheduler import Batch
 COLDEST = 1e-5  # colder draws are greedy, and logits / temperature might overflow
 
 
-@dataclass(slots=True)
-class StepInput:
+class StepInput(NamedTuple):
     """Changes to the device's rows, then what to compute: D decodes of one token and parts of P prompts.
 
     Attributes:

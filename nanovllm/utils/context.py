@@ -1,12 +1,11 @@
 """What attention must know of a step, handed down with the tokens."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(slots=True)
-class Context:
+class Context(NamedTuple):
     """Attention metadata of one step over S sequences and N tokens.
 
     The first `num_decodes` sequences compute one token each, their newest; tokens are laid out sequence by sequence.
