@@ -85,9 +85,8 @@ class LLMEngine:
         """Runs a step; returns (id, result) of the requests that finished and were not handed out before."""
         self._check_alive()
         self._advance()
-        finished = list(self.results.items())
-        self.results.clear()
-        return finished
+        finished, self.results = self.results, {}
+        return list(finished.items())
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished and no result is waiting to be handed out."""

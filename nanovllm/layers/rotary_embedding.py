@@ -15,8 +15,7 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
     frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    if not scaling:
+    if not (scaling := config.rope_scaling):
         return frequencies
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
