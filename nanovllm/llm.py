@@ -65,9 +65,6 @@ class LLM(LLMEngine):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Iterator[str]:
         request_id = self.num_requests
         try:

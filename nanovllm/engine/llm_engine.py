@@ -44,7 +44,8 @@ class LLMEngine:
         """
         self.config = config = Config.create(model, options)
         self.ranks = RankGroup(config)
-        weakref.finalize(self, self.ranks.close)  # at the latest when the interpreter exits
+        # When nobody has the engine any more, at the latest when the interpreter exits.
+        weakref.finalize(self, deferred_interrupt()(self.ranks.close))
         try:
             with deferred_interrupt():
                 self.ranks.spawn()
