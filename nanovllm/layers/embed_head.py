@@ -25,8 +25,7 @@ class VocabParallelEmbedding(nn.Module):
             return F.embedding(token_ids, self.weight)
         local_ids = token_ids - self.start
         is_local = (local_ids >= 0) & (local_ids < len(self.weight))
-        rows = F.embedding(local_ids * is_local, self.weight) * is_local.unsqueeze(-1)
-        return self.tp.all_reduce(rows)
+        return self.tp.all_reduce(F.embedding(local_ids * is_local, self.weight) * is_local[:, None])
 
 
 class ParallelLMHead(VocabParallelEmbedding):
