@@ -196,9 +196,8 @@ class LLMEngine:
             seq.detokenizer = Detokenizer(self.tokenizer, seq.token_ids[: seq.num_prompt_tokens], ())
             # Without stop strings, "stop" means that the last token is one that ends the text.
             seq.detokenizer.push(token_ids[:-1] if seq.finish_reason == "stop" else token_ids)
-        text = seq.detokenizer.text if seq.detokenizer is not None else ""
-        facts = {"finish_reason": seq.finish_reason, "num_cached_tokens": seq.num_cached_tokens}
-        return {"text": text, "token_ids": token_ids, **facts}
+        return {"text": seq.detokenizer.text if seq.detokenizer else "", "token_ids": token_ids,
+            "finish_reason": seq.finish_reason, "num_cached_tokens": seq.num_cached_tokens}  # fmt: skip
 
     def _add(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> Sequence:
         seed = self.config.seed * SEED_STRIDE + self.num_requests if params.seed is None else params.seed
