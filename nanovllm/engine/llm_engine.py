@@ -241,9 +241,8 @@ class LLMEngine:
         for kind in set(map(type, token_ids)):
             if kind is bool or not issubclass(kind, (int, np.integer)):
                 raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-            raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong}")
+        if wrong := [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]:
+            raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong[0]}")
         return list(map(int, token_ids)), params
 
     def _check_alive(self) -> None:
