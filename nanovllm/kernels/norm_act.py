@@ -57,8 +57,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float, parts: Tensor |
         x.copy_(x.float() + parts.float().sum(0))
     if weight is None:
         return x
-    h = x.float()
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, peers: Peers | None = None) -> Tensor:
