@@ -4,7 +4,6 @@ The residual stream x [N, hidden] runs through all layers. What reads it norms i
 leaves parts of a sum over the ranks, which the next norm adds.
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -23,15 +22,15 @@ from nanovllm.utils.tensor_parallel import TensorParallel
 class SelfAttention(nn.Module):
     """x += o(attention(qkv(norm(x)))) on [N, hidden], with biases, or an RMSNorm of each q and k head, or not."""
 
-    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, qkv_bias: bool, o_bias: bool,
-            qk_norm: bool) -> None:  # fmt: skip
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, has_qkv_bias: bool,
+            has_qk_norm: bool) -> None:  # fmt: skip
         super().__init__()
         c = config.model_config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = QKVParallelLinear(c.hidden_size, dim, heads, kv_heads, qkv_bias, tp)
-        self.o_proj = RowParallelLinear(heads * dim, c.hidden_size, o_bias, tp)
-        self.q_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
-        self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if qk_norm else None
+        self.qkv_proj = QKVParallelLinear(c.hidden_size, dim, heads, kv_heads, has_qkv_bias or c.attention_bias, tp)
+        self.o_proj = RowParallelLinear(heads * dim, c.hidden_size, c.attention_bias and not has_qkv_bias, tp)
+        self.q_norm = RMSNorm(dim, c.rms_norm_eps, tp) if has_qk_norm else None
+        self.k_norm = RMSNorm(dim, c.rms_norm_eps, tp) if has_qk_norm else None
         self.attn = Attention(dim, config.attention_backend, rotary_table)
 
     def forward(self, x: Tensor, parts: Parts, norm: RMSNorm, positions: Tensor, context: Context,
@@ -58,10 +57,10 @@ class GatedMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then the feed-forward block."""
 
-    def __init__(self, attention: SelfAttention, config: Config, tp: TensorParallel) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, **attention_facts: bool) -> None:
         super().__init__()
         c = config.model_config
-        self.self_attn = attention
+        self.self_attn = SelfAttention(config, tp, rotary_table, **attention_facts)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, tp)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
@@ -80,14 +79,13 @@ def with_parts(x: Tensor, parts: Parts) -> Tensor:
 class Decoder(nn.Module):
     """Token ids [N] to hidden states [N, hidden], or of `logits_indices` only; the LM head applies `norm`."""
 
-    def __init__(self, make_attention: Callable[..., SelfAttention], config: Config, tp: TensorParallel) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, **attention_facts: bool) -> None:
         super().__init__()
         c = config.model_config
         table = rotary_table(c, config.max_model_len, tp.device)
         self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
-        self.layers = nn.ModuleList(
-            DecoderLayer(make_attention(config, tp, table), config, tp) for _ in range(c.num_hidden_layers)
-        )
+        layers = (DecoderLayer(config, tp, table, **attention_facts) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
@@ -104,12 +102,13 @@ class CausalLM(nn.Module):
 
     packed_modules_mapping: ClassVar = {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # fmt: skip
-    make_attention: Callable[[Config, TensorParallel, Tensor], SelfAttention]  # what a family defines
+    has_qkv_bias: ClassVar = False  # whatever config.json says; it decides on the biases otherwise
+    has_qk_norm: ClassVar = False
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
-        self.model = Decoder(self.make_attention, config, tp)
+        self.model = Decoder(config, tp, has_qkv_bias=self.has_qkv_bias, has_qk_norm=self.has_qk_norm)
         self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
