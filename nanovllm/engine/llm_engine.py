@@ -26,6 +26,7 @@ from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | Items[int]
 Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
+LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids
 POLL_SECONDS = 2e-5
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
 
@@ -117,9 +118,7 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        if not isinstance(prompts, (str, list, tuple, np.ndarray)):
-            raise TypeError(f"prompts must be a string, a list of token ids or a list of these, got {prompts!r}")
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+        if not isinstance(prompts, LISTS) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
             prompts = [prompts]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
@@ -228,11 +227,10 @@ class LLMEngine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
-            token_ids = self.tokenizer.encode(prompt).ids
-        elif isinstance(prompt, (list, tuple, np.ndarray)):
-            token_ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
-        else:
+            prompt = self.tokenizer.encode(prompt).ids
+        if not isinstance(prompt, LISTS):
             raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
+        token_ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         vocab_size, limit = self.config.model_config.vocab_size, self.config.max_model_len
         if len(token_ids) == 0:
             raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
