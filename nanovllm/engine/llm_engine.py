@@ -232,10 +232,8 @@ class LLMEngine:
             raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
         token_ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         vocab_size, limit = self.config.model_config.vocab_size, self.config.max_model_len
-        if len(token_ids) == 0:
-            raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
-        if len(token_ids) >= limit:
-            raise ValueError(f"a prompt must have fewer than max_model_len={limit} tokens, got {len(token_ids)}")
+        if not 0 < len(token_ids) < limit:
+            raise ValueError(f"a prompt must have tokens, but fewer than max_model_len={limit}, got {len(token_ids)}")
         for kind in set(map(type, token_ids)):
             if kind is bool or not issubclass(kind, (int, np.integer)):
                 raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")

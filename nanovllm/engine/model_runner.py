@@ -140,11 +140,9 @@ class ModelRunner:
         if num_blocks == -1:
             num_blocks = self.tp.min(min(fitting, MAX_BLOCKS))
         if num_blocks < needed:
-            raise ValueError(
-                f"max_model_len={config.max_model_len} needs {needed} blocks of {config.kvcache_block_size} tokens, "
-                f"the KV cache has {max(num_blocks, 0)}; lower max_model_len, or raise "
-                + ("gpu_memory_utilization" if config.num_kvcache_blocks == -1 else "num_kvcache_blocks")
-            )
+            option = "gpu_memory_utilization" if config.num_kvcache_blocks == -1 else "num_kvcache_blocks"
+            raise ValueError(f"max_model_len={config.max_model_len} needs {needed} blocks of the KV cache, which has "
+                f"{max(num_blocks, 0)}; lower max_model_len, or raise {option}")  # fmt: skip
         self._bind_kv_cache(num_blocks)
         return num_blocks
 
@@ -258,9 +256,8 @@ class ModelRunner:
         cu_seqlens = self.prompts[3 * t + 3 * p : 3 * t + 4 * p + 1]
         decode_rows = self.decode_rows[:d]
         block_size = self.config.kvcache_block_size
-        tokens, starts, slots, context_lens, block_tables = advance_rows(
-            decode_rows, self.last_tokens, self.context_lens, self.block_tables, block_size
-        )
+        tokens, starts, slots, context_lens, block_tables = advance_rows(decode_rows, self.last_tokens,
+            self.context_lens, self.block_tables, block_size)  # fmt: skip
         cu_seqlens_q = self.counts[: d + 1]
         if p:
             prompt_lens = prompt_lens.int()

@@ -26,7 +26,6 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
-CUDA_ERROR_NOT_INITIALIZED = 3
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
 
@@ -207,7 +206,8 @@ def can_fork(config: Config) -> bool:
     """
     if config.device == "cpu" or threading.active_count() > 1:
         return False
-    return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == CUDA_ERROR_NOT_INITIALIZED
+    code = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
+    return code == 3  # CUDA_ERROR_NOT_INITIALIZED
 
 
 def run_rank(config: Config, rank: int, caller: int, connection: Connection) -> None:

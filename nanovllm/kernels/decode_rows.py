@@ -58,11 +58,9 @@ def advance_rows(rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_
     if not use_triton(rows):
         return advance_rows_torch(rows, last_tokens, context_lens, block_tables, block_size)
     batch_size, max_blocks = len(rows), block_tables.size(1)
-    positions, slots, lens = torch.empty(3, batch_size, dtype=torch.int32, device=rows.device)
-    tables = torch.empty(batch_size, max_blocks, dtype=torch.int32, device=rows.device)
-    results = (torch.empty_like(rows), positions, slots, lens, tables)
-    _advance_kernel[(batch_size,)](
-        rows, last_tokens, context_lens, block_tables, *results,
+    ints = torch.empty(3, batch_size, dtype=torch.int32, device=rows.device)  # positions, slots, context lengths
+    results = (torch.empty_like(rows), *ints, block_tables.new_empty(batch_size, max_blocks))
+    _advance_kernel[(batch_size,)](rows, last_tokens, context_lens, block_tables, *results,
         len(last_tokens) - 1, max_blocks, BLOCK_SIZE=block_size, BLOCK=256, num_warps=1)  # fmt: skip
     return results
 

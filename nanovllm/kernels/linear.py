@@ -133,8 +133,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor |
     warps = min(warps, whole_k // block_k)
     _linear_kernel[(triton.cdiv(n, block_n),)](
         x, x.stride(0), weight, bias, norm, eps, y, n if y is None else y.stride(0), rows, n,
-        *((None, 0, 0, None, 0) if peers is None else peers[2:7]),
-        K=k, GATED=gated, ADDED=residual is not None, RANKS=0 if peers is None else len(peers.buffers),
-        IS_LATE=is_large, BLOCK_M=triton.next_power_of_2(rows), BLOCK_N=block_n,
-        BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device))  # fmt: skip
+        *(peers[2:7] if peers else (None, 0, 0, None, 0)), K=k, GATED=gated, ADDED=residual is not None,
+        RANKS=len(peers.buffers) if peers else 0, IS_LATE=is_large, BLOCK_M=triton.next_power_of_2(rows),
+        BLOCK_N=block_n, BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device))  # fmt: skip
     return y

@@ -31,9 +31,8 @@ def _rms_norm_kernel(
         pdl_wait(PDL)
         x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     if RANKS > 0:
-        total = receive_sum(
-            row, offs, mask, numel, share, addresses_ptr, rank, offset, tl.load(step_ptr) + index, given_up_ptr,
-            SIZE, DTYPE, RANKS, FORM)  # fmt: skip
+        total = receive_sum(row, offs, mask, numel, share, addresses_ptr, rank, offset, tl.load(step_ptr) + index,
+            given_up_ptr, SIZE, DTYPE, RANKS, FORM)  # fmt: skip
         if PDL and FORM == "packets":
             x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
         rounded = (x + total).to(DTYPE)
@@ -72,14 +71,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, peers: Peers | None =
         return rms_norm_torch(x, weight, eps)
     rows, size = x.shape
     y = x if weight is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    num_rows, share, ranks, form = rows, 0, 0, None
-    if peers is not None:
-        ranks, form = len(peers.buffers), peers.form
-        if form == "shares":
-            share = peers.share(rows)
-            num_rows = min(share, rows - peers.rank * share)
-            y = peers.view(peers.rank, ranks * share, rows, size, x.dtype)
-            meet_kernel[(1,)](*peers[2:], RANKS=ranks, num_warps=1)
+    form, ranks = (peers.form, len(peers.buffers)) if peers else (None, 0)
+    num_rows = share = rows
+    if form == "shares":
+        share = peers.share(rows)
+        num_rows = min(share, rows - peers.rank * share)
+        y = peers.view(peers.rank, ranks * share, rows, size, x.dtype)
+        meet_kernel[(1,)](*peers[2:], RANKS=ranks, num_warps=1)
     _rms_norm_kernel[(num_rows,)](
         x, x.stride(0), weight, eps, y, x.numel(), share, *(peers[2:] if peers else (None, 0, 0, None, 0, None)),
         SIZE=size, RANKS=ranks, FORM=form, num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16),

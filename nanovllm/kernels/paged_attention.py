@@ -35,10 +35,9 @@ def paged_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tab
             continue
         blocks = table[: -(-context // k_cache.size(1))]
         k, v = (cache[blocks].flatten(0, 1)[:context].transpose(0, 1) for cache in (k_cache, v_cache))
-        visible = torch.ones(end - begin, context, dtype=torch.bool, device=q.device).tril(context - (end - begin))
-        o[begin:end] = F.scaled_dot_product_attention(
-            q[begin:end].transpose(0, 1), k, v, visible, scale=scale, enable_gqa=True
-        ).transpose(0, 1)
+        seen = torch.ones(end - begin, context, dtype=torch.bool, device=q.device).tril(context - (end - begin))
+        heads = q[begin:end].transpose(0, 1)
+        o[begin:end] = F.scaled_dot_product_attention(heads, k, v, seen, scale=scale, enable_gqa=True).transpose(0, 1)
     return o
 
 
@@ -158,8 +157,7 @@ def _decode_kernel(
         end = tl.minimum((tile - unit_start) * BLOCK_N, length)
         before = unit.to(tl.int64) * (GROUP * DIM)
         q = tl.load(q_ptr + before + offs, mask=mask, other=0.0)
-        o, lse = _attend(
-            q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride,
+        o, lse = _attend(q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + row.to(tl.int64) * table_stride,
             begin, begin, end, end - 1, scale, False, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES)  # fmt: skip
         first = _owner(unit_start, num_big, big, small)
         last = _owner(unit_end - 1, num_big, big, small)
@@ -207,8 +205,7 @@ def _prefill_kernel(q_ptr, k_ptr, v_ptr, o_ptr, tables_ptr, table_stride, lens_p
     past = context - q_len
     unmasked = tl.maximum(past + first_row // GROUP + 1, 0) // BLOCK_N * BLOCK_N  # all rows see the keys before
     end = tl.minimum(past + (first_row + BLOCK_M - 1) // GROUP + 1, context)
-    o, _lse = _attend(
-        q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + seq.to(tl.int64) * table_stride,
+    o, _lse = _attend(q, k_ptr + head * DIM, v_ptr + head * DIM, tables_ptr + seq.to(tl.int64) * table_stride,
         0, unmasked, end, past + tokens, scale, True, KV_HEADS, DIM, BLOCK_SIZE, BLOCK_N, STAGES)  # fmt: skip
     tl.store(o_ptr + offs, o, mask=mask)
 
@@ -238,10 +235,8 @@ def _constants(heads: int, cache_shape: torch.Size, dtype: torch.dtype, device: 
     block_n = min(64, max(16, 16384 // (max(16, triton.next_power_of_2(dim)) * dtype.itemsize)))
     roomy = INTERPRETED or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 * 1024
     is_wide &= roomy and 2 * block_n <= block_size
-    return dict(
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size,
-        BLOCK_N=2 * block_n if is_wide else block_n, STAGES=5 if roomy and not is_wide else 3, num_warps=4,
-    )  # fmt: skip
+    return dict(KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, BLOCK_SIZE=block_size, num_warps=4,
+        BLOCK_N=2 * block_n if is_wide else block_n, STAGES=5 if roomy and not is_wide else 3)  # fmt: skip
 
 
 def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor,
@@ -264,10 +259,9 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tens
     num_parts = units + num_big + num_small
     partial = torch.empty((num_parts, group, constants["DIM"]), dtype=torch.float32, device=q.device)
     lse = torch.empty((num_parts, group), dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_big + num_small,)](
-        q, k_cache, v_cache, o, partial, lse, semaphores, block_tables, block_tables.stride(0), context_lens,
-        scale * LOG2_E, len(q), num_big, ROWS_PAD=max(256, triton.next_power_of_2(len(q))),
-        **constants, **pdl_options(q.device))  # fmt: skip
+    _decode_kernel[(num_big + num_small,)](q, k_cache, v_cache, o, partial, lse, semaphores, block_tables,
+        block_tables.stride(0), context_lens, scale * LOG2_E, len(q), num_big,
+        ROWS_PAD=max(256, triton.next_power_of_2(len(q))), **constants, **pdl_options(q.device))  # fmt: skip
     return o
 
 

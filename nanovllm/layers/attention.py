@@ -31,10 +31,9 @@ class Attention(nn.Module):
     def forward(self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None,
             k_norm: RMSNorm | None) -> Tensor:  # fmt: skip
         """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
-        q = rope_store_kvcache(
-            qkv, self.rotary_table, positions, context.slot_mapping, self.k_cache, self.v_cache,
-            q_norm.weight if q_norm else None, k_norm.weight if k_norm else None, q_norm.eps if q_norm else 0.0,
-        )  # fmt: skip
+        norms = (norm.weight if norm else None for norm in (q_norm, k_norm))
+        q = rope_store_kvcache(qkv, self.rotary_table, positions, context.slot_mapping, self.k_cache, self.v_cache,
+            *norms, q_norm.eps if q_norm else 0.0)  # fmt: skip
         return getattr(self, f"_attend_{self.backend}")(q, context).flatten(1)
 
     def _attend_torch(self, q: Tensor, context: Context) -> Tensor:
@@ -61,10 +60,8 @@ class Attention(nn.Module):
 
         caches, tables = (self.k_cache, self.v_cache), context.block_tables
         if context.num_decodes == len(q):
-            return flash_attn_with_kvcache(
-                q[:, None], *caches, cache_seqlens=context.context_lens, block_table=tables, softmax_scale=self.scale
-            )[:, 0]
-        return flash_attn_varlen_func(
-            q, *caches, cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=context.cu_seqlens_k,
+            return flash_attn_with_kvcache(q[:, None], *caches, cache_seqlens=context.context_lens, block_table=tables,
+                softmax_scale=self.scale)[:, 0]  # fmt: skip
+        return flash_attn_varlen_func(q, *caches, cu_seqlens_q=context.cu_seqlens_q, cu_seqlens_k=context.cu_seqlens_k,
             max_seqlen_q=context.max_seqlen_q, max_seqlen_k=tables.size(1) * self.k_cache.size(1),
             softmax_scale=self.scale, causal=True, block_table=tables)  # fmt: skip

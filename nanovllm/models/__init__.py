@@ -5,9 +5,8 @@ from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.qwen2 import Qwen2ForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-ARCHITECTURES: dict[str, type[CausalLM]] = {
-    family.__name__: family for family in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-} | {"MistralForCausalLM": LlamaForCausalLM}
+FAMILIES: tuple[type[CausalLM], ...] = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+ARCHITECTURES = {family.__name__: family for family in FAMILIES} | {"MistralForCausalLM": LlamaForCausalLM}
 
 
 def model_class(architecture: str) -> type[CausalLM]:

@@ -47,9 +47,8 @@ class PeerMemory:
         row_bytes = hidden_size * dtype.itemsize
         self.place_bytes = aligned(self.packet_bytes + min(rows, MAX_PART_ROWS) * row_bytes)
         self.first_place = aligned(4 * size)  # behind the flags
-        num_bytes = self.first_place + 2 * self.place_bytes
-        if rows > MAX_PART_ROWS:  # behind the two places, parts and sums of shares, which may be uneven
-            num_bytes += 2 * (rows + size) * row_bytes
+        # Behind the two places, parts and sums of shares, which may be uneven.
+        num_bytes = self.first_place + 2 * self.place_bytes + (rows > MAX_PART_ROWS) * 2 * (rows + size) * row_bytes
         # A handle is one of a whole allocation; in a pool of its own, the buffer is one.
         self.pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.pool):
