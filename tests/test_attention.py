@@ -37,7 +37,7 @@ def attend(backend, decodes, prompts):
     """The layer's output for random tokens, [N, HEADS * DIM]."""
     torch.manual_seed(0)
     parts = decodes + prompts
-    q_lens, lens = torch.tensor(parts, dtype=torch.int32).T
+    q_lens, lens = torch.tensor(parts, dtype=torch.int32).T.contiguous()
     tables = torch.randperm(len(parts) * 3, dtype=torch.int32).view(-1, 3)
     slots = [
         int(tables[s, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE if context else -1
