@@ -13,9 +13,9 @@ import torch
 from nanovllm.sampling_params import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-LIMITS = {  # lowest, highest
+LIMITS = {"num_kvcache_blocks": (-1,), "seed": (0, 2**63 - 1),  # lowest, highest
     "max_num_batched_tokens": (1,), "max_num_seqs": (1,), "max_model_len": (2,), "gpu_memory_utilization": (0, 1),
-    "tensor_parallel_size": (1,), "kvcache_block_size": (16,), "num_kvcache_blocks": (-1,), "seed": (0, 2**63 - 1)}  # fmt: skip
+    "tensor_parallel_size": (1,), "kvcache_block_size": (16,)}  # fmt: skip
 
 
 def read_json(path: str) -> dict[str, Any]:
