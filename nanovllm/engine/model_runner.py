@@ -68,6 +68,7 @@ class ModelRunner:
             # With 128 KiB for partial sums, cuBLAS does not split K, which costs Hopper more than it gains. Two H200s,
             # a layer's products of Qwen3-8B: 62 to 64 us at 48 to 112 rows, else 66 to 69.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+            os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")
         self.model = model_class(config.model_config.architecture)(config, tp)
         if config.load_format == "dummy":
             fill_dummy(self.model, config.seed)
