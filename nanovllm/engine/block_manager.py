@@ -40,9 +40,8 @@ class BlockManager:
         return xxhash.xxh64_intdigest(array("Q", token_ids if parent_hash is None else [parent_hash, *token_ids]))
 
     def can_allocate(self, seq: Sequence) -> bool:
-        """Whether there are blocks for all of a waiting sequence's tokens; of its cached ones, those in use are."""
-        num_in_use = sum(self.blocks[block_id].ref_count > 0 for block_id in self._find_cached(seq))
-        return self._num_blocks(seq) - num_in_use <= len(self.free_block_ids)
+        """Whether there are blocks for all of a waiting sequence's tokens."""
+        return self._fits(seq, self._find_cached(seq))
 
     def allocate(self, seq: Sequence) -> None:
         """Gives a waiting sequence blocks for all of its tokens, cached ones for as much of its prefix as there are.
@@ -50,10 +49,10 @@ class BlockManager:
         Raises:
             RuntimeError: too few blocks are free; nothing has changed then.
         """
-        if not self.can_allocate(seq):
+        cached = self._find_cached(seq)
+        if not self._fits(seq, cached):
             raise RuntimeError(f"{seq.num_tokens} tokens do not fit into {len(self.free_block_ids)} free blocks")
         # The cached ones first: taking fresh ones could evict them.
-        cached = self._find_cached(seq)
         for block_id in cached:
             self.free_block_ids.pop(block_id, None)
             self.blocks[block_id].ref_count += 1
@@ -100,6 +99,11 @@ class BlockManager:
 
     def _num_blocks(self, seq: Sequence) -> int:
         return -(-seq.num_tokens // self.block_size)
+
+    def _fits(self, seq: Sequence, cached: list[int]) -> bool:
+        """Whether the free blocks suffice; of the cached ones, only those in use need none."""
+        num_in_use = sum(self.blocks[block_id].ref_count > 0 for block_id in cached)
+        return self._num_blocks(seq) - num_in_use <= len(self.free_block_ids)
 
     def _block_name(self, seq: Sequence, index: int) -> BlockName:
         for i in range(len(seq.block_names), index + 1):
