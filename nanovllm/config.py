@@ -85,9 +85,10 @@ class ModelConfig:
             heads = raw["num_attention_heads"]
             facts = {
                 **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), False),
-                **{"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads},
                 **raw,
                 "architecture": raw["architectures"][0],
+                "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+                "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
                 "rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
                 "rope_scaling": rope if rope_type == "llama3" else {},
                 "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",

@@ -151,9 +151,8 @@ class LLMEngine:
     def exit(self) -> None:
         """Ends the ranks and frees their memory. Can be called again; unfinished requests are lost."""
         self.failure = self.failure or "it was closed"
-        if hasattr(self, "ranks"):
-            with deferred_interrupt():
-                self.ranks.close()
+        with deferred_interrupt():
+            self.ranks.close()
 
     close = exit
 

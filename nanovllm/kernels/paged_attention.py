@@ -36,8 +36,8 @@ def paged_attention_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tab
         blocks = table[: -(-context // k_cache.size(1))]
         k, v = (cache[blocks].flatten(0, 1)[:context].transpose(0, 1) for cache in (k_cache, v_cache))
         seen = torch.ones(end - begin, context, dtype=torch.bool, device=q.device).tril(context - (end - begin))
-        heads = q[begin:end].transpose(0, 1)
-        o[begin:end] = F.scaled_dot_product_attention(heads, k, v, seen, scale=scale, enable_gqa=True).transpose(0, 1)
+        q_part = q[begin:end].transpose(0, 1)
+        o[begin:end] = F.scaled_dot_product_attention(q_part, k, v, seen, scale=scale, enable_gqa=True).transpose(0, 1)
     return o
 
 

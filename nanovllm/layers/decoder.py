@@ -55,12 +55,12 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the feed-forward block."""
+    """Attention, of which `facts` say what the family's has, then the feed-forward block."""
 
-    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, **attention_facts: bool) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, **facts: bool) -> None:
         super().__init__()
         c = config.model_config
-        self.self_attn = SelfAttention(config, tp, rotary_table, **attention_facts)
+        self.self_attn = SelfAttention(config, tp, rotary_table, **facts)
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, tp)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
@@ -79,13 +79,12 @@ def with_parts(x: Tensor, parts: Parts) -> Tensor:
 class Decoder(nn.Module):
     """Token ids [N] to hidden states [N, hidden], or of `logits_indices` only; the LM head applies `norm`."""
 
-    def __init__(self, config: Config, tp: TensorParallel, **attention_facts: bool) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, **facts: bool) -> None:
         super().__init__()
         c = config.model_config
         table = rotary_table(c, config.max_model_len, tp.device)
         self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
-        layers = (DecoderLayer(config, tp, table, **attention_facts) for _ in range(c.num_hidden_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, tp, table, **facts) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
