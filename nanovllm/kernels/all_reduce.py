@@ -90,33 +90,37 @@ def send_packets(y, offs, mask, numel, addresses_ptr, rank, offset, number, RANK
 @triton.jit
 def receive_sum(row, cols, mask, numel, share, addresses_ptr, rank, offset, number, given_up_ptr, SIZE: tl.constexpr,
         DTYPE: tl.constexpr, RANKS: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
-    """The sum of all ranks' parts of a row, in float32, once they are there.
+    """The sum of all ranks' parts of a row, in float32, once they are there; in the same order on every rank.
 
     More programs than a GPU holds may wait for the flag that the first one raises: GPUs start programs in order. The
     flags need no fences, which take 2 us: kernels that have ended wrote the parts, and none is read before its flag.
     """
     total = tl.zeros(cols.shape, tl.float32)
-    if FORM == "parts":
-        _meet(addresses_ptr, rank, number, given_up_ptr, row == 0, RANKS, "relaxed")
-    for peer in tl.static_range(RANKS):  # in the same order on every rank, so that all get the same sum
-        own = tl.load(addresses_ptr + rank) + offset
-        if FORM == "packets":
-            packet_ptr = own.to(tl.pointer_type(tl.int64)) + peer * numel + row * SIZE + cols
-            packets = tl.zeros(cols.shape, tl.int64)
-            missing = 1
-            polls = 0
-            while missing > 0:
-                packets = tl.load(packet_ptr, mask=mask, other=0, volatile=True)
-                missing = tl.sum((mask & (packets.to(tl.int32) != number)).to(tl.int32), 0)
-                polls += 1
-                if polls % POLLS == 0:
-                    missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
-            total += (packets >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        else:
-            part = tl.load(addresses_ptr + peer) + offset if FORM == "parts" else own
-            part_ptr = tl.multiple_of(part.to(tl.pointer_type(DTYPE)), 16)  # so that 16 bytes are read at once
+    own = tl.load(addresses_ptr + rank) + offset
+    if FORM == "packets":
+        # With 16 bytes read at once, and all ranks' packets on their way at once.
+        packets_ptr = tl.multiple_of(own.to(tl.pointer_type(tl.int64)), 16) + row * SIZE + cols
+        missing = 1
+        polls = 0
+        while missing > 0:
+            total = tl.zeros(cols.shape, tl.float32)
+            is_there = mask
+            for peer in tl.static_range(RANKS):
+                packets = tl.load(packets_ptr + peer * numel, mask=mask, other=0, volatile=True)
+                is_there &= packets.to(tl.int32) == number
+                total += (packets >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            missing = tl.sum((mask & ~is_there).to(tl.int32), 0)
+            polls += 1
+            if polls % POLLS == 0:
+                missing = tl.where(tl.load(given_up_ptr, volatile=True) != 0, 0, missing)
+    else:
+        if FORM == "parts":
+            _meet(addresses_ptr, rank, number, given_up_ptr, row == 0, RANKS, "relaxed")
+        for peer in tl.static_range(RANKS):
+            place = tl.load(addresses_ptr + peer) + offset if FORM == "parts" else own
+            part_ptr = tl.multiple_of(place.to(tl.pointer_type(DTYPE)), 16) + cols
             part_row = row if FORM == "parts" else row + (peer - rank) * share
             # Past the cache of the SM, which may still have what lay there two sums ago.
-            part = tl.load(part_ptr + part_row * SIZE + cols, mask=mask, other=0.0, cache_modifier=".cg")
+            part = tl.load(part_ptr + part_row * SIZE, mask=mask, other=0.0, cache_modifier=".cg")
             total += part.to(tl.float32)
     return total

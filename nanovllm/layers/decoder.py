@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanovllm.config import Config
 from nanovllm.kernels.norm_act import rms_norm
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.embed_head import ParallelLMHead, TokenEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, Parts, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import rotary_table
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         super().__init__()
         c = config.model_config
         table = rotary_table(c, config.max_model_len, tp.device)
-        self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
+        self.embed_tokens = TokenEmbedding(c.vocab_size, c.hidden_size, tp)
         self.layers = nn.ModuleList(DecoderLayer(config, tp, table, **facts) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
@@ -108,9 +108,8 @@ class CausalLM(nn.Module):
         super().__init__()
         c = config.model_config
         self.model = Decoder(config, tp, has_qkv_bias=self.has_qkv_bias, has_qk_norm=self.has_qk_norm)
-        self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp)
-        if c.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        table = self.model.embed_tokens.weight if c.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, table)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Token ids and positions [N] -> hidden states [N, hidden], or of `logits_indices` only."""

@@ -1,4 +1,4 @@
-"""Token embedding and LM head, both split by vocabulary over tensor-parallel ranks."""
+"""Token embedding, whole on every rank, and LM head, split by vocabulary over tensor-parallel ranks."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,27 +9,28 @@ from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
 
 
-class VocabParallelEmbedding(nn.Module):
-    """Looks up rows of a table of which each rank holds a part: token ids [N] -> [N, hidden]."""
+class TokenEmbedding(nn.Module):
+    """Looks up rows of a table: token ids [N] -> [N, hidden]. A split table would take a sum over the ranks."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp = tp
-        size = vocab_size // tp.size
-        self.start = tp.rank * size
-        self.weight = tp.parameter(size, hidden_size)
-        self.weight.shards = [Shard((vocab_size, hidden_size), 0, self.start, 0, size)]
+        self.weight = tp.parameter(vocab_size, hidden_size)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight)
-        local_ids = token_ids - self.start
-        is_local = (local_ids >= 0) & (local_ids < len(self.weight))
-        return self.tp.all_reduce(F.embedding(local_ids * is_local, self.weight) * is_local[:, None])
+        return F.embedding(token_ids, self.weight)
 
 
-class ParallelLMHead(VocabParallelEmbedding):
-    """This rank's logits of normalised x: [N, hidden] -> [N, vocab / ranks], those of token ids from `start` on."""
+class ParallelLMHead(nn.Module):
+    """This rank's logits of normalised x: [N, hidden] -> [N, vocab / ranks], one rank's after the other's.
+
+    With `table`, the embedding's, the weight is a part of that and no parameter of its own.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, table: Tensor | None) -> None:
+        super().__init__()
+        size = vocab_size // tp.size
+        self.weight = tp.parameter(size, hidden_size) if table is None else table[tp.rank * size :][:size]
+        self.weight.shards = [Shard((vocab_size, hidden_size), 0, tp.rank * size, 0, size)]
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, norm=norm.weight, eps=norm.eps)
