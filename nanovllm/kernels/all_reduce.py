@@ -98,7 +98,7 @@ def receive_sum(row, cols, mask, numel, share, addresses_ptr, rank, offset, numb
     total = tl.zeros(cols.shape, tl.float32)
     own = tl.load(addresses_ptr + rank) + offset
     if FORM == "packets":
-        # With 16 bytes read at once, and all ranks' packets on their way at once.
+        # Aligned, so that 16 bytes are read at once; and the reads of all ranks' packets are under way together.
         packets_ptr = tl.multiple_of(own.to(tl.pointer_type(tl.int64)), 16) + row * SIZE + cols
         missing = 1
         polls = 0
