@@ -1,4 +1,4 @@
-"""Sums over ranks that GPUs make in each other's memory. Here two ranks share a device."""
+"""Sums over ranks that GPUs make in each other's memory. Here the ranks share a device."""
 
 from contextlib import nullcontext
 
@@ -22,14 +22,14 @@ def kernel_test(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-def make_ranks(num_bytes: int, form: str, step: int = 0, index: int = 1) -> list[Peers]:
-    """Both ranks' view of a sum, the index-th of a step; each has a place of num_bytes."""
+def make_ranks(num_bytes: int, form: str, step: int = 0, index: int = 1, num_ranks: int = 2) -> list[Peers]:
+    """All ranks' view of a sum, the index-th of a step; each has a place of num_bytes."""
     torch.manual_seed(0)
-    buffers = [torch.zeros(OFFSET + num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    buffers = [torch.zeros(OFFSET + num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)]
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
     steps = torch.tensor([step], dtype=torch.int32, device=DEVICE)
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
-    return [Peers(buffers, form, addresses, rank, OFFSET, steps, index, given_up) for rank in range(2)]
+    return [Peers(buffers, form, addresses, rank, OFFSET, steps, index, given_up) for rank in range(num_ranks)]
 
 
 def flags(peers: Peers) -> torch.Tensor:
@@ -81,18 +81,20 @@ def test_a_sum_of_parts(dtype, rows, size, step, normed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 1024), (1, 4100), (7, 300), (8, 1030)])
 @pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
-def test_a_sum_of_packets(dtype, rows, size, step):
-    ranks = make_ranks(2 * rows * size * 8, "packets", step)
-    x = torch.randn(2, rows, 96, device=DEVICE).to(dtype)
-    weight = (torch.randn(2, size, 96, device=DEVICE) / 96**0.5).to(dtype)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_sum_of_packets(dtype, rows, size, step, num_ranks):
+    ranks = make_ranks(num_ranks * rows * size * 8, "packets", step, num_ranks=num_ranks)
+    x = torch.randn(num_ranks, rows, 96, device=DEVICE).to(dtype)
+    weight = (torch.randn(num_ranks, size, 96, device=DEVICE) / 96**0.5).to(dtype)
     bias = torch.randn(size, device=DEVICE).to(dtype)
     residual = torch.randn(rows, size, device=DEVICE).to(dtype)
-    want = residual.double() + bias.double() + sum(linear_torch(x[i].double(), weight[i].double()) for i in range(2))
+    want = residual.double() + bias.double()
+    want += sum(linear_torch(part.double(), part_weight.double()) for part, part_weight in zip(x, weight, strict=True))
 
     for peers in ranks:
         linear(x[peers.rank], weight[peers.rank], None if peers.rank else bias, peers=peers)
     got = side_by_side(lambda peers: rms_norm(residual.clone(), None, 0.0, peers), ranks)
-    assert torch.equal(got[0], got[1])
+    assert all(torch.equal(got[0], other) for other in got[1:])
     torch.testing.assert_close(got[0], want.to(dtype))
 
 

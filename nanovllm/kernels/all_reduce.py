@@ -90,7 +90,9 @@ def send_packets(y, offs, mask, numel, addresses_ptr, rank, offset, number, RANK
 @triton.jit
 def receive_sum(row, cols, mask, numel, share, addresses_ptr, rank, offset, number, given_up_ptr, SIZE: tl.constexpr,
         DTYPE: tl.constexpr, RANKS: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
-    """The sum of all ranks' parts of a row, in float32, once they are there; in the same order on every rank.
+    """The sum of all ranks' parts of a row, in float32, once they are there.
+
+    It is made in the same order on every rank, so that all get the same.
 
     More programs than a GPU holds may wait for the flag that the first one raises: GPUs start programs in order. The
     flags need no fences, which take 2 us: kernels that have ended wrote the parts, and none is read before its flag.

@@ -29,7 +29,7 @@ class ParallelLMHead(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, table: Tensor | None) -> None:
         super().__init__()
         size = vocab_size // tp.size
-        self.weight = tp.parameter(size, hidden_size) if table is None else table[tp.rank * size :][:size]
+        self.weight = tp.parameter(size, hidden_size) if table is None else table.chunk(tp.size)[tp.rank]
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, tp.rank * size, 0, size)]
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
