@@ -1,5 +1,6 @@
 """Sums over ranks that GPUs make in each other's memory. Here the ranks share a device."""
 
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, INTERPRETED, tl
-from nanovllm.kernels.all_reduce import POLLS, Peers, receive_sum
+from nanovllm.kernels.all_reduce import POLLS, Peers, max_over_ranks, receive
 from nanovllm.kernels.linear import linear, linear_torch
 from nanovllm.kernels.norm_act import rms_norm, rms_norm_torch
 
@@ -22,14 +23,15 @@ def kernel_test(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-def make_ranks(num_bytes: int, form: str, step: int = 0, index: int = 1, num_ranks: int = 2) -> list[Peers]:
-    """All ranks' view of a sum, the index-th of a step; each has a place of num_bytes."""
+def make_ranks(num_bytes: int, form: str, num_ranks: int = 2) -> list[Peers]:
+    """All ranks' view of a sum; each has a place of num_bytes."""
     torch.manual_seed(0)
     buffers = [torch.zeros(OFFSET + num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)]
-    addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
-    steps = torch.tensor([step], dtype=torch.int32, device=DEVICE)
+    for buffer in buffers if form != "shares" else ():
+        buffer[OFFSET:] = 255
+    addresses = tuple(buffer.data_ptr() for buffer in buffers)
     given_up = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
-    return [Peers(buffers, form, addresses, rank, OFFSET, steps, index, given_up) for rank in range(num_ranks)]
+    return [Peers(buffers, form, addresses, rank, OFFSET, given_up) for rank in range(num_ranks)]
 
 
 def flags(peers: Peers) -> torch.Tensor:
@@ -39,6 +41,16 @@ def flags(peers: Peers) -> torch.Tensor:
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def load_kernels(function, ranks: list[Peers]) -> None:
+    """Loads what a function needs: while the GPU is busy, as it is with a rank that waits, no kernel is loaded."""
+    if DEVICE == "cuda":
+        for peers in ranks:
+            peers.given_up.fill_(1)
+            function(peers)
+        synchronize()
+        ranks[0].given_up.fill_(0)
 
 
 def side_by_side(function, ranks: list[Peers]) -> list[torch.Tensor | None]:
@@ -52,50 +64,81 @@ def side_by_side(function, ranks: list[Peers]) -> list[torch.Tensor | None]:
     return results
 
 
+def assert_empty(ranks: list[Peers], places: list[torch.Tensor]) -> None:
+    """What was received is gone; side by side, that is everything, else all that earlier ranks had sent."""
+    for peers, place in zip(ranks, places, strict=True):
+        assert (place[: None if DEVICE == "cuda" else peers.rank + 1].view(torch.uint8) == 255).all()
+
+
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 1), (9, 200), (3, 4096), (299, 64)])
-@pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (9, 200), (2, 4096), (33, 64)])
+@pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("normed", [True, False])
-def test_a_sum_of_parts(dtype, rows, size, step, normed):
-    ranks = make_ranks(rows * size * dtype.itemsize, "parts", step)
-    number = (torch.tensor([step], dtype=torch.int32) + 1).item()
+def test_a_sum_of_parts(dtype, rows, size, num_ranks, normed):
+    ranks = make_ranks(num_ranks * rows * size * dtype.itemsize, "parts", num_ranks)
     x, weight = torch.randn(rows, size, device=DEVICE).to(dtype), torch.randn(size, device=DEVICE).to(dtype)
-    parts = [peers.view(peers.rank, 0, rows, size, dtype).copy_(torch.randn(rows, size)) for peers in ranks]
-    for peers in ranks:
-        flags(peers).fill_(step)
-        if DEVICE == "cpu":  # nothing runs beside: the other rank has come already
-            flags(peers)[1 - peers.rank] = number
-    sums = [x.clone(), x.clone()]
-    want_x = x.clone()
-    want = rms_norm_torch(want_x, weight if normed else None, 1e-6, torch.stack(parts))
-    got = side_by_side(lambda peers: rms_norm(sums[peers.rank], weight if normed else None, 1e-6, peers), ranks)
-    torch.testing.assert_close(sums[0], want_x)
-    torch.testing.assert_close(got[0], want, rtol=2e-2, atol=1e-3)
-    assert torch.equal(sums[0], sums[1]) and torch.equal(got[0], got[1])
-    for peers in ranks:
-        assert (flags(peers) == number).all()
+    parts = torch.randn(num_ranks, rows, size, device=DEVICE).to(dtype)
+    parts[-1, -1, -1] = torch.nan  # which must not be taken for the one that stands for nothing
+    places = [peers.view(peers.rank, 0, num_ranks * rows, size, dtype).view(parts.shape) for peers in ranks]
+
+    def norm(peers: Peers) -> torch.Tensor:
+        y = rms_norm(sums[peers.rank], weight if normed else None, 1e-6, peers)
+        return torch.stack([sums[peers.rank], y])
+
+    sums = [x.clone() for _ in ranks]
+    load_kernels(norm, ranks)
+    sums = [x.clone() for _ in ranks]
+    for peers, place in zip(ranks, places, strict=True):
+        place.view(torch.uint8).fill_(255)
+        place[peers.rank] = parts[peers.rank]
+        if DEVICE == "cpu":  # nothing runs beside: the later ranks have come already
+            place[peers.rank :] = parts[peers.rank :]
+    got = side_by_side(norm, ranks)
+    want = torch.stack([x, rms_norm_torch(x, weight if normed else None, 1e-6, parts)])
+    torch.testing.assert_close(got[0], want, rtol=2e-2, atol=1e-3, equal_nan=True)
+    for other in got[1:]:
+        torch.testing.assert_close(other, got[0], rtol=0, atol=0, equal_nan=True)
+    assert_empty(ranks, places)
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 1024), (1, 4100), (7, 300), (8, 1030)])
-@pytest.mark.parametrize("step", [0, 2**31 - 1], ids=["first", "overflow"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_sum_of_packets(dtype, rows, size, step, num_ranks):
-    ranks = make_ranks(num_ranks * rows * size * 8, "packets", step, num_ranks=num_ranks)
+def test_a_sum_of_packets(dtype, rows, size, num_ranks):
+    ranks = make_ranks(num_ranks * rows * size * 4, "packets", num_ranks)
     x = torch.randn(num_ranks, rows, 96, device=DEVICE).to(dtype)
     weight = (torch.randn(num_ranks, size, 96, device=DEVICE) / 96**0.5).to(dtype)
     bias = torch.randn(size, device=DEVICE).to(dtype)
     residual = torch.randn(rows, size, device=DEVICE).to(dtype)
     want = residual.double() + bias.double()
     want += sum(linear_torch(part.double(), part_weight.double()) for part, part_weight in zip(x, weight, strict=True))
-
     for peers in ranks:
         linear(x[peers.rank], weight[peers.rank], None if peers.rank else bias, peers=peers)
     got = side_by_side(lambda peers: rms_norm(residual.clone(), None, 0.0, peers), ranks)
     assert all(torch.equal(got[0], other) for other in got[1:])
     torch.testing.assert_close(got[0], want.to(dtype))
+    for peers in ranks:
+        assert (peers.buffers[peers.rank][OFFSET:] == 255).all()
+
+
+@kernel_test
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_a_maximum(rows, num_ranks):
+    ranks = make_ranks(num_ranks * rows * 8, "packets", num_ranks)
+    values = torch.randint(-(2**63), 2**63 - 1, (num_ranks, rows), device=DEVICE)
+    places = [peers.buffers[peers.rank][OFFSET:].view(torch.int64).view(num_ranks, rows) for peers in ranks]
+    load_kernels(lambda peers: max_over_ranks(values[0].clone(), peers), ranks)
+    for peers, place in zip(ranks, places, strict=True):
+        place.fill_(-1)
+        if DEVICE == "cpu":  # nothing runs beside: the later ranks have come already
+            place[peers.rank :] = values[peers.rank :]
+    got = side_by_side(lambda peers: max_over_ranks(values[peers.rank].clone(), peers), ranks)
+    for best in got:
+        assert torch.equal(best, values.amax(0))
+    assert_empty(ranks, places)
 
 
 @kernel_test
@@ -112,16 +155,9 @@ def test_a_sum_of_shares(dtype, rows, size, normed):
     want_x = residual.clone()
     want = rms_norm_torch(want_x, norm if normed else None, 1e-6, parts)
 
-    if DEVICE == "cuda":
-        # Kernels are not loaded while the GPU is busy, as it is with a rank that waits: this loads them all.
-        for peers in ranks:
-            peers.given_up.fill_(1)
-            rms_norm(residual.clone(), norm if normed else None, 1e-6, peers)
-        synchronize()
-        for peers in ranks:
-            peers.given_up.fill_(0)
-            flags(peers).zero_()
+    load_kernels(lambda peers: rms_norm(residual.clone(), norm if normed else None, 1e-6, peers), ranks)
     for peers in ranks:
+        flags(peers).zero_()
         linear(x[peers.rank], weight[peers.rank], None if peers.rank else bias, peers=peers)
         if DEVICE == "cpu":  # nothing runs beside: the other rank has come already, both times
             flags(peers)[1 - peers.rank] = 2
@@ -137,25 +173,26 @@ def test_a_sum_of_shares(dtype, rows, size, normed):
 
 
 @kernel_test
-def test_packets_of_an_earlier_sum_do_not_count(monkeypatch):
-    """Nor does an engine that gives up wait for a rank that never comes."""
+def test_waiting_for_a_rank_that_never_comes(monkeypatch):
+    """It lasts until the engine gives up."""
     if DEVICE == "cpu":  # polls of the interpreter take long
-        monkeypatch.setitem(receive_sum.fn.__globals__, "POLLS", tl.constexpr(POLLS.value // 1024))
-    ranks = make_ranks(2 * 5 * 8, "packets")
-    x, weight = torch.ones(1, 3, device=DEVICE), torch.ones(5, 3, device=DEVICE)
-    for peers in ranks:
-        linear(x, weight, peers=peers)
-    later = ranks[0]._replace(index=2)
-    if DEVICE == "cuda":
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            rms_norm(torch.zeros(1, 5, device=DEVICE), None, 0.0, later)
-        assert not stream.query()
-    later.given_up.fill_(1)
+        monkeypatch.setitem(receive.fn.__globals__, "POLLS", tl.constexpr(POLLS.value // 1024))
     for form in ("packets", "parts", "shares"):
-        rms_norm(torch.zeros(2, 5, device=DEVICE), None, 0.0, later._replace(form=form))
-    synchronize()
-    assert flags(ranks[1])[0] == 3 and flags(ranks[0])[1] == 0
+        peers = make_ranks(1024, form)[0]
+
+        def norm(peers: Peers = peers) -> None:
+            rms_norm(torch.zeros(2, 5, device=DEVICE), None, 0.0, peers)
+
+        if DEVICE == "cuda":
+            load_kernels(lambda peers, norm=norm: norm(), [peers])
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                norm()
+            time.sleep(0.1)
+            assert not stream.query()
+        peers.given_up.fill_(1)
+        norm()
+        synchronize()
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="the parent process runs it, with triton")

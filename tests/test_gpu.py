@@ -202,8 +202,8 @@ def engine_logits(folder: str, prompts: list[tuple[int, ...]], **options) -> tup
         model = llm.ranks.runner.model
         compute_logits = model.compute_logits
 
-        def record(hidden_states: torch.Tensor) -> torch.Tensor:
-            logits = compute_logits(hidden_states)
+        def record(*hidden_states: object) -> torch.Tensor:
+            logits = compute_logits(*hidden_states)
             recorded.append(logits[: len(prompts)].float().clone())
             return logits
 

@@ -329,9 +329,10 @@ FILTERS = [  # temperature, top_k, top_p, min_p
 
 
 def filters(rows):
-    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    real = torch.float32
-    return ints(temperature, real), ints(top_k, torch.int64), ints(top_p, real), ints(min_p, real)
+    """As `filter_thresholds` takes them, the last row's first."""
+    temperature, top_k, top_p, min_p = zip(*rows[::-1], strict=True)
+    order, real = ints(range(len(rows)), torch.int64).flip(0), torch.float32
+    return order, ints(temperature, real), ints(top_k, torch.int64), ints(top_p, real), ints(min_p, real)
 
 
 def kept(logits, low):
@@ -406,33 +407,34 @@ def test_filter_thresholds_of_odd_rows(dtype):
 @pytest.mark.parametrize(("dtype", "index_dtype"), [(torch.float32, torch.int64), (torch.bfloat16, torch.int32)])
 def test_draw(vocab_size, dtype, index_dtype, is_filtered):
     logits = randn(5, vocab_size, dtype=dtype)
-    temperature = ints([0.0, 1.0, 0.6, 0.0, 3.0], torch.float32)
-    seeds = ints([1, 2**40 + 7, -5, 0, 2**62], torch.int64)
+    rows = ints([1, 3, 0, 2, 5], torch.int64)
+    temperature = ints([0.6, 0.0, 0.0, 1.0, 9.0, 3.0], torch.float32)
+    seeds = ints([-5, 1, 0, 2**40 + 7, 9, 2**62], torch.int64)
     positions = ints([0, 2, 100, 4095, 130000], index_dtype)
     low = None
     if is_filtered:
         low = logits.float().topk(5).values.amin(-1)
         low[0] = -math.inf
-    packed = draw(logits, temperature, seeds, positions, 1000, low)
-    expected = draw_torch(logits, temperature, seeds, positions, 1000, low)
+    packed = draw(logits, rows, temperature, seeds, positions, 1000, low)
+    expected = draw_torch(logits, rows, temperature, seeds, positions, 1000, low)
     token_ids = unpack_token_ids(packed)
     assert token_ids.tolist() == unpack_token_ids(expected).tolist()
     scores = [(x >> 32).int().view(torch.float32) for x in (packed, expected)]  # true of positive ones, as here
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-4)
     if is_filtered:
-        assert torch.equal(packed, draw(kept(logits, low), temperature, seeds, positions, 1000))
-        assert token_ids.tolist() != unpack_token_ids(draw(logits, temperature, seeds, positions, 1000)).tolist()
+        assert torch.equal(packed, draw(kept(logits, low), rows, temperature, seeds, positions, 1000))
+        assert token_ids.tolist() != unpack_token_ids(draw(logits, rows, temperature, seeds, positions, 1000)).tolist()
 
 
 @kernel_test
 def test_equal_scores_go_to_the_lowest_id():
     zeros = ints([0], torch.int64)
     logits = ints([[-3.0, -1.0, -1.0, -2.0]], torch.float32)
-    assert unpack_token_ids(draw(logits, zeros.float(), zeros, zeros)).tolist() == [1]
+    assert unpack_token_ids(draw(logits, zeros, zeros.float(), zeros, zeros)).tolist() == [1]
 
 
 @kernel_test
 def test_sampling_of_no_rows():
     logits, zeros = randn(0, 64), ints([], torch.int64)
-    assert filter_thresholds(logits, zeros.float(), zeros, zeros.float(), zeros.float()).shape == (0,)
-    assert draw(logits, zeros.float(), zeros, zeros).shape == (0,)
+    assert filter_thresholds(logits, zeros, zeros.float(), zeros, zeros.float(), zeros.float()).shape == (0,)
+    assert draw(logits, zeros, zeros.float(), zeros, zeros).shape == (0,)

@@ -27,7 +27,8 @@ def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> tuple:
     row_ints = tensor(torch.int64, top_ks=-1, seeds=0)
     row_floats = tensor(torch.float32, temperatures=1.0, top_ps=1.0, min_ps=0.0)
     is_filtered = bool((row_ints[0] > 0).any() or (row_floats[1] < 1).any() or (row_floats[2] > 0).any())
-    return row_ints, row_floats, tensor(torch.int32, positions=0)[0], is_filtered
+    rows = torch.arange(num_rows, device=device)
+    return rows, row_ints, row_floats, tensor(torch.int32, positions=0)[0], is_filtered
 
 
 def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor:
@@ -199,7 +200,7 @@ class SimulatedRank:
         self.best: torch.Tensor | None = None
         self.whole: torch.Tensor | None = None
 
-    def all_reduce(self, x: torch.Tensor, op: object = None) -> torch.Tensor:
+    def max(self, x: torch.Tensor) -> torch.Tensor:
         self.offer = x.clone()
         return x if self.best is None else x.copy_(self.best)
 

@@ -47,7 +47,7 @@ def test_advance_no_rows():
 @pytest.mark.parametrize("batch_size", [1, 7, 300])
 def test_store_tokens(batch_size):
     rows = torch.randperm(300)[:batch_size]
-    packed = (torch.arange(batch_size) << 32) | (0xFFFFFFFF - torch.arange(1000, 1000 + batch_size))
+    packed = (torch.arange(batch_size) << 32) | (0x7FFFFFFF - torch.arange(1000, 1000 + batch_size))
     states = []
     for store, device in ((store_tokens, DEVICE), (store_tokens_torch, "cpu")):
         last_tokens = torch.full((301,), -1, device=device)

@@ -233,12 +233,12 @@ class LLMEngine:
         vocab_size, limit = self.config.model_config.vocab_size, self.config.max_model_len
         if not 0 < len(token_ids) < limit:
             raise ValueError(f"a prompt must have tokens, but fewer than max_model_len={limit}, got {len(token_ids)}")
-        for kind in set(map(type, token_ids)):
+        for kind in (kinds := set(map(type, token_ids))):
             if kind is bool or not issubclass(kind, (int, np.integer)):
                 raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
         if wrong := [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]:
             raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong[0]}")
-        return list(map(int, token_ids)), params
+        return token_ids if kinds == {int} else list(map(int, token_ids)), params
 
     def _check_alive(self) -> None:
         if self.failure is not None:

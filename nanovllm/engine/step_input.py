@@ -47,8 +47,7 @@ def step_input(batch: Batch) -> StepInput:
         else:
             prompts.append((row, start, num_tokens))
             token_ids += batch.seqs[i].token_ids[start : start + num_tokens]
-    return StepInput(
-        np.array(ints, dtype=np.int64).reshape(-1, 5), np.array(floats, dtype=np.float32).reshape(-1, 3),
+    return StepInput(np.array(ints, dtype=np.int64).reshape(-1, 5), np.array(floats, dtype=np.float32).reshape(-1, 3),
         np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3), np.array(decode_rows, dtype=np.int64),
         np.array(prompts, dtype=np.int64).reshape(-1, 3), np.array(token_ids, dtype=np.int64),
         is_last_partial=batch.num_samples < len(batch.seqs),

@@ -82,7 +82,7 @@ def _store_kernel(packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, ba
         offs = begin + tl.arange(0, BLOCK)
         mask = offs < batch_size
         rows = tl.load(rows_ptr + offs, mask=mask)
-        token_ids = 0xFFFFFFFF - (tl.load(packed_ptr + offs, mask=mask) & 0xFFFFFFFF)
+        token_ids = 0x7FFFFFFF - (tl.load(packed_ptr + offs, mask=mask) & 0xFFFFFFFF)
         tl.store(last_tokens_ptr + rows, token_ids, mask=mask)
         tl.store(ring_ptr + rows, token_ids, mask=mask)
     tl.store(count_ptr, count + 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.all_reduce import Peers, send_packets
+from nanovllm.kernels.all_reduce import Peers, send
 from nanovllm.kernels.norm_act import rms_norm, silu_and_mul
 
 # From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
@@ -27,9 +27,9 @@ TILES = (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "rank", "index"])
-def _linear_kernel(x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, y_stride, rows, N, addresses_ptr, rank,
-        offset, step_ptr, index, K: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, RANKS: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, y_stride, rows, N, addresses,
+        rank: tl.constexpr, offset, K: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, RANKS: tl.constexpr,
         IS_LATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
         WARPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     # A program computes BLOCK_N features. Its warps split K, BLOCK_K each at a time: axis 0 of the tiles is the warp.
@@ -80,8 +80,8 @@ def _linear_kernel(x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, 
     offs = m[:, None] * y_stride + n[None, :]
     if ADDED:
         y += tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if addresses_ptr is not None:
-        send_packets(y, offs, mask, rows * N, addresses_ptr, rank, offset, tl.load(step_ptr) + index, RANKS)
+    if RANKS > 0:
+        send(y, offs, mask, rows * N, addresses, rank, offset, RANKS)
     else:
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -120,7 +120,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor |
     if parts is not None:
         x, norm = rms_norm(x, norm, eps, parts), None
     if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
-        out = None if peers is None else peers.view(peers.rank, 0, rows, n, x.dtype)
+        out = None if peers is None else peers.view(peers.rank, peers.rank * rows, rows, n, x.dtype)
         return linear_torch(x, weight, bias, norm, eps, residual, gated, out)
     y = residual
     if y is None and peers is None:
@@ -133,7 +133,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor |
     warps = min(warps, whole_k // block_k)
     _linear_kernel[(triton.cdiv(n, block_n),)](
         x, x.stride(0), weight, bias, norm, eps, y, n if y is None else y.stride(0), rows, n,
-        *(peers[2:7] if peers else (None, 0, 0, None, 0)), K=k, GATED=gated, ADDED=residual is not None,
+        *(peers[2:5] if peers else (None, 0, 0)), K=k, GATED=gated, ADDED=residual is not None,
         RANKS=len(peers.buffers) if peers else 0, IS_LATE=is_large, BLOCK_M=triton.next_power_of_2(rows),
         BLOCK_N=block_n, BLOCK_K=block_k, WARPS=warps, num_warps=warps, **pdl_options(x.device))  # fmt: skip
     return y

@@ -6,35 +6,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.all_reduce import Peers, meet_kernel, receive_sum
+from nanovllm.kernels.all_reduce import Peers, meet_kernel, receive, send
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["rank", "index", "share"])
+@triton.jit(do_not_specialize=["share"])
 def _rms_norm_kernel(
-    x_ptr, x_stride, weight_ptr, eps, y_ptr, numel, share, addresses_ptr, rank, offset, step_ptr, index, given_up_ptr,
-    SIZE: tl.constexpr, RANKS: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    if FORM == "shares":
-        row += rank * share
-    offs = tl.arange(0, triton.next_power_of_2(SIZE))
-    mask = offs < SIZE
+    x_ptr, x_stride, weight_ptr, eps, y_ptr, stride: tl.int64, share, addresses, rank: tl.constexpr, offset,
+    given_up_ptr, SIZE: tl.constexpr, RANKS: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row = program + rank * share if FORM == "shares" else program
+    cols = tl.arange(0, triton.next_power_of_2(SIZE))
+    mask = cols < SIZE
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    x_ptr += row * x_stride + offs
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += row * x_stride + cols
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    if PDL and FORM == "packets":
-        # This rank's own packets say that the kernel ahead has read all it needs, and those before it have ended.
-        tl.extra.cuda.gdc_launch_dependents()
-    else:
-        pdl_wait(PDL)
-        x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    pdl_wait(PDL)
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     if RANKS > 0:
-        total = receive_sum(row, offs, mask, numel, share, addresses_ptr, rank, offset, tl.load(step_ptr) + index,
-            given_up_ptr, SIZE, DTYPE, RANKS, FORM)  # fmt: skip
-        if PDL and FORM == "packets":
-            x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+        offs, part = program * SIZE + cols, None
+        if FORM == "parts":
+            part_ptr = tl.multiple_of((addresses[rank] + offset).to(tl.pointer_type(DTYPE)), 16) + rank * stride
+            part = tl.load(part_ptr + offs, mask=mask, other=0.0)
+            send(part, offs, mask, stride, addresses, rank, offset, RANKS)
+        SENT: tl.constexpr = tl.float32 if FORM == "packets" else DTYPE
+        total = receive(part, offs, mask, stride, addresses, rank, offset, given_up_ptr, SENT, RANKS, FORM != "shares")
         rounded = (x + total).to(DTYPE)
         tl.store(x_ptr, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -42,12 +40,10 @@ def _rms_norm_kernel(
         x *= tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
     if FORM == "shares":
         for peer in tl.static_range(RANKS):
-            sums_ptr = (tl.load(addresses_ptr + peer) + offset).to(tl.pointer_type(DTYPE))
-            tl.store(tl.multiple_of(sums_ptr, 16) + (RANKS * share + row) * SIZE + offs, x, mask=mask)
+            sums_ptr = tl.multiple_of((addresses[peer] + offset).to(tl.pointer_type(DTYPE)), 16)
+            tl.store(sums_ptr + RANKS * stride + row * SIZE + cols, x, mask=mask)
     elif weight_ptr is not None:
-        tl.store(y_ptr + row * SIZE + offs, x, mask=mask)
-    if PDL and FORM == "packets":
-        tl.extra.cuda.gdc_wait()
+        tl.store(y_ptr + row * SIZE + cols, x, mask=mask)
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float, parts: Tensor | None = None) -> Tensor:
@@ -77,13 +73,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, peers: Peers | None =
         share = peers.share(rows)
         num_rows = min(share, rows - peers.rank * share)
         y = peers.view(peers.rank, ranks * share, rows, size, x.dtype)
-        meet_kernel[(1,)](*peers[2:], RANKS=ranks, num_warps=1)
-    _rms_norm_kernel[(num_rows,)](
-        x, x.stride(0), weight, eps, y, x.numel(), share, *(peers[2:] if peers else (None, 0, 0, None, 0, None)),
-        SIZE=size, RANKS=ranks, FORM=form, num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16),
-        **pdl_options(x.device))  # fmt: skip
+        meet_kernel[(1,)](peers.addresses, peers.rank, peers.given_up, RANKS=ranks, num_warps=1)
+    _rms_norm_kernel[(num_rows,)](x, x.stride(0), weight, eps, y, share * size, share,
+        *(peers[2:] if peers else (None, 0, 0, None)), SIZE=size, RANKS=ranks, FORM=form,
+        num_warps=min(max(triton.next_power_of_2(size) // 512, 1), 16), **pdl_options(x.device))  # fmt: skip
     if form == "shares":
-        meet_kernel[(1,)](*peers._replace(index=peers.index + 1)[2:], RANKS=ranks, num_warps=1)
+        meet_kernel[(1,)](peers.addresses, peers.rank, peers.given_up, RANKS=ranks, num_warps=1)
     return y
 
 

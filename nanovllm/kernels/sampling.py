@@ -45,7 +45,8 @@ _flip_jit, _hash32_jit = triton.jit(_flip), triton.jit(_hash32)
 @triton.jit
 def _load_filters(filters, row, size):
     """A row's 1 / temperature, top_k (0: off), top_p, min_p, and whether it is filtered at all."""
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr = filters
+    rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr = filters
+    row = tl.load(rows_ptr + row)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_k = tl.where(top_k < size, tl.maximum(top_k, 0), 0)
@@ -138,9 +139,9 @@ def _threshold_kernel(logits_ptr, filters, best_ptr, missed_ptr, low_ptr, size):
     tl.store(low_ptr + row, low)
 
 
-def filter_thresholds_torch(logits: Tensor, *filters: Tensor) -> Tensor:
+def filter_thresholds_torch(logits: Tensor, rows: Tensor, *filters: Tensor) -> Tensor:
     """What `filter_thresholds` computes, said plainly, with a sort."""
-    temperature, top_k, top_p, min_p = (values[:, None] for values in filters)
+    temperature, top_k, top_p, min_p = (values[rows, None] for values in filters)
     ordered = logits.float().sort(dim=-1, descending=True).values
     high, size = ordered[:, :1], logits.size(1)
     low = torch.where(min_p > 0, high + temperature * torch.log(min_p), -torch.inf)
@@ -151,12 +152,14 @@ def filter_thresholds_torch(logits: Tensor, *filters: Tensor) -> Tensor:
     return torch.where(temperature > 0, low, -torch.inf)[:, 0]
 
 
-def filter_thresholds(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def filter_thresholds(logits: Tensor, rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+        min_p: Tensor) -> Tensor:  # fmt: skip
     """The least logits, float32 [B], that the filters of the rows keep; -inf where a row is not filtered.
 
-    All contiguous. logits: [B, V]; bfloat16, float16 or float32. temperature: [B] float32; a row at 0 (greedy) is not
-    filtered. With probabilities softmax(logits / temperature), three filters apply in this order: min_p [B] float32
-    keeps p >= min_p * max(p) (0: all); top_k [B] int64 keeps the k largest of the rest (<= 0: all); top_p [B] float32
+    All contiguous. logits: [B, V]; bfloat16, float16 or float32. Row i's filters stand at rows[i], rows: [B] int64,
+    of the others' R. temperature: [R] float32; a row at 0 (greedy) is not
+    filtered. With probabilities softmax(logits / temperature), three filters apply in this order: min_p [R] float32
+    keeps p >= min_p * max(p) (0: all); top_k [R] int64 keeps the k largest of the rest (<= 0: all); top_p [R] float32
     keeps the smallest set of the largest whose share of the mass that is left reaches top_p (1: all). Ties at a border
     are kept, and so is always the largest.
 
@@ -164,14 +167,14 @@ def filter_thresholds(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p:
     thousands of tokens cost up to ten times as much.
     """
     if not use_triton(logits):
-        return filter_thresholds_torch(logits, temperature, top_k, top_p, min_p)
-    rows, size = logits.shape
-    filters = temperature, top_k, top_p, min_p
-    best = torch.empty((rows, SPLITS.value, 2, LANES.value), dtype=logits.dtype, device=logits.device)
-    missed = torch.empty((rows, SPLITS.value), dtype=torch.float32, device=logits.device)
-    low = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _sample_kernel[(rows, SPLITS.value)](logits, filters, best, missed, size, num_warps=8)
-    _threshold_kernel[(rows,)](logits, filters, best, missed, low, size, num_warps=16)
+        return filter_thresholds_torch(logits, rows, temperature, top_k, top_p, min_p)
+    num_rows, size = logits.shape
+    filters = rows, temperature, top_k, top_p, min_p
+    best = torch.empty((num_rows, SPLITS.value, 2, LANES.value), dtype=logits.dtype, device=logits.device)
+    missed = torch.empty((num_rows, SPLITS.value), dtype=torch.float32, device=logits.device)
+    low = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    _sample_kernel[(num_rows, SPLITS.value)](logits, filters, best, missed, size, num_warps=8)
+    _threshold_kernel[(num_rows,)](logits, filters, best, missed, low, size, num_warps=16)
     return low
 
 
@@ -185,9 +188,10 @@ def gumbel_noise_torch(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> T
     return -torch.log(-torch.log1p(-uniform))
 
 
-def draw_torch(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0,
+def draw_torch(logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0,
         low: Tensor | None = None) -> Tensor:  # fmt: skip
     """See `draw`."""
+    temperature, seeds = temperature[rows], seeds[rows]
     scores = logits.float()
     if low is not None:
         scores = scores.masked_fill(scores < low[:, None], -torch.inf)
@@ -196,12 +200,12 @@ def draw_torch(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Te
         noisy = scores / temperature[:, None] + gumbel_noise_torch(seeds, positions, token_ids)
         scores = torch.where(temperature[:, None] == 0, scores, noisy)
     best, index = scores.max(dim=-1)
-    return (_flip(best.view(torch.int32)).long() << 32) | (MASK - (start + index))
+    return (_flip(best.view(torch.int32)).long() << 32) | (0x7FFFFFFF - (start + index))
 
 
 def unpack_token_ids(packed: Tensor) -> Tensor:
     """The token ids, int64 [B], of what `draw` returns."""
-    return MASK - (packed & MASK)
+    return 0x7FFFFFFF - (packed & MASK)
 
 
 @triton.jit
@@ -219,20 +223,21 @@ def _gumbel2(seed, position, token_ids):
 
 
 @triton.jit
-def _draw_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, packed_ptr, vocab_size, start):
+def _draw_kernel(logits_ptr, rows_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, packed_ptr, size, start):
     row = tl.program_id(0)
     begin = tl.program_id(1) * DRAW_PART
-    temperature = tl.load(temperature_ptr + row)
-    seed = tl.load(seed_ptr + row)
+    request = tl.load(rows_ptr + row)
+    temperature = tl.load(temperature_ptr + request)
+    seed = tl.load(seed_ptr + request)
     position = tl.load(position_ptr + row)
     low = float("-inf") if low_ptr is None else tl.load(low_ptr + row)
-    logits_ptr += row.to(tl.int64) * vocab_size
+    logits_ptr += row.to(tl.int64) * size
     scale = 1.442695 / temperature  # of no use to greedy rows
     best = tl.full((DRAW_BLOCK,), float("-inf"), tl.float32)
     best_ids = begin + tl.arange(0, DRAW_BLOCK)
     for offset in range(begin, begin + DRAW_PART, DRAW_BLOCK):
         ids = offset + tl.arange(0, DRAW_BLOCK)
-        scores = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+        scores = tl.load(logits_ptr + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
         scores = tl.where(scores < low, float("-inf"), scores)
         if temperature > 0:
             scores = scores * scale + _gumbel2(seed, position, start + ids)
@@ -243,18 +248,19 @@ def _draw_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, p
     if temperature > 0:
         top = top * 0.6931472 + 0.36651292  # ln 2 and -ln ln 2
     order = _flip_jit(top.to(tl.int32, bitcast=True))
-    packed = (order.to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
+    packed = (order.to(tl.int64) << 32) | (0x7FFFFFFF - token_id).to(tl.int64)
     tl.atomic_max(packed_ptr + row, packed)
 
 
-def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0,
+def draw(logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int = 0,
         low: Tensor | None = None) -> Tensor:  # fmt: skip
     """The best of logits / temperature + noise in each row, and the token id that has it.
 
     Args, all contiguous:
         logits: [B, V] of the token ids from `start` on, any float type.
-        temperature: float32 [B]; 0 is greedy: the best logit, without noise.
-        seeds: int64 [B].
+        rows: int64 [B], where in temperature and seeds a row's stand.
+        temperature: float32 [R]; 0 is greedy: the best logit, without noise.
+        seeds: int64 [R].
         positions: int64 or int32 [B].
         start: the first column's token id.
         low: float32 [B]; a row's logits below it are not drawn. None: all may be.
@@ -264,9 +270,9 @@ def draw(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, 
         the maximum over several ranks' results is the result for all of the vocabulary.
     """
     if not use_triton(logits):
-        return draw_torch(logits, temperature, seeds, positions, start, low)
+        return draw_torch(logits, rows, temperature, seeds, positions, start, low)
     batch_size, vocab_size = logits.shape
     packed = torch.full((batch_size,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=logits.device)
     grid = batch_size, triton.cdiv(vocab_size, DRAW_PART.value)
-    _draw_kernel[grid](logits, temperature, seeds, positions, low, packed, vocab_size, start, num_warps=8)
+    _draw_kernel[grid](logits, rows, temperature, seeds, positions, low, packed, vocab_size, start, num_warps=8)
     return packed

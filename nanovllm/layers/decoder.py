@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanovllm.config import Config
 from nanovllm.kernels.norm_act import rms_norm
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.embed_head import ParallelLMHead, TokenEmbedding
+from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, Parts, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import rotary_table
@@ -83,17 +83,18 @@ class Decoder(nn.Module):
         super().__init__()
         c = config.model_config
         table = rotary_table(c, config.max_model_len, tp.device)
-        self.embed_tokens = TokenEmbedding(c.vocab_size, c.hidden_size, tp)
+        # Whole on every rank: a split table would take a sum over the ranks.
+        self.embed_tokens = nn.Embedding.from_pretrained(tp.parameter(c.vocab_size, c.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config, tp, table, **facts) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> tuple[Tensor, Parts]:
         x, parts, rows = self.embed_tokens(input_ids), None, None
         for layer in self.layers:
             if layer is self.layers[-1] and context.logits_indices is not None:
                 x, parts, rows = with_parts(x, parts), None, context.logits_indices
             x, parts = layer(x, parts, positions, context, rows)
-        return with_parts(x, parts)
+        return x, parts
 
 
 class CausalLM(nn.Module):
@@ -111,10 +112,10 @@ class CausalLM(nn.Module):
         table = self.model.embed_tokens.weight if c.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, table)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Token ids and positions [N] -> hidden states [N, hidden], or of `logits_indices` only."""
+    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> tuple[Tensor, Parts]:
+        """Token ids and positions [N] -> hidden states [N, hidden], or of `logits_indices` only, and parts to add."""
         return self.model(input_ids, positions, context)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+    def compute_logits(self, hidden_states: Tensor, parts: Parts = None) -> Tensor:
         """Hidden states [M, hidden] -> this rank's logits [M, vocab / ranks]."""
-        return self.lm_head(hidden_states, self.model.norm)
+        return self.lm_head(hidden_states, parts, self.model.norm)

@@ -1,23 +1,12 @@
-"""Token embedding, whole on every rank, and LM head, split by vocabulary over tensor-parallel ranks."""
+"""LM head, split by vocabulary over tensor-parallel ranks."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
-
-
-class TokenEmbedding(nn.Module):
-    """Looks up rows of a table: token ids [N] -> [N, hidden]. A split table would take a sum over the ranks."""
-
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__()
-        self.weight = tp.parameter(vocab_size, hidden_size)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
 
 
 class ParallelLMHead(nn.Module):
@@ -32,5 +21,5 @@ class ParallelLMHead(nn.Module):
         self.weight = tp.parameter(size, hidden_size) if table is None else table.chunk(tp.size)[tp.rank]
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, tp.rank * size, 0, size)]
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return linear(x, self.weight, norm=norm.weight, eps=norm.eps)
+    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Tensor:
+        return linear(x, self.weight, norm=norm.weight, eps=norm.eps, parts=parts)

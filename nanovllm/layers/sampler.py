@@ -1,6 +1,5 @@
 """Sampling of the next tokens, on logits that are split by vocabulary over tensor-parallel ranks."""
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanovllm.kernels.sampling import draw, filter_thresholds
@@ -14,11 +13,11 @@ class Sampler(nn.Module):
         super().__init__()
         self.tp = tp
 
-    def forward(self, logits: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor,
+    def forward(self, logits: Tensor, rows: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor,
             is_filtered: bool) -> Tensor:  # fmt: skip
-        """The sampling parameters of the rows are contiguous rows of two tensors.
+        """Of R requests' sampling parameters, those of rows count, int64 [B].
 
-        row_ints: int64 [2, B], top_k and seed. row_floats: float32 [3, B], temperature, top_p and min_p. positions:
+        row_ints: int64 [2, R], top_k and seed. row_floats: float32 [3, R], temperature, top_p and min_p. positions:
         int32 or int64 [B]. is_filtered: whether some row asks for top-k, top-p or min-p.
         """
         top_k, seeds = row_ints
@@ -26,8 +25,7 @@ class Sampler(nn.Module):
         if is_filtered:
             # Filters need whole distributions; every rank then draws alike.
             logits = self.tp.all_gather(logits)
-            low = filter_thresholds(logits, temperature, top_k, top_p, min_p)
-            return draw(logits, temperature, seeds, positions, low=low)
+            low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p)
+            return draw(logits, rows, temperature, seeds, positions, low=low)
         # Each rank offers its best candidate.
-        packed = draw(logits, temperature, seeds, positions, start=self.tp.rank * logits.size(1))
-        return self.tp.all_reduce(packed, dist.ReduceOp.MAX)
+        return self.tp.max(draw(logits, rows, temperature, seeds, positions, start=self.tp.rank * logits.size(1)))

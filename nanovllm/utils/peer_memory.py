@@ -1,6 +1,7 @@
 """Memory of each rank's GPU that the other ranks' GPUs read, over NVLink where there is one."""
 
 import ctypes
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,6 @@ import torch.distributed as dist
 from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.linear import SMALL_BATCH
 
-MAX_SUMS = 1024  # of a step
 # Sums of more rows are made in shares. A step of Qwen3-8B on two H200s, in parts / in shares: 1,024 rows 13.0 / 14.3
 # ms, 2,048 rows 24.9 / 25.6, 4,096 rows 48.0 / 48.4, 16,200 rows 167 / 162. With more ranks, parts are more traffic.
 MAX_PART_ROWS = 2048
@@ -31,29 +31,31 @@ def cuda_driver(function: str, *args: object) -> None:
 
 
 def aligned(num_bytes: int) -> int:
-    """The least multiple of 64 that is not smaller."""
-    return -(-num_bytes // 64) * 64
+    """The least multiple of 256 that is not smaller, so that lines of 128 bytes cross NVLink whole."""
+    return -(-num_bytes // 256) * 256
 
 
 class PeerMemory:
-    """A buffer that the GPUs of all ranks read and write, laid out for `Peers`; and the count of its sums."""
+    """A buffer that the GPUs of all ranks read and write, laid out for `Peers`."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype,
             device: torch.device) -> None:  # fmt: skip
         """For sums of up to `sum_shape`. Raises RuntimeError where the GPUs cannot reach each other's memory."""
         self.rank = rank
         rows, hidden_size = sum_shape
-        self.packet_bytes = 8 * size * SMALL_BATCH * hidden_size
         row_bytes = hidden_size * dtype.itemsize
-        self.place_bytes = aligned(self.packet_bytes + min(rows, MAX_PART_ROWS) * row_bytes)
-        self.first_place = aligned(4 * size)  # behind the flags
-        # Behind the two places, parts and sums of shares, which may be uneven.
-        num_bytes = self.first_place + 2 * self.place_bytes + (rows > MAX_PART_ROWS) * 2 * (rows + size) * row_bytes
+        place_bytes = size * max(4 * SMALL_BATCH * hidden_size, min(rows, MAX_PART_ROWS) * row_bytes)
+        # The ranks' shares may be uneven.
+        share_bytes = (rows > MAX_PART_ROWS) * 2 * (rows + size) * row_bytes
+        # Flags, candidates, two places for sums, parts and sums of shares.
+        sizes = (4 * size, 8 * size * rows, place_bytes, place_bytes, share_bytes)
+        *self.offsets, num_bytes = accumulate(map(aligned, sizes), initial=0)
         # A handle is one of a whole allocation; in a pool of its own, the buffer is one.
         self.pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.pool):
             self.bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self.step, self.index = torch.zeros(1, dtype=torch.int32, device=device), 0
+        self.bytes[self.offsets[1] : self.offsets[4]] = 255
+        self.num_sums = 0
         self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device)
         handle, with_peer_access = IpcHandle(), 1
@@ -67,7 +69,7 @@ class PeerMemory:
                 cuda_driver("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, with_peer_access)
                 self.opened.append(address)
                 addresses[peer] = address.value
-        self.addresses = torch.tensor(addresses, device=device)
+        self.addresses = tuple(addresses)
         # As tensors of this rank's device, though most lie on another's: all that counts is that it can write there.
         storages = [torch._C._construct_storage_from_data_pointer(base, device, num_bytes) for base in addresses]
         self.buffers = [torch.empty(0, dtype=torch.uint8, device=device).set_(storage) for storage in storages]
@@ -78,16 +80,13 @@ class PeerMemory:
         for base in self.opened:
             cuda_driver("cuIpcCloseMemHandle", base)
 
-    def begin_step(self) -> None:
-        """Gives the next sums numbers that no earlier ones had."""
-        self.step += MAX_SUMS
-        self.index = 0
+    def candidates(self) -> Peers:
+        """Where the ranks' candidates for the next tokens meet; sums come between two such meetings."""
+        return Peers(self.buffers, "packets", self.addresses, self.rank, self.offsets[1], self.given_up)
 
     def next_peers(self, rows: int) -> Peers:
-        """Where the step's next sum is made; a step makes an even number of sums, two a layer."""
+        """Where the next sum is made. A step makes an even number of sums, so that any may follow any."""
         form = "packets" if rows <= SMALL_BATCH else "parts" if rows <= MAX_PART_ROWS else "shares"
-        place = 2 if form == "shares" else self.index % 2
-        offset = self.first_place + place * self.place_bytes + self.packet_bytes * (form == "parts")
-        index = self.index
-        self.index += 2 if form == "shares" else 1
-        return Peers(self.buffers, form, self.addresses, self.rank, offset, self.step, index, self.given_up)
+        offset = self.offsets[4 if form == "shares" else 2 + self.num_sums % 2]
+        self.num_sums += 1
+        return Peers(self.buffers, form, self.addresses, self.rank, offset, self.given_up)

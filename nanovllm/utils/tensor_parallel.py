@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nanovllm.config import Config
-from nanovllm.kernels.all_reduce import Peers
+from nanovllm.kernels.all_reduce import Peers, max_over_ranks
 from nanovllm.utils.peer_memory import PeerMemory
 
 TIMEOUT = timedelta(minutes=10)
@@ -106,6 +106,12 @@ class TensorParallel:
             if work := self.group.allreduce([x], options):
                 work.wait()
         return x
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of the ranks' values, int64 [N] and none of them -1, in place of x."""
+        if self.peer_memory is None or len(x) > self.sum_shape[0]:
+            return self.all_reduce(x, dist.ReduceOp.MAX)
+        return max_over_ranks(x, self.peer_memory.candidates())
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' x of shape [N, D] side by side, [N, size * D]."""
