@@ -83,9 +83,9 @@ def receive(own, offs, mask, stride, addresses, rank: tl.constexpr, offset, give
         RANKS: tl.constexpr, WAIT: tl.constexpr = True):  # fmt: skip
     """The sum, in float32, of what all ranks sent, or the maximum if that is int64, once it is there.
 
-    own: this rank's values, if at hand. The sum is made in the same order on every rank, so that all get the same.
-    More programs than a GPU holds may wait for others: GPUs start programs in order, so that the first of those that
-    wait find what they wait for.
+    own: this rank's values, if at hand. WAIT: false if all is there. `stride` and offs are those of `send`. The sum is
+    made in the same order on every rank, so that all get the same. More programs than a GPU holds may wait for others:
+    GPUs start programs in order, so that the first of those that wait find what they wait for.
     """
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     VALUE: tl.constexpr = tl.int64 if BITS == 64 else tl.int32 if BITS == 32 else tl.int16

@@ -85,7 +85,7 @@ class PeerMemory:
         return Peers(self.buffers, "packets", self.addresses, self.rank, self.offsets[1], self.given_up)
 
     def next_peers(self, rows: int) -> Peers:
-        """Where the next sum is made. A step makes an even number of sums, so that any may follow any."""
+        """Where the next sum is made, in turn; a step makes an even number, so that captured ones may follow any."""
         form = "packets" if rows <= SMALL_BATCH else "parts" if rows <= MAX_PART_ROWS else "shares"
         offset = self.offsets[4 if form == "shares" else 2 + self.num_sums % 2]
         self.num_sums += 1
