@@ -167,6 +167,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
         """Captures the graph shapes, the largest first to share its memory."""
+        # See _capture; kept, as the graphs name the event.
         self.branch, self.past = torch.cuda.Stream(self.device), torch.cuda.Event(external=True)
         for shape in reversed(self.graph_shapes):
             self.graphs[shape] = self._capture(shape)

@@ -16,6 +16,8 @@ Lamport protocol of TensorRT-LLM), which is a NaN that no arithmetic gives, and 
 places take turns, so that nothing is sent to where a rank still reads: what a rank sends for the next sum says that
 its kernel that read the last one has ended. Nor may a kernel look for values before those ahead of it have ended: it
 could find what was sent two sums ago. Sums of shares need one place, as the ranks meet before and after.
+
+`max_over_ranks`, for the tokens that the ranks sample, works as sums of parts do, with int64.
 """
 
 from typing import Literal, NamedTuple
@@ -122,6 +124,11 @@ def _max_kernel(x_ptr, size, addresses, rank: tl.constexpr, offset, given_up_ptr
     x = tl.load(x_ptr + offs, mask=mask, other=0)
     send(x, offs, mask, size, addresses, rank, offset, RANKS)
     tl.store(x_ptr + offs, receive(x, offs, mask, size, addresses, rank, offset, given_up_ptr, tl.int64, RANKS), mask)
+
+
+def max_over_ranks_torch(values: Tensor) -> Tensor:
+    """What `max_over_ranks` computes, said plainly, with the values of all ranks, [ranks, N]."""
+    return values.amax(0)
 
 
 def max_over_ranks(x: Tensor, peers: Peers) -> Tensor:

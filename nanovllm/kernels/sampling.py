@@ -156,12 +156,11 @@ def filter_thresholds(logits: Tensor, rows: Tensor, temperature: Tensor, top_k: 
         min_p: Tensor) -> Tensor:  # fmt: skip
     """The least logits, float32 [B], that the filters of the rows keep; -inf where a row is not filtered.
 
-    All contiguous. logits: [B, V]; bfloat16, float16 or float32. Row i's filters stand at rows[i], rows: [B] int64,
-    of the others' R. temperature: [R] float32; a row at 0 (greedy) is not
-    filtered. With probabilities softmax(logits / temperature), three filters apply in this order: min_p [R] float32
-    keeps p >= min_p * max(p) (0: all); top_k [R] int64 keeps the k largest of the rest (<= 0: all); top_p [R] float32
-    keeps the smallest set of the largest whose share of the mass that is left reaches top_p (1: all). Ties at a border
-    are kept, and so is always the largest.
+    All contiguous. logits: [B, V]; bfloat16, float16 or float32. rows: [B] int64, where in the others a row's filters
+    stand. temperature: [R] float32; a row at 0 (greedy) is not filtered. With probabilities softmax(logits /
+    temperature), three filters apply in this order: min_p [R] float32 keeps p >= min_p * max(p) (0: all); top_k [R]
+    int64 keeps the k largest of the rest (<= 0: all); top_p [R] float32 keeps the smallest set of the largest whose
+    share of the mass that is left reaches top_p (1: all). Ties at a border are kept, and so is always the largest.
 
     On an H200, V 151,936 in bfloat16, top_k 20 and top_p 0.95: 256 rows 53 us, one row 17 us. Filters that keep
     thousands of tokens cost up to ten times as much.
@@ -267,7 +266,8 @@ def draw(logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor, posit
 
     Returns:
         int64 [B], (score, id) packed so that the larger number has the better score or, among equals, the lower id:
-        the maximum over several ranks' results is the result for all of the vocabulary.
+        the maximum over several ranks' results is the result for all of the vocabulary. The id takes 31 of the lower
+        32 bits, so that no result is -1, which `max_over_ranks` cannot send.
     """
     if not use_triton(logits):
         return draw_torch(logits, rows, temperature, seeds, positions, start, low)

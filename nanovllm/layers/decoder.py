@@ -71,13 +71,11 @@ class DecoderLayer(nn.Module):
         return x, self.mlp(x, parts, self.post_attention_layernorm)
 
 
-def with_parts(x: Tensor, parts: Parts) -> Tensor:
-    """The residual stream with what is still to be added to it."""
-    return x if parts is None else rms_norm(x, None, 0.0, parts)
-
-
 class Decoder(nn.Module):
-    """Token ids [N] to hidden states [N, hidden], or of `logits_indices` only; the LM head applies `norm`."""
+    """Token ids [N] to hidden states [N, hidden], or of `logits_indices` only, and parts that are to be added to them.
+
+    The LM head adds those and applies `norm`.
+    """
 
     def __init__(self, config: Config, tp: TensorParallel, **facts: bool) -> None:
         super().__init__()
@@ -92,7 +90,9 @@ class Decoder(nn.Module):
         x, parts, rows = self.embed_tokens(input_ids), None, None
         for layer in self.layers:
             if layer is self.layers[-1] and context.logits_indices is not None:
-                x, parts, rows = with_parts(x, parts), None, context.logits_indices
+                if parts is not None:
+                    x = rms_norm(x, None, 0.0, parts)  # only adds them
+                parts, rows = None, context.logits_indices
             x, parts = layer(x, parts, positions, context, rows)
         return x, parts
 
@@ -116,6 +116,6 @@ class CausalLM(nn.Module):
         """Token ids and positions [N] -> hidden states [N, hidden], or of `logits_indices` only, and parts to add."""
         return self.model(input_ids, positions, context)
 
-    def compute_logits(self, hidden_states: Tensor, parts: Parts = None) -> Tensor:
-        """Hidden states [M, hidden] -> this rank's logits [M, vocab / ranks]."""
+    def compute_logits(self, hidden_states: Tensor, parts: Parts) -> Tensor:
+        """Hidden states [M, hidden], and parts to add -> this rank's logits [M, vocab / ranks]."""
         return self.lm_head(hidden_states, parts, self.model.norm)

@@ -1,10 +1,10 @@
-"""LM head, split by vocabulary over tensor-parallel ranks."""
+"""LM head, split by vocabulary over tensor-parallel ranks. The embedding is torch's, see layers/decoder.py."""
 
 from torch import Tensor, nn
 
-from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Parts
 from nanovllm.utils.loader import Shard
 from nanovllm.utils.tensor_parallel import TensorParallel
 
@@ -21,5 +21,5 @@ class ParallelLMHead(nn.Module):
         self.weight = tp.parameter(size, hidden_size) if table is None else table.chunk(tp.size)[tp.rank]
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, tp.rank * size, 0, size)]
 
-    def forward(self, x: Tensor, parts: Peers | None, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
         return linear(x, self.weight, norm=norm.weight, eps=norm.eps, parts=parts)

@@ -49,12 +49,13 @@ class PeerMemory:
         share_bytes = (rows > MAX_PART_ROWS) * 2 * (rows + size) * row_bytes
         # Flags, candidates, two places for sums, parts and sums of shares.
         sizes = (4 * size, 8 * size * rows, place_bytes, place_bytes, share_bytes)
-        *self.offsets, num_bytes = accumulate(map(aligned, sizes), initial=0)
+        offsets = accumulate(map(aligned, sizes), initial=0)
+        _flags, self.candidate_offset, *self.place_offsets, self.share_offset, num_bytes = offsets
         # A handle is one of a whole allocation; in a pool of its own, the buffer is one.
         self.pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.pool):
             self.bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self.bytes[self.offsets[1] : self.offsets[4]] = 255
+        self.bytes[self.candidate_offset : self.share_offset] = 255
         self.num_sums = 0
         self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device)
@@ -82,11 +83,11 @@ class PeerMemory:
 
     def candidates(self) -> Peers:
         """Where the ranks' candidates for the next tokens meet; sums come between two such meetings."""
-        return Peers(self.buffers, "packets", self.addresses, self.rank, self.offsets[1], self.given_up)
+        return Peers(self.buffers, "packets", self.addresses, self.rank, self.candidate_offset, self.given_up)
 
     def next_peers(self, rows: int) -> Peers:
         """Where the next sum is made, in turn; a step makes an even number, so that captured ones may follow any."""
         form = "packets" if rows <= SMALL_BATCH else "parts" if rows <= MAX_PART_ROWS else "shares"
-        offset = self.offsets[4 if form == "shares" else 2 + self.num_sums % 2]
+        offset = self.share_offset if form == "shares" else self.place_offsets[self.num_sums % 2]
         self.num_sums += 1
         return Peers(self.buffers, form, self.addresses, self.rank, offset, self.given_up)
