@@ -107,7 +107,7 @@ def test_a_sum_of_parts(dtype, rows, size, num_ranks, normed):
 @pytest.mark.parametrize(("rows", "size"), [(1, 1024), (1, 4100), (7, 300), (8, 1030)])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_sum_of_packets(dtype, rows, size, num_ranks):
-    ranks = make_ranks(num_ranks * rows * size * 4, "packets", num_ranks)
+    ranks = make_ranks(num_ranks * rows * size * dtype.itemsize, "packets", num_ranks)
     x = torch.randn(num_ranks, rows, 96, device=DEVICE).to(dtype)
     weight = (torch.randn(num_ranks, size, 96, device=DEVICE) / 96**0.5).to(dtype)
     bias = torch.randn(size, device=DEVICE).to(dtype)
@@ -118,7 +118,8 @@ def test_a_sum_of_packets(dtype, rows, size, num_ranks):
         linear(x[peers.rank], weight[peers.rank], None if peers.rank else bias, peers=peers)
     got = side_by_side(lambda peers: rms_norm(residual.clone(), None, 0.0, peers), ranks)
     assert all(torch.equal(got[0], other) for other in got[1:])
-    torch.testing.assert_close(got[0], want.to(dtype))
+    error = 1e-5 if dtype == torch.float32 else 2e-2  # what is sent is rounded
+    torch.testing.assert_close(got[0], want.to(dtype), rtol=error, atol=error)
     for peers in ranks:
         assert (peers.buffers[peers.rank][OFFSET:] == 255).all()
 

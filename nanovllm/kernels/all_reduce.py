@@ -5,7 +5,7 @@ Each rank has a buffer that all of them map. For the kilobytes of a decode step 
 collective, and a kernel that waits for another GPU can start early like the others, so that what follows it fetches
 its weights meanwhile. A sum is made by the kernel that normalises it (`rms_norm`), in one of three ways:
 
-- Packets, for few rows. The kernel of the linear layer sends its rank's part, in float32, to all ranks.
+- Packets, for few rows. The kernel of the linear layer sends its rank's part to all ranks.
 - Parts, for more rows. The kernel that normalises sends what the matrix product left in its own rank's buffer.
 - Shares, for the thousands of rows of prompts. Each rank sums and normalises a share of the rows. The matrix product
   writes the rows of its part straight to the ranks whose they are, which hides half of the traffic behind the
@@ -33,9 +33,9 @@ POLLS = tl.constexpr(4096)  # between looks at whether the engine has given up: 
 class Peers(NamedTuple):
     """Where and how this rank takes part in one sum.
 
-    A rank's buffer holds flags, int32 [ranks], zero at first; and at byte `offset` all ranks' packets, float32 [ranks,
-    rows, size], or parts, [ranks, rows, size], all bits set at first; or all ranks' parts of its share, [ranks, share,
-    size], and then the sums of all rows, normalised, [rows, size].
+    A rank's buffer holds flags, int32 [ranks], zero at first; and at byte `offset` all ranks' packets or parts,
+    [ranks, rows, size], all bits set at first; or all ranks' parts of its share, [ranks, share, size], and then the
+    sums of all rows, normalised, [rows, size].
     """
 
     buffers: list[Tensor]  # of all ranks, uint8

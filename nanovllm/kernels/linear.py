@@ -81,7 +81,7 @@ def _linear_kernel(x_ptr, x_stride, weight_ptr, bias_ptr, norm_ptr, eps, y_ptr, 
     if ADDED:
         y += tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if RANKS > 0:
-        send(y, offs, mask, rows * N, addresses, rank, offset, RANKS)
+        send(y.to(w.dtype), offs, mask, rows * N, addresses, rank, offset, RANKS)
     else:
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 

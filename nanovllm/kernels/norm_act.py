@@ -31,8 +31,8 @@ def _rms_norm_kernel(
             part_ptr = tl.multiple_of((addresses[rank] + offset).to(tl.pointer_type(DTYPE)), 16) + rank * stride
             part = tl.load(part_ptr + offs, mask=mask, other=0.0)
             send(part, offs, mask, stride, addresses, rank, offset, RANKS)
-        SENT: tl.constexpr = tl.float32 if FORM == "packets" else DTYPE
-        total = receive(part, offs, mask, stride, addresses, rank, offset, given_up_ptr, SENT, RANKS, FORM != "shares")
+        SENT: tl.constexpr = FORM != "shares"
+        total = receive(part, offs, mask, stride, addresses, rank, offset, given_up_ptr, DTYPE, RANKS, SENT)
         rounded = (x + total).to(DTYPE)
         tl.store(x_ptr, rounded, mask=mask)
         x = rounded.to(tl.float32)

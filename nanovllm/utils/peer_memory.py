@@ -44,7 +44,7 @@ class PeerMemory:
         self.rank = rank
         rows, hidden_size = sum_shape
         row_bytes = hidden_size * dtype.itemsize
-        place_bytes = size * max(4 * SMALL_BATCH * hidden_size, min(rows, MAX_PART_ROWS) * row_bytes)
+        place_bytes = size * min(rows, MAX_PART_ROWS) * row_bytes
         # The ranks' shares may be uneven.
         share_bytes = (rows > MAX_PART_ROWS) * 2 * (rows + size) * row_bytes
         # Flags, candidates, two places for sums, parts and sums of shares.
