@@ -238,7 +238,8 @@ class LLMEngine:
                 raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
         if wrong := [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]:
             raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong[0]}")
-        return token_ids if kinds == {int} else list(map(int, token_ids)), params
+        is_ready = isinstance(token_ids, list) and kinds == {int}
+        return token_ids if is_ready else list(map(int, token_ids)), params
 
     def _check_alive(self) -> None:
         if self.failure is not None:
