@@ -15,9 +15,16 @@ def check(name: str, value: object, kind: type, low: float = -math.inf, high: fl
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
-LIMITS = (  # lowest, highest
-    ("temperature", float, 0), ("top_k", int, -1), ("top_p", float, 0, 1), ("min_p", float, 0, 1),
-    ("max_tokens", int, 1), ("ignore_eos", bool), ("seed", int, -(2**63), 2**64 - 1))  # fmt: skip
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+LIMITS = {  # type, lowest, highest: what the device's numbers hold
+    "temperature": (float, 0, LARGEST_FLOAT32),
+    "top_k": (int, -1, 2**63 - 1),
+    "top_p": (float, 0, 1),
+    "min_p": (float, 0, 1),
+    "max_tokens": (int, 1),
+    "ignore_eos": (bool,),
+    "seed": (int, -(2**63), 2**64 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class SamplingParams:
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: keep the k most likely tokens; -1 or 0 keeps all.
+        top_k: keep the k most likely tokens; -1 or 0 keeps all, as does a k of the vocabulary's size or more.
         top_p: keep the smallest set of most likely tokens whose probabilities sum to top_p (nucleus sampling,
             arXiv 1904.09751); in (0, 1].
         min_p: keep tokens at least min_p times as likely as the most likely one (arXiv 2407.01082); in [0, 1].
@@ -51,7 +58,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, *limits in LIMITS:
+        for name, (kind, *limits) in LIMITS.items():
             if name != "seed" or self.seed is not None:
                 check(name, getattr(self, name), kind, *limits)
         if self.top_p == 0:

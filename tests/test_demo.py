@@ -31,7 +31,7 @@ def check_answers(lines: list[dict] = LINES, **options) -> Trace:
                  if (result["text"], result["finish_reason"]) != (line["answer"], "stop")]  # fmt: skip
         assert not wrong
         for line, result in zip(lines, results, strict=True):
-            assert result["token_ids"] == [*llm.tokenizer.encode(line["answer"]).ids, EOS_TOKEN_ID]
+            assert result["token_ids"] == [*llm.tokenizer.encode(line["answer"]), EOS_TOKEN_ID]
     return trace
 
 

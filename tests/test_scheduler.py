@@ -103,7 +103,7 @@ class Driver:
 
     def __init__(self, num_blocks: int, is_async: bool = False, vocab_size: int = 50, **options) -> None:
         self.config = config(**options)
-        self.scheduler = Scheduler(self.config, num_blocks)
+        self.scheduler = Scheduler(self.config, num_blocks, frozenset([EOS_TOKEN_ID]))
         self.device = Device(self.config.kvcache_block_size, vocab_size)
         self.is_async = is_async
         self.in_flight: tuple[Batch, dict[int, int]] | None = None

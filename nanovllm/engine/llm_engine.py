@@ -1,9 +1,6 @@
-"""Requests in, steps, results out."""
+"""Requests in, steps, results out. Knows nothing of how a step is computed, nor of how text is split into tokens."""
 
-import os
-import signal
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -12,27 +9,33 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
-from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.admission import Params, Prompt, check_request, list_requests
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import step_input
 from nanovllm.engine.worker import RankGroup
+from nanovllm.outputs import RequestError, Result
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.detokenizer import REPLACEMENT, Detokenizer
+from nanovllm.text.tokenizer import load_tokenizer
+from nanovllm.utils.turns import Turns, deferred_interrupt
 
-Prompt = str | Items[int]
-Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
-LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids
 POLL_SECONDS = 2e-5
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
 
 
 class LLMEngine:
-    """Drives a scheduler and the ranks; with async scheduling, one step behind what it launches."""
+    """Drives a scheduler and the ranks; with async scheduling, one step behind what it launches.
+
+    Any number of threads may use one engine. They take turns: a step belongs to the thread that makes it, and computes
+    the requests of all. Each call returns what it asked for; `step` hands out the requests of `add_request` alone, each
+    once. What fails or is interrupted in one thread drops that call's requests and nothing else. After `close`, or once
+    the engine has failed, the calls of all threads end with a RuntimeError that says why.
+    """
 
     failure: str | None = "it was not started"
 
@@ -44,6 +47,8 @@ class LLMEngine:
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
         self.config = config = Config.create(model, options)
+        self.turns = Turns()
+        self.dropped: list[int] = []  # requests that whoever has the turn drops at its end
         self.ranks = RankGroup(config)
         # When nobody has the engine any more, at the latest when the interpreter exits.
         weakref.finalize(self, deferred_interrupt()(self.ranks.close))
@@ -56,7 +61,7 @@ class LLMEngine:
             if config.device == "cuda" and not config.enforce_eager:
                 self.ranks.call("capture_cudagraph")
             self.ranks.check()
-            self.scheduler = Scheduler(config, num_blocks)
+            self.scheduler = Scheduler(config, num_blocks, self._eos_token_ids())
         except (TypeError, ValueError):
             self.close()
             raise
@@ -64,44 +69,68 @@ class LLMEngine:
             self._die(error)
         self.in_flight: tuple[Batch, StepOutput] | None = None
         self.requests: dict[int, Sequence] = {}  # unfinished, by id
-        self.results: dict[int, dict[str, Any]] = {}  # finished, not yet handed out
+        self.results: dict[int, Result] = {}  # of finished requests that `step` has yet to hand out
         self.num_requests = 0
         self.num_computed = np.zeros(2)  # tokens, of prompts and of decodes
         self.failure = None
-        print(f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
+        print(
+            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
             f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of",
-            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens", file=sys.stderr)  # fmt: skip
+            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens",
+            file=sys.stderr,
+        )
 
     # ---- driving the engine ---------------------------------------------------------------------------------------
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queues a prompt (a string or token ids) and returns the request's id.
+        """Queues a prompt (a string or token ids) and returns the request's id; `step` hands out its result.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter; nothing is queued.
+            RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        return self._add(*self._checked(prompt, sampling_params or SamplingParams())).seq_id
+        token_ids, params = check_request(prompt, sampling_params or SamplingParams(), self.config, self.tokenizer)
+        with self._turn():
+            return self._add(token_ids, params, self.results).seq_id
 
-    def step(self) -> list[tuple[int, dict[str, Any]]]:
-        """Runs a step; returns (id, result) of the requests that finished and were not handed out before."""
-        self._check_alive()
-        self._advance()
-        finished, self.results = self.results, {}
-        return list(finished.items())
+    def step(self) -> list[tuple[int, Result]]:
+        """Runs a step; returns (id, result) of the added requests that have finished and were not handed out before.
+
+        A request that failed has the `finish_reason` "error", and its result says why under `error`.
+        """
+        with self._turn(second_breaks=True):
+            self._advance()
+        with self.turns.take():
+            finished = list(self.results.items())
+            self.results.clear()
+        return finished
 
     def is_finished(self) -> bool:
-        """Whether no request is unfinished and no result is waiting to be handed out."""
+        """Whether no request is unfinished, of any thread, and no result is waiting to be handed out."""
         return not self.requests and not self.results
 
     def abort_request(self, request_id: int) -> None:
-        """Drops a request and what it holds; does nothing if it has finished."""
-        self._check_alive()
-        if request_id in self.requests:
-            self._drop([request_id])
+        """Drops a request and what it holds; does nothing if it has finished.
 
-    def generate(self, prompts: Prompt | Items[Prompt], sampling_params: Params = None,
-            use_tqdm: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+        No result of an added request will be handed out. A call in another thread that waits for the request gets what
+        there is of it, with the `finish_reason` "abort".
+        """
+        with self._turn():
+            seq = self.requests.get(request_id)
+            if seq is None:
+                return
+            self._drop_now(request_id)
+            if seq.results is not self.results:
+                seq.finish_reason = "abort"
+                seq.results[request_id] = self._result(seq)
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+    ) -> list[Result]:
         """Completes prompts: strings or lists of token ids, or a single one of these.
 
         Args:
@@ -110,67 +139,85 @@ class LLMEngine:
             use_tqdm: show a progress bar.
 
         Returns:
-            For each prompt, in order, a dict with `text`, `token_ids`, `finish_reason` ("stop" or "length") and
-            `num_cached_tokens`, the tokens of the prompt that the prefix cache had.
+            For each prompt, in order, a dict with `text`, `token_ids`, `finish_reason` ("stop" or "length"; "abort" if
+            another thread aborted it) and `num_cached_tokens`, the tokens of the prompt that the prefix cache had.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter; nothing is queued then.
+            RequestError: a request failed, as it says; the others were completed, and are in its `results`.
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        if not isinstance(prompts, LISTS) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
-            prompts = [prompts]
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if not isinstance(sampling_params, (list, tuple)):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        requests = [self._checked(*request) for request in zip(prompts, sampling_params, strict=True)]
-        ids = range(self.num_requests, self.num_requests + len(requests))
+        requests = [
+            check_request(prompt, params, self.config, self.tokenizer)
+            for prompt, params in list_requests(prompts, sampling_params)
+        ]
+        results: dict[int, Result] = {}
+        ids = range(0)
         try:
-            for token_ids, params in requests:
-                self._add(token_ids, params)
-            start, num_before, remaining = time.perf_counter(), self.num_computed.copy(), set(ids)
+            with self._turn():
+                ids = range(self.num_requests, self.num_requests + len(requests))
+                for token_ids, params in requests:
+                    self._add(token_ids, params, results)
+            start, num_before = time.perf_counter(), self.num_computed.copy()
             with tqdm(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                while remaining:
-                    if finished := remaining.intersection(self._advance()):
-                        remaining -= finished
+                while (num_shown := len(results)) < len(ids):
+                    with self._turn(second_breaks=True):
+                        if len(results) < len(ids):  # else another thread's step was the last one needed
+                            self._advance()
+                    if len(results) > num_shown:
                         prefill, decode = (self.num_computed - num_before) / (time.perf_counter() - start)
                         bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
-                        bar.update(len(finished))
-            return [self.results[request_id] for request_id in ids]
+                        bar.update(len(results) - num_shown)
         finally:
             self._drop(ids)
+        ordered = [results[request_id] for request_id in ids]
+        for result in ordered:
+            if result["finish_reason"] == "error":
+                raise RequestError(result["error"], ordered)
+        return ordered
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
-        self._check_alive()
-        self.scheduler.block_manager.reset_prefix_cache()
+        with self._turn():
+            self.scheduler.block_manager.reset_prefix_cache()
 
     def exit(self) -> None:
-        """Ends the ranks and frees their memory. Can be called again; unfinished requests are lost."""
-        self.failure = self.failure or "it was closed"
-        with deferred_interrupt():
+        """Ends the ranks and frees their memory. Can be called again, and from any thread.
+
+        Unfinished requests are lost: whoever waits for one gets a RuntimeError.
+        """
+        with self.turns.take():
+            self.failure = self.failure or "it was closed"
             self.ranks.close()
 
     close = exit
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _advance(self) -> list[int]:
-        """Launches the next step, then takes in the tokens of the one before; returns the ids that finished."""
-        with deferred_interrupt(second_breaks=True):
+    @contextmanager
+    def _turn(self, second_breaks: bool = False) -> Iterator[None]:
+        """This thread's turn with an engine that is alive; see `Turns.take`."""
+        with self.turns.take(second_breaks):
+            self._check_alive()
             try:
-                batch = self.scheduler.schedule()
-                launched = (batch, self.ranks.call("run", step_input(batch))) if batch.seqs else None
-                if self.config.async_scheduling:
-                    launched, self.in_flight = self.in_flight, launched
-                return self._take_in(*launched) if launched else []
-            except BaseException as error:
-                self._die(error)
+                yield
+            finally:
+                self._drop_asked()
 
-    def _take_in(self, batch: Batch, output: StepOutput) -> list[int]:
+    def _advance(self) -> None:
+        """Launches the next step, then takes in the tokens of the one before. For whoever has the turn."""
+        try:
+            batch = self.scheduler.schedule()
+            launched = (batch, self.ranks.call("run", step_input(batch))) if batch.seqs else None
+            if self.config.async_scheduling:
+                launched, self.in_flight = self.in_flight, launched
+            if launched:
+                self._take_in(*launched)
+        except BaseException as error:
+            self._die(error)
+
+    def _take_in(self, batch: Batch, output: StepOutput) -> None:
         tokens, event = output
         if event is not None:
             while self.config.tensor_parallel_size > 1 and not event.query():
@@ -183,63 +230,72 @@ class LLMEngine:
         self.num_computed += sum(batch.num_tokens) - num_decodes, num_decodes
         for seq in finished:
             del self.requests[seq.seq_id]
-            self.results[seq.seq_id] = self._result(seq)
+            seq.results[seq.seq_id] = self._result(seq)
         if not self.requests:
             self.in_flight = None  # only surplus tokens
-        return [seq.seq_id for seq in finished]
 
-    def _result(self, seq: Sequence) -> dict[str, Any]:
+    def _result(self, seq: Sequence) -> Result:
         token_ids = seq.completion_token_ids
-        if seq.detokenizer is None and self.tokenizer is not None:
-            seq.detokenizer = Detokenizer(self.tokenizer, seq.token_ids[: seq.num_prompt_tokens], ())
+        if seq.detokenizer is not None:
+            text = seq.detokenizer.text
+        elif self.tokenizer is not None:
             # Without stop strings, "stop" means that the last token is one that ends the text.
-            seq.detokenizer.push(token_ids[:-1] if seq.finish_reason == "stop" else token_ids)
-        return {"text": seq.detokenizer.text if seq.detokenizer else "", "token_ids": token_ids,
-            "finish_reason": seq.finish_reason, "num_cached_tokens": seq.num_cached_tokens}  # fmt: skip
+            ids = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
+            text = self.tokenizer.decode(ids).rstrip(REPLACEMENT)
+        else:
+            text = ""
+        result = {
+            "text": text,
+            "token_ids": token_ids,
+            "finish_reason": seq.finish_reason,
+            "num_cached_tokens": seq.num_cached_tokens,
+        }
+        if seq.finish_reason == "error":
+            result["error"] = (
+                f"request {seq.seq_id} failed: after {seq.num_prompt_tokens} tokens of its prompt and {len(token_ids)} "
+                f"more, no logit is the largest finite number; check dtype={self.config.dtype!r} (float16 overflows "
+                f"where bfloat16 and float32 do not) and the weights in {self.config.model!r} for NaN and infinity"
+            )
+        return result
 
-    def _add(self, token_ids: list[int], params: SamplingParams, is_streamed: bool = False) -> Sequence:
+    def _add(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        results: dict[int, Result],
+        is_streamed: bool = False,
+    ) -> Sequence:
+        """Queues a request whose result is to be put into `results`. For whoever has the turn."""
         seed = self.config.seed * SEED_STRIDE + self.num_requests if params.seed is None else params.seed
         seq = Sequence(self.num_requests, token_ids, params, seed)
+        seq.results = results
         if is_streamed or params.stop:
-            seq.detokenizer = Detokenizer(self.tokenizer, token_ids, params.stop)
-        with deferred_interrupt():
-            self.num_requests += 1
-            self.requests[seq.seq_id] = seq
-            self.scheduler.add(seq)
+            seq.detokenizer = Detokenizer(self.tokenizer, params.stop)
+        self.num_requests += 1
+        self.requests[seq.seq_id] = seq
+        self.scheduler.add(seq)
         return seq
 
     def _drop(self, request_ids: Items[int]) -> None:
-        """Forgets requests, whether or not they have finished."""
-        with deferred_interrupt():
-            for request_id in request_ids:
-                self.results.pop(request_id, None)
-                seq = self.requests.pop(request_id, None)
-                if seq is not None and self.failure is None:
-                    self.scheduler.finish(seq)
+        """Forgets the unfinished of some requests, of a call that has ended."""
+        self.dropped.extend(request_ids)  # if Ctrl-C ends the waiting below, another thread does it
+        if not self.turns.is_mine():  # as where the garbage collector ends a stream in the middle of a step
+            with self.turns.take():
+                self._drop_asked()
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        """The prompt's token ids and the parameters of a request that can be completed."""
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer, the model has none")
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
-            prompt = self.tokenizer.encode(prompt).ids
-        if not isinstance(prompt, LISTS):
-            raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-        token_ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
-        vocab_size, limit = self.config.model_config.vocab_size, self.config.max_model_len
-        if not 0 < len(token_ids) < limit:
-            raise ValueError(f"a prompt must have tokens, but fewer than max_model_len={limit}, got {len(token_ids)}")
-        for kind in (kinds := set(map(type, token_ids))):
-            if kind is bool or not issubclass(kind, (int, np.integer)):
-                raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
-        if wrong := [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]:
-            raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong[0]}")
-        is_ready = isinstance(token_ids, list) and kinds == {int}
-        return token_ids if is_ready else list(map(int, token_ids)), params
+    def _drop_asked(self) -> None:
+        while self.dropped:
+            self._drop_now(self.dropped.pop())
+
+    def _drop_now(self, request_id: int) -> None:
+        seq = self.requests.pop(request_id, None)
+        if seq is not None and self.failure is None:
+            self.scheduler.finish(seq)
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        """What ends a text by the model's files or by the tokenizer's: fine-tunes may change the latter alone."""
+        of_tokenizer = self.tokenizer.eos_token_id if self.tokenizer is not None else None
+        return self.config.model_config.eos_token_ids | ({of_tokenizer} - {None})
 
     def _check_alive(self) -> None:
         if self.failure is not None:
@@ -256,44 +312,3 @@ class LLMEngine:
         if isinstance(error, Exception):
             raise RuntimeError(f"the engine is dead: {self.failure}") from error
         raise error
-
-
-def load_tokenizer(folder: str) -> Tokenizer | None:
-    """The tokenizer of a model folder, None if it has none; ValueError if it cannot be used."""
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
-        tokenizer = Tokenizer.from_file(path)
-        tokenizer.no_truncation()  # the file may hold what the training set up
-        tokenizer.no_padding()
-        return tokenizer
-    if not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer  # converts older formats, but takes seconds to import
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer in {folder!r} is of a kind that the tokenizers package does not know")
-    return tokenizer.backend_tokenizer
-
-
-@contextmanager
-def deferred_interrupt(second_breaks: bool = False) -> Iterator[None]:
-    """Lets Ctrl-C take effect only behind the block; a second one at once if the block may take long."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received: list[int] = []
-
-    def defer(number: int, frame: object) -> None:
-        received.append(number)
-        if second_breaks and len(received) == 2:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, defer)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if received:
-        signal.raise_signal(signal.SIGINT)

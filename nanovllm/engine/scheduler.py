@@ -42,8 +42,9 @@ class Scheduler:
     nothing was admitted behind it: such a sequence is always the last.
     """
 
-    def __init__(self, config: Config, num_blocks: int) -> None:
+    def __init__(self, config: Config, num_blocks: int, eos_token_ids: frozenset[int]) -> None:
         self.config = config
+        self.eos_token_ids = eos_token_ids
         self.block_manager = BlockManager(num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -92,7 +93,7 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
-        """Takes in a step's sampled tokens (one for each of its first `num_samples` sequences).
+        """Takes in a step's sampled tokens (one for each of its first `num_samples` sequences, -1: there is none).
 
         Returns the sequences that they ended. A token of a sequence that has ended meanwhile is surplus and
         dropped; one of a sequence that was preempted meanwhile is kept.
@@ -100,6 +101,11 @@ class Scheduler:
         finished = []
         for seq, token_id in zip(batch.seqs, token_ids, strict=False):
             if seq.is_finished:
+                continue
+            if token_id < 0:
+                seq.finish_reason = "error"
+                self.finish(seq)
+                finished.append(seq)
                 continue
             seq.first_token_time = seq.first_token_time or time.perf_counter()
             seq.token_ids.append(token_id)
@@ -149,7 +155,7 @@ class Scheduler:
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
         params = seq.sampling_params
-        is_eos = token_id in self.config.model_config.eos_token_ids and not params.ignore_eos
+        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
         if is_eos or token_id in params.stop_token_ids or (seq.detokenizer and seq.detokenizer.push([token_id])):
             return "stop"
         return "length" if len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq) else None

@@ -3,8 +3,9 @@
 from enum import Enum, auto
 from typing import NamedTuple
 
-from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.outputs import Result
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.detokenizer import Detokenizer
 
 
 class SequenceStatus(Enum):
@@ -44,6 +45,7 @@ class Sequence:
         self.block_names: list[BlockName] = []  # of its first full blocks, as far as they were needed
         self.row = -1  # row of the device's decode batch while running
         self.finish_reason: str | None = None
+        self.results: dict[int, Result] = {}  # where its result is to be put, by its id
         self.detokenizer: Detokenizer | None = None
         self.first_token_time: float | None = None  # time.perf_counter() when the first token was seen
 

@@ -68,7 +68,7 @@ def advance_rows(rows: Tensor, last_tokens: Tensor, context_lens: Tensor, block_
 def store_tokens_torch(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor, count: Tensor) -> None:
     """See `store_tokens`."""
     token_ids = unpack_token_ids(packed)
-    last_tokens[rows] = token_ids
+    last_tokens[rows] = token_ids.clamp(min=0)
     ring[int(count) % len(ring), rows] = token_ids
     count += 1
 
@@ -82,8 +82,10 @@ def _store_kernel(packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, ba
         offs = begin + tl.arange(0, BLOCK)
         mask = offs < batch_size
         rows = tl.load(rows_ptr + offs, mask=mask)
-        token_ids = 0x7FFFFFFF - (tl.load(packed_ptr + offs, mask=mask) & 0xFFFFFFFF)
-        tl.store(last_tokens_ptr + rows, token_ids, mask=mask)
+        packed = tl.load(packed_ptr + offs, mask=mask)
+        is_finite = tl.abs(packed >> 32) < 0x7F800000
+        token_ids = tl.where(is_finite, 0x7FFFFFFF - (packed & 0xFFFFFFFF), -1)
+        tl.store(last_tokens_ptr + rows, tl.maximum(token_ids, 0), mask=mask)
         tl.store(ring_ptr + rows, token_ids, mask=mask)
     tl.store(count_ptr, count + 1)
 
@@ -93,8 +95,8 @@ def store_tokens(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor
 
     Args:
         packed: int64 [B], as `draw` returns them; rows: int64 [B].
-        last_tokens: int64 [R], in place.
-        ring: int64 [S, R] in (pinned) host memory; entry count % S is written, at the rows.
+        last_tokens: int64 [R], in place; 0 where there is no token.
+        ring: int64 [S, R] in (pinned) host memory; entry count % S is written, at the rows; -1 where there is no token.
         count: int64 [1] on the device, the steps so far; grows by one.
     """
     if not use_triton(rows):

@@ -25,6 +25,7 @@ DRAW_BLOCK = tl.constexpr(2048)
 DRAW_PART = tl.constexpr(8 * 2048)  # logits of one program
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that differences to it are numbers
 MASK = 0xFFFFFFFF
+INFINITE = 0x7F800000  # the order of infinity, as `_flip` gives it; that of its negative is -INFINITE - 1
 
 
 def _flip(bits):
@@ -198,13 +199,14 @@ def draw_torch(logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor,
         token_ids = torch.arange(start, start + logits.size(1), device=logits.device)
         noisy = scores / temperature[:, None] + gumbel_noise_torch(seeds, positions, token_ids)
         scores = torch.where(temperature[:, None] == 0, scores, noisy)
+    scores = torch.where(logits.float() < torch.inf, scores, torch.inf)  # NaN too
     best, index = scores.max(dim=-1)
     return (_flip(best.view(torch.int32)).long() << 32) | (0x7FFFFFFF - (start + index))
 
 
 def unpack_token_ids(packed: Tensor) -> Tensor:
-    """The token ids, int64 [B], of what `draw` returns."""
-    return 0x7FFFFFFF - (packed & MASK)
+    """The token ids, int64 [B], of what `draw` returns; -1 for a row that has no finite maximum."""
+    return torch.where((packed >> 32).abs() < INFINITE, 0x7FFFFFFF - (packed & MASK), -1)
 
 
 @triton.jit
@@ -236,10 +238,11 @@ def _draw_kernel(logits_ptr, rows_ptr, temperature_ptr, seed_ptr, position_ptr, 
     best_ids = begin + tl.arange(0, DRAW_BLOCK)
     for offset in range(begin, begin + DRAW_PART, DRAW_BLOCK):
         ids = offset + tl.arange(0, DRAW_BLOCK)
-        scores = tl.load(logits_ptr + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
-        scores = tl.where(scores < low, float("-inf"), scores)
+        logits = tl.load(logits_ptr + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
+        scores = tl.where(logits < low, float("-inf"), logits)
         if temperature > 0:
             scores = scores * scale + _gumbel2(seed, position, start + ids)
+        scores = tl.where(logits < float("inf"), scores, float("inf"))  # NaN too
         best_ids = tl.where(scores > best, ids, best_ids)
         best = tl.maximum(scores, best)
     top = tl.max(best, 0)
@@ -267,7 +270,8 @@ def draw(logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor, posit
     Returns:
         int64 [B], (score, id) packed so that the larger number has the better score or, among equals, the lower id:
         the maximum over several ranks' results is the result for all of the vocabulary. The id takes 31 of the lower
-        32 bits, so that no result is -1, which `max_over_ranks` cannot send.
+        32 bits, so that no result is -1, which `max_over_ranks` cannot send. A row with infinite or NaN logits has an
+        infinite score, one without any above -inf a score of -inf: `unpack_token_ids` gives -1 for both.
     """
     if not use_triton(logits):
         return draw_torch(logits, rows, temperature, seeds, positions, start, low)

@@ -40,9 +40,11 @@ class Attention(nn.Module):
         caches, tables, lens = (self.k_cache, self.v_cache), context.block_tables, context.context_lens
         if not q.is_cuda or context.num_decodes < len(q):
             return paged_attention_torch(q, *caches, tables, lens, context.cu_seqlens_q, self.scale)
-        # Decodes on a GPU may be in a graph, where the host cannot loop over lengths: all pages, and a mask.
+        # Decodes on a GPU may be in a graph, where the host cannot loop over lengths: all pages, and a mask. What lies
+        # behind a sequence's end may be another's that has failed: a weight of 0 would not silence NaN.
         k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in caches)
         visible = (torch.arange(k.size(2), device=q.device) < lens[:, None])[:, None, None]
+        v = v.masked_fill(~visible.transpose(2, 3), 0)
         return F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=self.scale, enable_gqa=True)[:, :, 0]
 
     def _attend_triton(self, q: Tensor, context: Context) -> Tensor:

@@ -1,0 +1,104 @@
+"""Exclusive turns for threads, and Ctrl-C that waits for the end of what must not be cut. Knows nothing of engines."""
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+POLL_SECONDS = 0.05  # how soon a Ctrl-C ends waiting for a turn
+
+
+@contextmanager
+def deferred_interrupt(second_breaks: bool = False) -> Iterator[list[int]]:
+    """Lets Ctrl-C take effect only behind the block; a second one at once if the block may take long.
+
+    Yields a list that holds something once Ctrl-C was pressed. Only the main thread gets any.
+    """
+    received: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield received
+        return
+
+    def defer(number: int, frame: object) -> None:
+        received.append(number)
+        if second_breaks and len(received) == 2:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Turns:
+    """Threads have a turn one after the other, in the order in which they asked; within its turn one may ask again.
+
+    A plain lock would not do: a thread that steps in a loop takes it back before one that waits has woken up.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()  # of what follows, held for a few instructions
+        self._owner: int | None = None
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()  # threads, and the gates that let them go on
+
+    def is_mine(self) -> bool:
+        """Whether the calling thread has the turn."""
+        return self._owner == threading.get_ident()
+
+    @contextmanager
+    def take(self, second_breaks: bool = False) -> Iterator[None]:
+        """Waits for a turn, which lasts as long as the block.
+
+        Ctrl-C ends the waiting, but takes effect only behind the block; a second one at once with `second_breaks`.
+        """
+        if self.is_mine():
+            yield
+            return
+        while True:
+            with deferred_interrupt(second_breaks) as interrupts:
+                if self._acquire(interrupts):
+                    try:
+                        yield
+                    finally:
+                        self._release()
+                    return
+            # Whoever handles Ctrl-C here has decided to go on.
+
+    def _acquire(self, interrupts: list[int]) -> bool:
+        """Waits for the turn; returns False if an interrupt came before it."""
+        with self._guard:
+            if self._owner is None:
+                self._owner = threading.get_ident()
+                return True
+            gate = threading.Lock()
+            gate.acquire()
+            entry = (threading.get_ident(), gate)
+            self._waiting.append(entry)
+        has_turn = False
+        try:
+            while not has_turn and not interrupts:
+                has_turn = gate.acquire(timeout=POLL_SECONDS)
+        finally:
+            if not has_turn:
+                self._give_up(entry)
+        return has_turn
+
+    def _give_up(self, entry: tuple[int, threading.Lock]) -> None:
+        with self._guard:
+            was_waiting = entry in self._waiting
+            if was_waiting:
+                self._waiting.remove(entry)
+        if not was_waiting:  # the turn came at this moment
+            self._release()
+
+    def _release(self) -> None:
+        with self._guard:
+            self._owner = None
+            if self._waiting:
+                self._owner, gate = self._waiting.popleft()
+                gate.release()
