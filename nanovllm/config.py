@@ -1,114 +1,49 @@
-"""Every engine option and every fact of the model's config.json, read and validated in one place."""
+"""Every engine option, validated in one place."""
 
 import difflib
 import importlib.util
-import json
-import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from nanovllm.model_config import ModelConfig
 from nanovllm.sampling_params import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-LIMITS = {"num_kvcache_blocks": (-1,), "seed": (0, 2**63 - 1),  # lowest, highest
-    "max_num_batched_tokens": (1,), "max_num_seqs": (1,), "max_model_len": (2,), "gpu_memory_utilization": (0, 1),
-    "tensor_parallel_size": (1,), "kvcache_block_size": (16,)}  # fmt: skip
+MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
+LIMITS = {  # lowest, highest
+    "num_kvcache_blocks": (-1, MAX_SLOTS),
+    "seed": (0, 2**63 - 1),
+    "max_num_batched_tokens": (1, MAX_SLOTS),
+    "max_num_seqs": (1, MAX_SLOTS),
+    "max_model_len": (2,),
+    "gpu_memory_utilization": (0, 1),
+    "tensor_parallel_size": (1,),
+    "kvcache_block_size": (16, MAX_SLOTS),
+}
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file without its nulls, {} where there is no such file."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return {name: value for name, value in json.load(file).items() if value is not None}
+def resolve_model_path(model: str | os.PathLike[str], weights: bool) -> str:
+    """The local folder of `model`: itself, or the hub's snapshot (only its small files unless `weights`).
 
-
-def resolve_model_path(model: str, weights: bool) -> str:
-    """The local folder of `model`: itself, or the hub's snapshot (only its small files unless `weights`)."""
-    if not isinstance(model, (str, os.PathLike)) or not str(model):
+    Raises:
+        TypeError, ValueError: neither a folder, which may begin with `~`, nor the name of a model that the hub gives.
+    """
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
+    if not isinstance(name, str) or not name:
         raise TypeError(f"model must be a folder or a hub name, got {model!r}")
-    if os.path.isdir(model):
-        return os.path.abspath(model)
+    for folder in (name, os.path.expanduser(name)):
+        if os.path.isdir(folder):
+            return os.path.abspath(folder)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * weights
     try:
-        return snapshot_download(str(model), allow_patterns=patterns)
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:
-        raise ValueError(f"model={str(model)!r} is neither a folder nor a model the hub gives: {error}") from error
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The facts of a checkpoint's config.json that the supported families need, under its names where it has them.
-
-    Read as plain JSON rather than through transformers, whose import alone takes longer than starting an engine.
-    Both spellings of the rotary options are understood: `rope_theta` + `rope_scaling`, and `rope_parameters`.
-    """
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any]
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    dtype: str
-    eos_token_ids: frozenset[int]
-
-    @classmethod
-    def from_folder(cls, folder: str) -> "ModelConfig":
-        """Reads config.json and the EOS ids of generation_config.json.
-
-        Raises:
-            ValueError: no config.json, a key is missing, or the model needs what no layer here does.
-        """
-        raw, generation = (read_json(os.path.join(folder, f"{name}.json")) for name in ("config", "generation_config"))
-        if not raw:
-            raise ValueError(f"model={folder!r} has no config.json")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        sliding = (raw.get("use_sliding_window", True) and raw.get("sliding_window")) or math.inf
-        eos = [source.get("eos_token_id", []) for source in (raw, generation)]
-        try:
-            heads = raw["num_attention_heads"]
-            facts = {
-                **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), False),
-                **raw,
-                "architecture": raw["architectures"][0],
-                "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-                "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-                "rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-                "rope_scaling": rope if rope_type == "llama3" else {},
-                "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
-                "eos_token_ids": frozenset(i for ids in eos for i in (ids if isinstance(ids, list) else [ids])),
-            }
-            config = cls(**{fact.name: facts[fact.name] for fact in fields(cls)})
-        except KeyError as error:
-            raise ValueError(f"{folder}/config.json has no {error}") from error
-        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-        problems = {
-            f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-            f"sliding_window={sliding}": sliding < config.max_position_embeddings,
-            f"hidden_act={raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-            "quantization_config": raw.get("quantization_config"),
-            f"num_key_value_heads={kv_heads}, no divisor of num_attention_heads={heads},": heads % kv_heads,
-            f"head_dim odd or above 256, here {head_dim},": head_dim % 2 or head_dim > 256,
-        }
-        if problem := next((text for text, is_there in problems.items() if is_there), None):
-            raise ValueError(f"{problem} is not supported ({folder}/config.json)")
-        return config
+        raise ValueError(f"model={name!r} is neither a folder nor a model the hub gives: {error}") from error
 
 
 @dataclass
@@ -157,7 +92,7 @@ class Config:
     attention_reason: str = field(init=False, default="as asked for")
 
     @classmethod
-    def create(cls, model: str, options: dict[str, Any]) -> "Config":
+    def create(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
         """A Config from keyword options; an unknown one is a TypeError that names the nearest known one."""
         known = [option.name for option in fields(cls) if option.init]
         for name in sorted(options.keys() - known):
@@ -176,6 +111,11 @@ class Config:
                 raise ValueError(f"{name} must not be 0")
         if self.kvcache_block_size & (self.kvcache_block_size - 1):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
+        if self.num_kvcache_blocks * self.kvcache_block_size > MAX_SLOTS:
+            raise ValueError(
+                f"num_kvcache_blocks={self.num_kvcache_blocks} of kvcache_block_size={self.kvcache_block_size} tokens "
+                f"are more than the {MAX_SLOTS} tokens that a KV cache can hold"
+            )
         size, num_gpus = self.tensor_parallel_size, torch.cuda.device_count() if self.device != "cpu" else 0
         if self.device == "auto":
             self.device = "cuda" if num_gpus else "cpu"
@@ -184,6 +124,12 @@ class Config:
         self.model = resolve_model_path(self.model, weights=self.load_format == "auto")
         self.model_config = ModelConfig.from_folder(self.model)
         self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
+        window = self.model_config.sliding_window
+        if window is not None and window < self.max_model_len:
+            raise ValueError(
+                f"sliding_window={window} of the checkpoint takes effect at max_model_len={self.max_model_len}, "
+                f"but only full attention is supported; lower max_model_len to {window} or less"
+            )
         for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
             if (value := getattr(self.model_config, name)) % size:
                 raise ValueError(f"tensor_parallel_size={size} must divide {name}={value}")

@@ -1,5 +1,6 @@
 """The facade that users import."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class LLM(LLMEngine):
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         max_num_batched_tokens: int = 16384,
         max_num_seqs: int = 512,

@@ -74,7 +74,10 @@ def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 def test_a_run_of_bytes_longer_than_any_window(llama):
     text = "你好，世界！很高兴认识你" * 4
-    for taken in (pieces(byte_tokens(llama, text.encode()), tokenizer=llama), pieces(llama.encode(text), tokenizer=llama)):
+    for taken in (
+        pieces(byte_tokens(llama, text.encode()), tokenizer=llama),
+        pieces(llama.encode(text), tokenizer=llama),
+    ):
         assert "".join(taken) == text
 
 

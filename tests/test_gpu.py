@@ -15,6 +15,8 @@ from engines import MAX_TOKENS, SCENARIOS, Trace, check_scenario, engine, expect
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.attention import Attention
+from nanovllm.utils.context import Context
 from nanovllm.utils.peer_memory import MAX_PART_ROWS
 
 pytestmark = pytest.mark.gpu
@@ -107,6 +109,39 @@ def test_draws_are_those_of_the_cpu(checkpoint, enforce_eager):
     assert got == alone
     # The logarithms of two devices differ in their last bits, which may decide a draw once in a long while.
     assert sum(a == b for a, b in zip(got, want, strict=True)) >= len(want) - 1
+
+
+@pytest.mark.parametrize("q_len", [1, 5], ids=["decode", "prefill"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "flash_attn"])
+def test_what_lies_behind_a_sequences_end_is_not_seen(backend, q_len):
+    """It may be NaN, of a sequence that failed and left the block."""
+    if backend == "flash_attn":
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    lens = torch.tensor([300, 5, 256, 511], dtype=torch.int32, device="cuda")
+    starts = torch.arange(5, dtype=torch.int32, device="cuda") * q_len
+    context = Context(
+        slot_mapping=torch.full((4 * q_len,), -1, dtype=torch.int32, device="cuda"),
+        context_lens=lens,
+        block_tables=torch.arange(8, dtype=torch.int32, device="cuda").view(4, 2),
+        num_decodes=4 if q_len == 1 else 0,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
+        max_seqlen_q=q_len,
+        logits_indices=None,
+    )
+    layer = Attention(64, backend, torch.randn(64, 64, device="cuda"))
+    layer.semaphores = torch.zeros(8, dtype=torch.int32, device="cuda")
+    qkv = torch.randn(4 * q_len, 8 * 64, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(4 * q_len, dtype=torch.int32, device="cuda")
+    cache = torch.randn(2, 8, 256, 2, 64, device="cuda", dtype=torch.bfloat16)
+    is_behind = torch.arange(512, device="cuda") >= lens[:, None]
+    outputs = []
+    for filling in (0.0, float("nan")):
+        cache.view(2, 4, 512, 2, 64)[:, is_behind] = filling
+        layer.k_cache, layer.v_cache = cache
+        outputs.append(layer(qkv, positions, context, None, None))
+    assert outputs[0].isfinite().all() and torch.equal(*outputs)
 
 
 def test_memory_comes_back(checkpoint):

@@ -427,6 +427,29 @@ def test_draw(vocab_size, dtype, index_dtype, is_filtered):
 
 
 @kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draw_without_a_finite_maximum(dtype):
+    """Rows of NaN, of infinity, of nothing above -inf, and rows with one such value in any part of the vocabulary."""
+    logits = randn(9, 33000, dtype=dtype)
+    logits[0] = math.nan
+    logits[1, 32999] = math.nan
+    logits[2, 0] = math.inf
+    logits[3] = -math.inf
+    logits[4, 1:] = -math.inf
+    logits[5, 20000] = math.nan
+    rows = ints(range(9), torch.int64)
+    seeds = ints(range(9), torch.int64)
+    low = ints([-math.inf, 1.0, -math.inf] * 3, torch.float32)
+    low[4] = -math.inf  # else nothing would be left of it
+    for temperature in (0.0, 1.0, 3e38):
+        temperatures = torch.full((9,), temperature, device=DEVICE)
+        packed = draw(logits, rows, temperatures, seeds, rows, 0, low)
+        token_ids = unpack_token_ids(packed).tolist()
+        assert token_ids == unpack_token_ids(draw_torch(logits, rows, temperatures, seeds, rows, 0, low)).tolist()
+        assert token_ids[:6] == [-1, -1, -1, -1, 0, -1] and min(token_ids[6:]) >= 0
+
+
+@kernel_test
 def test_equal_scores_go_to_the_lowest_id():
     zeros = ints([0], torch.int64)
     logits = ints([[-3.0, -1.0, -1.0, -2.0]], torch.float32)

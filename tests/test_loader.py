@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random_prompt
+import transformers
+from checkpoints import SHAPE, Checkpoint, random_prompt
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.config import ModelConfig
 from nanovllm.layers.rotary_embedding import inverse_frequencies
+from nanovllm.model_config import ModelConfig
+from nanovllm.utils import loader
 
 PROMPT = random_prompt(1, 20)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -26,7 +29,8 @@ class Folder:
         shutil.copytree(source, path)
         self.path = path
         self.file = path / "model.safetensors"
-        self.tensors = load_file(self.file)
+        # Copies, as older safetensors maps the file, which `save` overwrites.
+        self.tensors = {name: tensor.clone() for name, tensor in load_file(self.file).items()}
         self.config = json.loads((path / "config.json").read_text())
 
     def save(self) -> None:
@@ -36,15 +40,27 @@ class Folder:
         (self.path / "config.json").write_text(json.dumps(self.config))
 
     def load(self, **options) -> LLM:
-        return LLM(str(self.path), device="cpu", kvcache_block_size=16, max_model_len=128, **options)
+        options = {"max_model_len": 128} | options
+        return LLM(str(self.path), device="cpu", kvcache_block_size=16, **options)
 
     def greedy(self, **options) -> list[int]:
         with self.load(**options) as llm:
             return llm.generate(list(PROMPT), GREEDY, use_tqdm=False)[0]["token_ids"]
 
-    def refused(self, match: str, error: type[Exception] = ValueError) -> None:
+    def refused(self, match: str, error: type[Exception] = ValueError, **options) -> None:
         with pytest.raises(error, match=match):
-            self.load()
+            self.load(**options)
+
+    def save_shards(self, shards: dict[str, dict[str, torch.Tensor]], weight_map: dict[str, str]) -> None:
+        """Files in place of model.safetensors, and an index of them."""
+        self.file.unlink()
+        for file, tensors in shards.items():
+            save_file(tensors, self.path / file)
+        self.save_index({"metadata": {}, "weight_map": weight_map})
+
+    def save_index(self, index: object) -> None:
+        text = index if isinstance(index, str) else json.dumps(index)
+        (self.path / "model.safetensors.index.json").write_text(text)
 
 
 @pytest.fixture
@@ -54,6 +70,15 @@ def folder(checkpoint, tmp_path):
 
 def expected(checkpoint, family: str) -> list[int]:
     return checkpoint(family).greedy(PROMPT, 12, True)[0]
+
+
+@torch.inference_mode()
+def greedy_of(model: PreTrainedModel) -> list[int]:
+    """What `expected` gives, of any model."""
+    ids = list(PROMPT)
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(PROMPT) :]
 
 
 def test_shards_with_an_index(checkpoint, folder):
@@ -71,6 +96,133 @@ def test_shards_with_an_index(checkpoint, folder):
     assert llama.greedy() == expected(checkpoint, "llama")
     (llama.path / "model-2.safetensors").unlink()
     llama.refused("model-2.safetensors")
+
+
+def test_model_safetensors_counts_alone(checkpoint, folder):
+    """Not an adapter, a copy in another layout or with other values, an old index or the shards it names."""
+    qwen3 = folder("qwen3")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in qwen3.tensors.items()}
+    save_file({"base_model.model.lora_A.weight": torch.ones(2, 2)}, qwen3.path / "adapter_model.safetensors")
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, qwen3.path / "consolidated.safetensors")
+    save_file(zeros, qwen3.path / "model (copy).safetensors")
+    save_file(zeros, qwen3.path / "model-00001-of-00001.safetensors")
+    qwen3.save_index({"weight_map": dict.fromkeys(zeros, "model-00001-of-00001.safetensors")})
+    (qwen3.path / "broken.safetensors").write_bytes(b"")
+    assert qwen3.greedy() == expected(checkpoint, "qwen3")
+
+
+def test_a_tensor_counts_where_the_index_assigns_it(checkpoint, folder):
+    """Each of two shards holds all names, the half that is not assigned to it with other values."""
+    llama = folder("llama")
+    files = ("a.safetensors", "b.safetensors")
+    weight_map = {name: files[i % 2] for i, name in enumerate(sorted(llama.tensors))}
+    shards = {
+        file: {
+            name: tensor if weight_map[name] == file else torch.zeros_like(tensor)
+            for name, tensor in llama.tensors.items()
+        }
+        for file in files
+    }
+    shards["a.safetensors"]["left_over"] = torch.ones(2)
+    llama.save_shards(shards, weight_map)
+    assert llama.greedy() == expected(checkpoint, "llama")
+
+
+def test_a_shard_lacks_what_the_index_assigns_to_it(folder):
+    llama = folder("llama")
+    half = sorted(llama.tensors)[::2]
+    name = sorted(llama.tensors)[11]
+    rest = {other: tensor for other, tensor in llama.tensors.items() if other not in half}
+    shards = {"a.safetensors": {other: llama.tensors[other] for other in half}, "b.safetensors": rest}
+    weight_map = {other: file for file, tensors in shards.items() for other in tensors}
+    llama.save_shards(shards, weight_map | {name: "a.safetensors"})
+    llama.refused(rf"index\.json assigns.*{name}.*to a\.safetensors")
+
+
+def test_an_index_that_leaves_a_tensor_out(folder):
+    """It is missing, though a file holds it."""
+    llama = folder("llama")
+    weight_map = dict.fromkeys(llama.tensors, "a.safetensors")
+    del weight_map["model.norm.weight"]
+    llama.save_shards({"a.safetensors": llama.tensors}, weight_map)
+    llama.refused(r"lacks the tensor 'model\.norm\.weight'")
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["", "{", "[]", {}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}],
+)
+def test_an_index_without_a_usable_weight_map(folder, index):
+    llama = folder("llama")
+    llama.save_shards({"a.safetensors": llama.tensors}, {})
+    llama.save_index(index)
+    llama.refused(r"model\.safetensors\.index\.json")
+
+
+def test_two_files_with_one_tensor(checkpoint, folder):
+    llama = folder("llama")
+    llama.file.rename(llama.path / "part-1.safetensors")
+    (llama.path / "._part-1.safetensors").write_bytes(b"what macOS leaves")
+    (llama.path / "folder.safetensors").mkdir()
+    assert llama.greedy() == expected(checkpoint, "llama")
+    save_file({"model.norm.weight": llama.tensors["model.norm.weight"]}, llama.path / "part-2.safetensors")
+    llama.refused(r"model\.norm\.weight.*part-1\.safetensors and in part-2\.safetensors")
+
+
+def link_folder(source: Path, tmp_path: Path) -> str:
+    (tmp_path / "link").symlink_to(source)
+    return str(tmp_path / "link")
+
+
+def link_files(source: Path, tmp_path: Path) -> str:
+    """As in the hub's cache: the snapshot links to files that are named by their hashes."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(source.iterdir()):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
+    return str(snapshot)
+
+
+def rename(name: str):
+    return lambda source, tmp_path: str(source.rename(tmp_path / name))
+
+
+@pytest.mark.parametrize("has_index", [False, True])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *map(rename, ["model[v1]", "[a-z]*?", "a b", "~tilde", "#%{}$HOME'"]),
+        link_folder,
+        link_files,
+        lambda source, tmp_path: f"{source}/",
+        lambda source, tmp_path: f"{source}//.",
+        lambda source, tmp_path: source.name,
+        lambda source, tmp_path: f"./{source.name}/",
+        lambda source, tmp_path: f"~/{source.name}",
+        lambda source, tmp_path: source,
+        lambda source, tmp_path: Path("~") / source.name,
+    ],
+)
+def test_names_of_folders(checkpoint, folder, monkeypatch, tmp_path, place, has_index):
+    """Characters that globbing or a shell would take for others, links, relative paths, ~ and Path objects."""
+    llama = folder("llama")
+    if has_index:
+        llama.save_shards({"[a].safetensors": llama.tensors}, dict.fromkeys(llama.tensors, "[a].safetensors"))
+    else:
+        llama.file.rename(llama.path / "[a].safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with LLM(place(llama.path, tmp_path), device="cpu", kvcache_block_size=16, max_model_len=128) as llm:
+        result = llm.generate(list(PROMPT), GREEDY, use_tqdm=False)[0]
+    assert result["token_ids"] == expected(checkpoint, "llama")
+
+
+@pytest.mark.parametrize("model", ["", None, 1, b"folder", ["folder"]])
+def test_what_is_no_name_of_a_folder(model):
+    with pytest.raises(TypeError, match="model must be a folder or a hub name"):
+        LLM(model)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +288,85 @@ def test_no_safetensors(folder):
     qwen3.refused("no safetensors")
 
 
-def test_tensors_that_repeat_what_the_model_has(checkpoint, folder):
-    """A tied head's copy and rotary tables, as some files hold them."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.layers.1.self_attn.rotary_emb.sin_cached",
+        "model.layers.0.self_attn.masked_bias",
+        "model.layers.0.self_attn.bias",
+        "model.layers.0.attn.bias",
+        "model.layers.0.self_attn.attn.bias",
+    ],
+)
+def test_buffers_of_old_checkpoints(checkpoint, folder, name):
+    """They are passed over, with an index too."""
+    mistral = folder("mistral")
+    mistral.tensors[name] = torch.full((3, 5), torch.nan)
+    mistral.save()
+    assert mistral.greedy() == expected(checkpoint, "mistral")
+    mistral.save_shards({"a.safetensors": mistral.tensors}, dict.fromkeys(mistral.tensors, "a.safetensors"))
+    assert mistral.greedy() == expected(checkpoint, "mistral")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.inv_freq",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.attn.c_attn.bias",
+        "model.layers.0.self_attn.not_masked_bias",
+        "model.layers.2.self_attn.q_proj.weight",
+        "lm_head.bias",
+        "model.lm_head.weight",
+    ],
+)
+def test_other_tensors_that_the_model_has_not(folder, name):
+    mistral = folder("mistral")
+    mistral.tensors[name] = torch.zeros(4)
+    mistral.save()
+    mistral.refused(f"has the unexpected tensor '{name}'")
+
+
+def test_a_copy_of_the_embedding_as_the_tied_head(checkpoint, folder):
     qwen3 = folder("qwen3")
     qwen3.tensors["lm_head.weight"] = qwen3.tensors["model.embed_tokens.weight"].clone()
-    qwen3.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
     qwen3.save()
     assert qwen3.greedy() == expected(checkpoint, "qwen3")
+
+
+def test_a_tied_head_that_is_another(folder, monkeypatch):
+    """transformers 5 uses both, so the tied one must not be used in silence."""
+    qwen3 = folder("qwen3")
+    embedding = qwen3.tensors["model.embed_tokens.weight"]
+    match = r"'lm_head\.weight' that differs from 'model\.embed_tokens\.weight'.*tie_word_embeddings"
+    monkeypatch.setattr(loader, "COMPARED_ROWS", 100)
+    for row in (0, 150, len(embedding) - 1):
+        head = embedding.clone()
+        head[row, -1] += 1
+        qwen3.tensors["lm_head.weight"] = head
+        qwen3.save()
+        qwen3.refused(match)
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        model = AutoModelForCausalLM.from_pretrained(qwen3.path)
+        assert torch.equal(model.lm_head.weight, head) and torch.equal(model.model.embed_tokens.weight, embedding)
+    qwen3.tensors["lm_head.weight"] = embedding[:-1].clone()
+    qwen3.save()
+    qwen3.refused(match)
+
+
+def test_the_remedy_for_a_tied_head_that_is_another(folder, tmp_path):
+    qwen3 = folder("qwen3")
+    head = qwen3.tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    qwen3.tensors["lm_head.weight"] = head
+    save_file(qwen3.tensors, qwen3.file, metadata={"format": "pt"})
+    qwen3.config["tie_word_embeddings"] = False
+    qwen3.save_config()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(qwen3.path)).float().eval()
+    model.load_state_dict(qwen3.tensors)
+    assert qwen3.greedy() == greedy_of(model)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -214,7 +438,6 @@ def test_llama3_scaling_of_each_band(folder):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM.*Qwen2ForCausalLM.*Qwen3For"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"sliding_window": 128, "use_sliding_window": True}, "sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantiz"),
         ({"hidden_size": None}, "hidden_size"),
@@ -227,6 +450,74 @@ def test_a_config_that_is_not_supported(folder, changes, match):
     qwen3.config |= changes
     qwen3.save_config()
     qwen3.refused(match)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {"mlp_bias": True}),
+        ("llama", {"hidden_act": "swish"}),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": False}),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}),
+        ("llama", {"sliding_window": None, "use_sliding_window": True}),
+        ("qwen2", {"quantization_config": None, "pruned_heads": {}, "partial_rotary_factor": 1.0}),
+    ],
+)
+def test_facts_that_change_nothing(checkpoint, folder, family, changes):
+    changed = folder(family)
+    changed.config |= changes
+    changed.save_config()
+    assert changed.greedy() == expected(checkpoint, family)
+
+
+def test_biases_of_qwen3(tmp_path):
+    """config.json decides on those of all four projections."""
+    biased = Checkpoint(Qwen3Config(**SHAPE, head_dim=32, attention_bias=True), tmp_path)
+    assert any(name.endswith("o_proj.bias") for name, _ in biased.model.named_parameters())
+    with LLM(biased.path, device="cpu", kvcache_block_size=16, max_model_len=128) as llm:
+        result = llm.generate(list(PROMPT), GREEDY, use_tqdm=False)[0]
+    assert result["token_ids"] == biased.greedy(PROMPT, 12, True)[0]
+
+
+NUM_TOKENS = len(PROMPT) + GREEDY.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {}),
+        ("mistral", {"layer_types": ["full_attention"] * 2}),  # which it does not read
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
+        ("llama", {}),
+    ],
+)
+def test_a_window_counts_from_max_model_len_on(checkpoint, folder, family, changes):
+    """One that no request can fill is as good as none, and transformers agrees."""
+    slid = folder(family)
+    slid.config |= changes | {"sliding_window": NUM_TOKENS}
+    slid.save_config()
+    assert slid.greedy(max_model_len=NUM_TOKENS) == expected(checkpoint, family)
+    known = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(slid.path)).float().eval()
+    known.load_state_dict(checkpoint(family).model.state_dict())
+    assert greedy_of(known) == expected(checkpoint, family)
+    remedy = f"sliding_window={NUM_TOKENS}.*max_model_len={NUM_TOKENS + 1}.*lower max_model_len to {NUM_TOKENS}"
+    slid.refused(remedy, max_model_len=NUM_TOKENS + 1)
+
+
+def test_the_window_of_mistral_that_no_key_gives(folder):
+    """It is 4,096 tokens, which the model's 512 positions do not reach."""
+    mistral = folder("mistral")
+    del mistral.config["sliding_window"]
+    mistral.save_config()
+    with mistral.load(max_model_len=4096) as llm:
+        assert llm.config.model_config.sliding_window == 4096 and llm.config.max_model_len == 512
+    mistral.config["max_position_embeddings"] = 8192
+    mistral.save_config()
+    mistral.refused("sliding_window=4096.*max_model_len=8192.*4096", max_model_len=10000)
 
 
 def test_no_config(tmp_path):

@@ -48,6 +48,9 @@ def test_advance_no_rows():
 def test_store_tokens(batch_size):
     rows = torch.randperm(300)[:batch_size]
     packed = (torch.arange(batch_size) << 32) | (0x7FFFFFFF - torch.arange(1000, 1000 + batch_size))
+    largest = 0x7F7FFFFF  # the order of the largest finite float32
+    for i, order in enumerate([largest, -largest - 1, largest + 1, -largest - 2][: batch_size - 1], 1):
+        packed[i] = (order << 32) | (0x7FFFFFFF - 1000 - i)
     states = []
     for store, device in ((store_tokens, DEVICE), (store_tokens_torch, "cpu")):
         last_tokens = torch.full((301,), -1, device=device)
@@ -57,6 +60,9 @@ def test_store_tokens(batch_size):
         states.append((last_tokens.tolist(), ring.tolist(), count.tolist()))
     assert states[0] == states[1]
     assert states[0][1][2][int(rows[0])] == 1000 and states[0][2] == [7]
+    last_tokens, ring, _ = states[0]
+    for stored, token_ids in ((last_tokens, [1001, 1002, 0, 0, 1005]), (ring[2], [1001, 1002, -1, -1, 1005])):
+        assert [stored[row] for row in rows[1:6].tolist()] == token_ids[: batch_size - 1]
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="starts the child process")

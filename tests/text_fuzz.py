@@ -39,7 +39,9 @@ class Oracle:
                 break
 
 
-def check_sequence(ours: Tokenizer, theirs: Any, token_ids: list[int], stop: tuple[str, ...], takes: list[bool]) -> None:
+def check_sequence(
+    ours: Tokenizer, theirs: Any, token_ids: list[int], stop: tuple[str, ...], takes: list[bool]
+) -> None:
     """Pushes tokens one by one, takes text where `takes` says so, and raises AssertionError at a difference."""
     oracle = Oracle(theirs, token_ids, stop)
     assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
@@ -109,7 +111,9 @@ def main() -> int:
                 num_differences += 1
                 print(error, file=sys.stderr)
     seconds = time.monotonic() - start
-    print(f"{arguments.sequences} sequences of {len(kinds)} tokenizers in {seconds:.0f} s: {num_differences} differences")
+    print(
+        f"{arguments.sequences} sequences of {len(kinds)} tokenizers in {seconds:.0f} s: {num_differences} differences"
+    )
     return num_differences > 0
 
 

@@ -53,7 +53,14 @@ def gemma_bpe(folder: Path) -> None:
 
 def unigram(folder: Path, cleans_up: bool = True) -> None:
     """As T5's, with a clean-up."""
-    tokens = [*SPECIAL, "▁", *(f"▁{word}" for word in WORDS), *WORDS, *PUNCTUATION, *(f"▁{mark}" for mark in PUNCTUATION)]
+    tokens = [
+        *SPECIAL,
+        "▁",
+        *(f"▁{word}" for word in WORDS),
+        *WORDS,
+        *PUNCTUATION,
+        *(f"▁{mark}" for mark in PUNCTUATION),
+    ]
     vocabulary = [(token, -float(rank)) for rank, token in enumerate(dict.fromkeys(tokens))]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -31,10 +31,7 @@ def list_requests(prompts: Prompt | Items[Prompt], sampling_params: Params) -> l
 
 
 def check_request(
-    prompt: Prompt,
-    params: SamplingParams,
-    config: Config,
-    tokenizer: Tokenizer | None,
+    prompt: Prompt, params: SamplingParams, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[list[int], SamplingParams]:
     """The prompt's token ids and the parameters of a request that can be completed.
 

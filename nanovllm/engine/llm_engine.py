@@ -1,5 +1,6 @@
 """Requests in, steps, results out. Knows nothing of how a step is computed, nor of how text is split into tokens."""
 
+import os
 import sys
 import time
 import weakref
@@ -32,14 +33,14 @@ class LLMEngine:
     """Drives a scheduler and the ranks; with async scheduling, one step behind what it launches.
 
     Any number of threads may use one engine. They take turns: a step belongs to the thread that makes it, and computes
-    the requests of all. Each call returns what it asked for; `step` hands out the requests of `add_request` alone, each
-    once. What fails or is interrupted in one thread drops that call's requests and nothing else. After `close`, or once
-    the engine has failed, the calls of all threads end with a RuntimeError that says why.
+    all threads' requests. Each call returns what it asked for; `step` hands out the results of requests that came by
+    `add_request`, each once. What fails or is interrupted in one thread drops that call's requests and nothing else.
+    After `close`, or once the engine has failed, the calls of all threads end with a RuntimeError that says why.
     """
 
     failure: str | None = "it was not started"
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         """Starts an engine for a model folder or hub name; `options` are those of Config.
 
         Raises:
@@ -126,10 +127,7 @@ class LLMEngine:
                 seq.results[request_id] = self._result(seq)
 
     def generate(
-        self,
-        prompts: Prompt | Items[Prompt],
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompt | Items[Prompt], sampling_params: Params = None, use_tqdm: bool = True
     ) -> list[Result]:
         """Completes prompts: strings or lists of token ids, or a single one of these.
 
@@ -252,18 +250,14 @@ class LLMEngine:
         }
         if seq.finish_reason == "error":
             result["error"] = (
-                f"request {seq.seq_id} failed: after {seq.num_prompt_tokens} tokens of its prompt and {len(token_ids)} "
-                f"more, no logit is the largest finite number; check dtype={self.config.dtype!r} (float16 overflows "
-                f"where bfloat16 and float32 do not) and the weights in {self.config.model!r} for NaN and infinity"
+                f"request {seq.seq_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
+                f"{len(token_ids)} more, the logits hold no finite maximum; check dtype={self.config.dtype!r}, as "
+                f"float16 overflows where others do not, and the weights in {self.config.model!r}, which may hold NaN"
             )
         return result
 
     def _add(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        results: dict[int, Result],
-        is_streamed: bool = False,
+        self, token_ids: list[int], params: SamplingParams, results: dict[int, Result], is_streamed: bool = False
     ) -> Sequence:
         """Queues a request whose result is to be put into `results`. For whoever has the turn."""
         seed = self.config.seed * SEED_STRIDE + self.num_requests if params.seed is None else params.seed

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.config import Config
+from nanovllm.config import MAX_SLOTS, Config
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.layers.attention import Attention
@@ -139,7 +139,7 @@ class ModelRunner:
             fitting = (int(total * config.gpu_memory_utilization) - (total - free) - peak) // block_bytes
         num_blocks = config.num_kvcache_blocks
         if num_blocks == -1:
-            num_blocks = self.tp.min(min(fitting, MAX_BLOCKS))
+            num_blocks = self.tp.min(min(fitting, MAX_SLOTS // config.kvcache_block_size, MAX_BLOCKS))
         if num_blocks < needed:
             option = "gpu_memory_utilization" if config.num_kvcache_blocks == -1 else "num_kvcache_blocks"
             raise ValueError(f"max_model_len={config.max_model_len} needs {needed} blocks of the KV cache, which has "
@@ -148,7 +148,7 @@ class ModelRunner:
         return num_blocks
 
     def _bind_kv_cache(self, num_blocks: int) -> int:
-        """Allocates zeros, for what lies behind a sequence's end may be read: it must be finite. Returns the bytes."""
+        """Allocates the cache of all layers and hands each its part. Returns the bytes."""
         model, dtype = self.config.model_config, self.config.torch_dtype
         heads = model.num_key_value_heads // self.tp.size
         shape = (2, model.num_hidden_layers, num_blocks, self.config.kvcache_block_size, heads, model.head_dim)

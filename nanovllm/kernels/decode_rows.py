@@ -83,7 +83,8 @@ def _store_kernel(packed_ptr, rows_ptr, last_tokens_ptr, ring_ptr, count_ptr, ba
         mask = offs < batch_size
         rows = tl.load(rows_ptr + offs, mask=mask)
         packed = tl.load(packed_ptr + offs, mask=mask)
-        is_finite = tl.abs(packed >> 32) < 0x7F800000
+        order = packed >> 32
+        is_finite = (order >= -0x7F800000) & (order < 0x7F800000)
         token_ids = tl.where(is_finite, 0x7FFFFFFF - (packed & 0xFFFFFFFF), -1)
         tl.store(last_tokens_ptr + rows, tl.maximum(token_ids, 0), mask=mask)
         tl.store(ring_ptr + rows, token_ids, mask=mask)
@@ -96,7 +97,7 @@ def store_tokens(packed: Tensor, rows: Tensor, last_tokens: Tensor, ring: Tensor
     Args:
         packed: int64 [B], as `draw` returns them; rows: int64 [B].
         last_tokens: int64 [R], in place; 0 where there is no token.
-        ring: int64 [S, R] in (pinned) host memory; entry count % S is written, at the rows; -1 where there is no token.
+        ring: int64 [S, R] in (pinned) host memory; entry count % S is written, at the rows; -1 for no token.
         count: int64 [1] on the device, the steps so far; grows by one.
     """
     if not use_triton(rows):

@@ -206,7 +206,9 @@ def draw_torch(logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor,
 
 def unpack_token_ids(packed: Tensor) -> Tensor:
     """The token ids, int64 [B], of what `draw` returns; -1 for a row that has no finite maximum."""
-    return torch.where((packed >> 32).abs() < INFINITE, 0x7FFFFFFF - (packed & MASK), -1)
+    order = packed >> 32
+    is_finite = (order >= -INFINITE) & (order < INFINITE)
+    return torch.where(is_finite, 0x7FFFFFFF - (packed & MASK), -1)
 
 
 @triton.jit
@@ -233,18 +235,19 @@ def _draw_kernel(logits_ptr, rows_ptr, temperature_ptr, seed_ptr, position_ptr, 
     position = tl.load(position_ptr + row)
     low = float("-inf") if low_ptr is None else tl.load(low_ptr + row)
     logits_ptr += row.to(tl.int64) * size
-    scale = 1.442695 / temperature  # of no use to greedy rows
+    # Of no use to greedy rows. Never 0, for which -inf would become NaN.
+    scale = tl.maximum(1.442695 / temperature, 1.1754944e-38)
     best = tl.full((DRAW_BLOCK,), float("-inf"), tl.float32)
     best_ids = begin + tl.arange(0, DRAW_BLOCK)
     for offset in range(begin, begin + DRAW_PART, DRAW_BLOCK):
         ids = offset + tl.arange(0, DRAW_BLOCK)
-        logits = tl.load(logits_ptr + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
-        scores = tl.where(logits < low, float("-inf"), logits)
+        scores = tl.load(logits_ptr + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
+        scores = tl.where(scores < low, float("-inf"), scores)
         if temperature > 0:
             scores = scores * scale + _gumbel2(seed, position, start + ids)
-        scores = tl.where(logits < float("inf"), scores, float("inf"))  # NaN too
         best_ids = tl.where(scores > best, ids, best_ids)
-        best = tl.maximum(scores, best)
+        best = tl.maximum(scores, best, propagate_nan=tl.PropagateNan.ALL)
+    best = tl.where(best == best, best, float("inf"))  # NaN: none is the largest
     top = tl.max(best, 0)
     token_id = start + tl.min(tl.where(best == top, best_ids, 0x7FFFFFFF), 0)
     if temperature > 0:

@@ -41,10 +41,10 @@ class Attention(nn.Module):
         if not q.is_cuda or context.num_decodes < len(q):
             return paged_attention_torch(q, *caches, tables, lens, context.cu_seqlens_q, self.scale)
         # Decodes on a GPU may be in a graph, where the host cannot loop over lengths: all pages, and a mask. What lies
-        # behind a sequence's end may be another's that has failed: a weight of 0 would not silence NaN.
+        # behind a sequence's end may be NaN, of a sequence that has failed: no mask would silence that.
         k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in caches)
         visible = (torch.arange(k.size(2), device=q.device) < lens[:, None])[:, None, None]
-        v = v.masked_fill(~visible.transpose(2, 3), 0)
+        k, v = (x.masked_fill(~visible.transpose(2, 3), 0) for x in (k, v))
         return F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=self.scale, enable_gqa=True)[:, :, 0]
 
     def _attend_triton(self, q: Tensor, context: Context) -> Tensor:

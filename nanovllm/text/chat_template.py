@@ -85,5 +85,7 @@ def check_messages(messages: Sequence[Message]) -> Sequence[Message]:
             raise TypeError(f"a message's content must be a string or a list of parts, got {content!r}")
         for part in content if isinstance(content, list) else ():
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"the model takes text only: a part must be of type 'text' and have one, got {part!r}")
+                raise ValueError(
+                    f"the model takes text only: a part must be of type 'text' and have one, got {part!r}"
+                )
     return messages

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from nanovllm.config import read_json
+from nanovllm.model_config import read_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -54,7 +54,7 @@ class Tokenizer:
         self._has_byte_fallback = "ByteFallback" in str(backend.decoder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text, with those that the tokenizer puts around a prompt (such as BOS) unless not asked."""
+        """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -69,7 +69,7 @@ class Tokenizer:
         return text
 
     def is_visible(self, token_id: int) -> bool:
-        """Whether a token is decoded at all: it is not special, and the vocabulary has it (a model's may be larger)."""
+        """Whether a token is decoded at all: it is not special, and of this vocabulary, which a model's may exceed."""
         return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
 
     def is_byte(self, token_id: int) -> bool:
@@ -105,7 +105,7 @@ def load_tokenizer(folder: str) -> Tokenizer | None:
 
 
 def _set_up(backend: tokenizers.Tokenizer, folder: str) -> Tokenizer:
-    """The tokenizer of tokenizer.json with what the folder's other files say of it (by the rules of transformers 5)."""
+    """The tokenizer of tokenizer.json with what the folder's other files say of it, by the rules of transformers 5."""
     config = read_json(os.path.join(folder, "tokenizer_config.json"))
     if "added_tokens_decoder" in config:
         added = {int(token_id): _added_token(token) for token_id, token in config["added_tokens_decoder"].items()}
@@ -139,8 +139,8 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str | dict[str, Any]]:
 
 def _extra_tokens(config: dict[str, Any]) -> list[str | dict[str, Any]]:
     """The special tokens of tokenizer_config.json that have no name."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    return [] if isinstance(extra, dict) else extra
+    extra = config.get("extra_special_tokens")
+    return extra if extra and isinstance(extra, list) else config.get("additional_special_tokens", [])
 
 
 def _added_token(token: str | dict[str, Any]) -> AddedToken:
