@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.engine import model_runner, worker
+from nanovllm.engine import model_runner
+from nanovllm.parallel import ranks as worker
 
 EXCEPTIONS = {"exception": ZeroDivisionError("on purpose"), "memory": torch.OutOfMemoryError("CUDA out of memory")}
 

@@ -24,7 +24,8 @@ from faults import FaultyRank, children, cpu_seconds, processes, traces, wait_un
 from integrity import check_integrity
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import llm_engine, model_runner, worker
+from nanovllm.engine import llm_engine, model_runner
+from nanovllm.parallel import ranks as worker
 from nanovllm.utils import loader
 
 pytestmark = pytest.mark.timeout(90)
@@ -507,7 +508,7 @@ def test_ctrl_c_in_the_terminal_at_start_up(start, seconds):
     """The terminal sends Ctrl-C to the ranks too: while they import torch, and while rank 0 takes long to load."""
     caller = start("""
         import time
-        from nanovllm.engine import worker
+        from nanovllm.parallel import ranks as worker
         load = worker.RankGroup.load
         worker.RankGroup.load = lambda ranks: (time.sleep(5), load(ranks))
         if __name__ == "__main__":

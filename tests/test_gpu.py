@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.attention import Attention
+from nanovllm.parallel.peer_memory import MAX_PART_ROWS
 from nanovllm.utils.context import Context
-from nanovllm.utils.peer_memory import MAX_PART_ROWS
 
 pytestmark = pytest.mark.gpu
 GRAPHS = pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])

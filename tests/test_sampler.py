@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.kernels.sampling import unpack_token_ids
 from nanovllm.layers.sampler import Sampler
-from nanovllm.utils.tensor_parallel import TensorParallel
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 NUM_DRAWS = 20_000
 VOCAB_SIZE = 40

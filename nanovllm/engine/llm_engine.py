@@ -18,8 +18,8 @@ from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import step_input
-from nanovllm.engine.worker import RankGroup
 from nanovllm.outputs import RequestError, Result
+from nanovllm.parallel.ranks import RankGroup
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.detokenizer import REPLACEMENT, Detokenizer
 from nanovllm.text.tokenizer import load_tokenizer

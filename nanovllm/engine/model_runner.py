@@ -19,9 +19,9 @@ from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
+from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
 from nanovllm.utils.loader import fill_dummy, load_model
-from nanovllm.utils.tensor_parallel import TensorParallel
 
 CPU_KVCACHE_BYTES = 4 * 2**30
 MAX_BLOCKS = 2**20  # each has a record on the host; only toy models could have more

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.all_reduce import Peers, send
 from nanovllm.kernels.norm_act import rms_norm, silu_and_mul
+from nanovllm.parallel.all_reduce import Peers, send
 
 # From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
 # done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.all_reduce import Peers, meet_kernel, receive, send
+from nanovllm.parallel.all_reduce import Peers, meet_kernel, receive, send
 
 BLOCK = 1024
 

@@ -15,8 +15,8 @@ from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, Parts, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import rotary_table
+from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
-from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class SelfAttention(nn.Module):

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Parts
+from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.loader import Shard
-from nanovllm.utils.tensor_parallel import TensorParallel
 
 
 class ParallelLMHead(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from nanovllm.utils.tensor_parallel import TensorParallel
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 class RMSNorm(nn.Module):

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.parallel.all_reduce import Peers
+from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.loader import Shard
-from nanovllm.utils.tensor_parallel import TensorParallel
 
 Parts = Peers | None  # of a sum over the ranks that is still to be added to the residual stream
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from nanovllm.kernels.sampling import draw, filter_thresholds
-from nanovllm.utils.tensor_parallel import TensorParallel
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 class Sampler(nn.Module):

@@ -6,8 +6,8 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.all_reduce import Peers
 from nanovllm.kernels.linear import SMALL_BATCH
+from nanovllm.parallel.all_reduce import Peers
 
 # Sums of more rows are made in shares. A step of Qwen3-8B on two H200s, in parts / in shares: 1,024 rows 13.0 / 14.3
 # ms, 2,048 rows 24.9 / 25.6, 4,096 rows 48.0 / 48.4, 16,200 rows 167 / 162. With more ranks, parts are more traffic.

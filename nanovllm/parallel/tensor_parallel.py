@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from nanovllm.config import Config
-from nanovllm.kernels.all_reduce import Peers, max_over_ranks
-from nanovllm.utils.peer_memory import PeerMemory
+from nanovllm.parallel.all_reduce import Peers, max_over_ranks
+from nanovllm.parallel.peer_memory import PeerMemory
 
 TIMEOUT = timedelta(minutes=10)
 ABORT_SECONDS = 3.0

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.utils.tensor_parallel import TensorParallel
+from nanovllm.parallel.tensor_parallel import TensorParallel
 
 CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
