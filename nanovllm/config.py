@@ -63,6 +63,7 @@ class Config:
         dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of Dtype's.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
+        sampler_backend: "auto" (the faster one), "triton" or "torch" (compiled on CUDA); they make equal draws.
         enable_prefix_caching: share the KV of equal prefixes between requests.
         async_scheduling: prepare and launch a step before the tokens of the last one are seen.
         load_format: "auto" reads safetensors, "dummy" draws random weights and needs no file but config.json.
@@ -84,6 +85,7 @@ class Config:
     dtype: Dtype = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto"
+    sampler_backend: Literal["auto", "triton", "torch"] = "auto"
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
@@ -140,6 +142,7 @@ class Config:
             if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
                 self.dtype = "float32"
         self._resolve_attention_backend()
+        self._resolve_sampler_backend()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -168,3 +171,14 @@ class Config:
             self.attention_reason = f"{backend} needs {obstacle}" if obstacle else "the fastest measured on an H200"
         elif obstacle:
             raise ValueError(f"attention_backend={backend!r} needs {obstacle}")
+
+    def _resolve_sampler_backend(self) -> None:
+        obstacle = None
+        if self.device != "cuda":
+            obstacle = f"device='cuda', got {self.device!r}"
+        elif importlib.util.find_spec("triton") is None:
+            obstacle = "the package triton, which is not installed"
+        if self.sampler_backend == "auto":
+            self.sampler_backend = "torch" if obstacle else "triton"
+        elif self.sampler_backend == "triton" and obstacle:
+            raise ValueError(f"sampler_backend='triton' needs {obstacle}")

@@ -1,4 +1,7 @@
-"""The facade that users import."""
+"""The facade that users import: an engine with chats, streams of text and a `with` block.
+
+Nothing here knows how requests are computed.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -36,6 +39,7 @@ class LLM(LLMEngine):
         dtype: Dtype = "auto",
         device: Literal["auto", "cuda", "cpu"] = "auto",
         attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto",
+        sampler_backend: Literal["auto", "triton", "torch"] = "auto",
         enable_prefix_caching: bool = True,
         async_scheduling: bool = True,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -48,8 +52,8 @@ class LLM(LLMEngine):
             TypeError, ValueError: an unknown option, or an option, the checkpoint or the memory does not do.
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
-        arguments = locals()
-        options = {name: arguments[name] for name in LLM.__init__.__kwdefaults__}  # the keywords above
+        arguments = locals()  # nothing else yet, so that the keywords need not be listed again
+        options = {name: arguments[name] for name in LLM.__init__.__kwdefaults__}
         super().__init__(model, **options, **unknown)
         self._chat_template: ChatTemplate | None = None
         self._has_looked_for_template = False
@@ -99,7 +103,8 @@ class LLM(LLMEngine):
         self._check_alive()
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the model has no tokenizer")
-        return self._stream(*check_request(prompt, sampling_params or SamplingParams(), self.config, self.tokenizer))
+        token_ids, params = check_request(prompt, sampling_params or SamplingParams(), self.config, self.tokenizer)
+        return self._stream(token_ids, params)
 
     def __enter__(self) -> "LLM":
         return self
@@ -108,6 +113,10 @@ class LLM(LLMEngine):
         self.close()
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Iterator[str]:
+        """`stream` of a request that was checked; a generator of its own, which checks nothing before its first piece.
+
+        Whoever wants the next piece drives the engine, unless other threads' steps have brought one.
+        """
         results: dict[int, Result] = {}
         ids = []
         try:
@@ -122,8 +131,9 @@ class LLM(LLMEngine):
                         piece = seq.detokenizer.take(seq.is_finished)
                 if piece:
                     yield piece
-            if piece := seq.detokenizer.take(True):
-                yield piece
+            last_piece = seq.detokenizer.take(True)
+            if last_piece:
+                yield last_piece
             if seq.finish_reason == "error":
                 raise RequestError(results[seq.seq_id]["error"], list(results.values()))
         finally:

@@ -8,9 +8,11 @@ import torch
 from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, INTERPRETED, tl
-from nanovllm.kernels.linear import linear, linear_torch
-from nanovllm.kernels.norm_act import rms_norm, rms_norm_torch
+from nanovllm.kernels.linear import linear_torch
 from nanovllm.parallel.all_reduce import POLLS, Peers, max_over_ranks, max_over_ranks_torch, receive
+from nanovllm.parallel.all_reduce import add_sum as rms_norm
+from nanovllm.parallel.all_reduce import add_sum_torch as rms_norm_torch
+from nanovllm.parallel.all_reduce import send_linear as linear
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.

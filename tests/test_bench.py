@@ -17,6 +17,10 @@ from nanovllm.config import ModelConfig
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 bench = importlib.import_module("bench")
+command_line = importlib.import_module("tools.command_line")
+dummy_model = importlib.import_module("tools.dummy_model")
+floors = importlib.import_module("tools.floor")
+step_profile = importlib.import_module("tools.step_profile")
 
 TINY = {"num_seqs": 4, "input_len": (8, 16), "output_len": (30, 40), "shared_prefix": 5}
 DEFAULT = {"num_seqs": 256, "input_len": (100, 1024), "output_len": (100, 1024), "shared_prefix": 0}
@@ -98,19 +102,19 @@ def test_draws_share_a_prefix_and_stay_in_the_vocabulary():
 
 
 def test_floor(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "measure_gpu", lambda dtype: (4e12, 800e12))
-    bench.write_dummy_model("qwen3-0.6b", str(tmp_path), with_tokenizer=False)
+    monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4e12, 800e12))
+    dummy_model.write_dummy_model("qwen3-0.6b", str(tmp_path), with_tokenizer=False)
     config = ModelConfig.from_folder(str(tmp_path))
-    layers, head = bench.count_weights(config)
+    layers, head = floors.count_weights(config)
     assert layers + head == 596_049_920 - 65_536  # of the published checkpoint, less its norms
-    floor = bench.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), prefix=0, num_gpus=1)
+    floor = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), prefix=0, num_gpus=1)
     assert floor.kv_bytes == 13_853_760_356_352
     assert floor.weight_bytes == 1023 * 2 * (layers + head)
     assert floor.seconds == pytest.approx((floor.kv_bytes + floor.weight_bytes) / 4e12 + floor.prefill_flops / 800e12)
     # Three decode steps of one request, then two requests of which the second computes one token of its own.
-    one = bench.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)], prefix=0, num_gpus=1)
+    one = floors.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)], prefix=0, num_gpus=1)
     assert one.kv_bytes == 114_688 * (11 + 12 + 13)
-    two = bench.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)] * 2, prefix=9, num_gpus=2)
+    two = floors.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)] * 2, prefix=9, num_gpus=2)
     assert two.weight_bytes == one.weight_bytes
     assert two.prefill_flops - one.prefill_flops == 2 * (layers + head) + 4 * 28 * 16 * 128 * 10  # attended pairs
 
@@ -120,7 +124,7 @@ def test_trace_summary_counts_overlaps_once(tmp_path):
     trace = [{"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in events]
     other = {"ph": "X", "cat": "cpu_op", "name": "c", "ts": 0, "dur": 100}
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [*trace, other]}))
-    busy, *longest = bench.summarise_trace(str(tmp_path / "trace.json"), {"kernel"}).splitlines()
+    busy, *longest = step_profile.summarise_trace(str(tmp_path / "trace.json"), {"kernel"}).splitlines()
     assert busy == "busy for 80.0% of 0.010 ms"
     assert [line.split() for line in longest] == [["0.006", "ms", "2", "x", "b"], ["0.004", "ms", "1", "x", "a"]]
 
@@ -129,12 +133,12 @@ def test_trace_summary_counts_overlaps_once(tmp_path):
 def test_bad_lengths_are_refused(lens, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", f"--input-len={lens}"])
     with pytest.raises(SystemExit):
-        bench.parse_args()
+        command_line.parse_args()
     assert "--input-len" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_only_given_engine_options_reach_the_engine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--no-prefix-caching", "--block-size", "32", "--top-k", "5"])
-    args, options = bench.parse_args()
+    args, options = command_line.parse_args()
     assert options == {"tensor_parallel_size": 1, "enable_prefix_caching": False, "kvcache_block_size": 32}
     assert args.top_k == 5

@@ -14,10 +14,13 @@ import torch
 from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
-from nanovllm.kernels.norm_act import rms_norm, rms_norm_torch, silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
-from nanovllm.kernels.sampling import draw, draw_torch, filter_thresholds, filter_thresholds_torch, unpack_token_ids
+from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
+from nanovllm.kernels.sampling import draw, filter_thresholds, unpack_token_ids
 from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcache_torch
+from nanovllm.layers.sampler import draw as draw_torch
+from nanovllm.layers.sampler import filter_thresholds as filter_thresholds_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -86,9 +89,9 @@ def test_package_works_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from nanovllm.kernels import HAS_TRITON, norm_act, paged_attention, sampling, store_kvcache
+from nanovllm.kernels import HAS_TRITON, paged_attention, rms_norm, sampling, store_kvcache
 assert not HAS_TRITON
-print(norm_act.rms_norm(torch.full((1, 4), 3.0), torch.full((4,), 2.0), 0.0).tolist())
+print(rms_norm.rms_norm(torch.full((1, 4), 3.0), torch.full((4,), 2.0), 0.0).tolist())
 """
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert child.stdout.strip() == "[[2.0, 2.0, 2.0, 2.0]]", child.stderr[-3000:]

@@ -5,15 +5,15 @@ from checkpoints import mixed_prompts
 from engines import MAX_TOKENS, check_scenario, engine, generate, tokens
 
 from nanovllm import SamplingParams
-from nanovllm.engine import model_runner
-from nanovllm.engine.model_runner import StepShape
+from nanovllm.engine import cuda_graphs
+from nanovllm.engine.cuda_graphs import StepShape
 
 
 class Recorded:
     """Stands in for a CUDA graph: runs the step it was captured for."""
 
-    def __init__(self, runner, shape):
-        self.replay = lambda: runner._forward(shape)
+    def __init__(self, shape, forward):
+        self.replay = lambda: forward(shape)
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def shapes(monkeypatch):
         decodes = [StepShape(size, 0, 0, False) for size in sorted(sizes)]
         return decodes + [StepShape(0, 1, n, False) for n in (8, 32, 64)]
 
-    def capture(runner, shape):
+    def capture(graphs, shape, forward):
         seen.add(shape)
-        return Recorded(runner, shape)
+        return Recorded(shape, forward)
 
-    monkeypatch.setattr(model_runner, "list_graph_shapes", list_graph_shapes)
-    monkeypatch.setattr(model_runner.ModelRunner, "_capture", capture)
+    monkeypatch.setattr(cuda_graphs, "list_graph_shapes", list_graph_shapes)
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "_capture", capture)
     return seen
 
 
@@ -57,7 +57,7 @@ def test_draws(checkpoint, shapes):
     with engine(checkpoint("qwen3").path) as llm:
         padded = tokens(generate(llm, mixed_prompts()[:5], params))
         assert {shape.num_decodes for shape in shapes} == {8}  # of five rows
-        llm.ranks.runner._padded_shape = lambda shape: None
+        llm.ranks.runner.graphs.padded_shape = lambda shape: None
         llm.reset_prefix_cache()
         assert tokens(generate(llm, mixed_prompts()[:5], params)) == padded
     assert len(shapes) == 1

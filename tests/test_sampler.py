@@ -31,7 +31,7 @@ def sampling_inputs(num_rows: int, device: str = "cpu", **options) -> tuple:
     return rows, row_ints, row_floats, tensor(torch.int32, positions=0)[0], is_filtered
 
 
-def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor:
+def sample(logits: torch.Tensor, device: str = "cpu", backend: str = "auto", **options) -> torch.Tensor:
     """Token ids for each row of logits."""
     config = SimpleNamespace(
         device=device,
@@ -40,7 +40,7 @@ def sample(logits: torch.Tensor, device: str = "cpu", **options) -> torch.Tensor
         max_num_batched_tokens=1,
         model_config=SimpleNamespace(hidden_size=1),
     )
-    sampler = Sampler(TensorParallel(config, 0))
+    sampler = Sampler(TensorParallel(config, 0), backend)
     packed = sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options))
     return unpack_token_ids(packed).cpu()
 
@@ -208,7 +208,7 @@ class SimulatedRank:
         return self.whole
 
 
-def sample_on_ranks(logits: torch.Tensor, size: int, **options) -> list[list[int]]:
+def sample_on_ranks(logits: torch.Tensor, size: int, backend: str = "auto", **options) -> list[list[int]]:
     """What each of `size` ranks samples that hold equal parts of the vocabulary."""
     ranks = [SimulatedRank(rank, size) for rank in range(size)]
     parts = logits.chunk(size, dim=1)
@@ -218,7 +218,7 @@ def sample_on_ranks(logits: torch.Tensor, size: int, **options) -> list[list[int
             if is_second_pass and rank.offer is not None:
                 rank.best = torch.stack([other.offer for other in ranks]).amax(0)
             rank.whole = logits
-            packed = Sampler(rank)(part.contiguous(), *sampling_inputs(len(logits), **options))
+            packed = Sampler(rank, backend)(part.contiguous(), *sampling_inputs(len(logits), **options))
             if is_second_pass:
                 drawn.append(unpack_token_ids(packed).tolist())
     return drawn

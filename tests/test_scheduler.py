@@ -16,6 +16,7 @@ from integrity import check_integrity
 from nanovllm import SamplingParams
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_input import build_step_input
 
 EOS_TOKEN_ID = 0
 
@@ -126,9 +127,10 @@ class Driver:
 
     def step(self) -> Batch:
         was_running = list(self.scheduler.running)
+        num_tokens = {seq.seq_id: seq.num_tokens for seq in self.seqs}
         batch = self.scheduler.schedule()
         self.num_preemptions += sum(seq.status is SequenceStatus.WAITING for seq in was_running)
-        self.check_batch(batch)
+        self.check_batch(batch, num_tokens)
         launched = (batch, self.device.run(batch)) if batch.seqs else None
         if self.is_async:
             launched, self.in_flight = self.in_flight, launched
@@ -148,12 +150,24 @@ class Driver:
             raise AssertionError("the scheduler makes no progress")
         self.check_end()
 
-    def check_batch(self, batch: Batch) -> None:
+    def check_batch(self, batch: Batch, num_tokens: dict[int, int]) -> None:
+        """`num_tokens` are the sequences' tokens before the batch was chosen."""
         assert sum(batch.num_tokens) <= self.config.max_num_batched_tokens
         assert len(batch.seqs) <= self.config.max_num_seqs
         assert all(num_tokens > 0 for num_tokens in batch.num_tokens)
         assert len(batch.seqs) - batch.num_samples in (0, 1)
         assert all(seq.status is SequenceStatus.RUNNING for seq in batch.seqs)
+        # All but perhaps the last reach their end, and that is what the ranks are told.
+        ends = [start + num_tokens for start, num_tokens in zip(batch.starts, batch.num_tokens, strict=True)]
+        reaches_end = [end == num_tokens[seq.seq_id] for seq, end in zip(batch.seqs, ends, strict=True)]
+        assert reaches_end[: batch.num_samples] == [True] * batch.num_samples
+        assert reaches_end[batch.num_samples :] == [False] * batch.is_last_partial
+        if batch.seqs:
+            step = build_step_input(batch)
+            assert step.is_last_partial == batch.is_last_partial
+            assert len(step.decode_rows) + len(step.prompts) == len(batch.seqs)
+            if step.is_last_partial:
+                assert step.prompts[-1].tolist() == [batch.rows[-1], batch.starts[-1], batch.num_tokens[-1]]
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -294,6 +308,33 @@ def test_ends_by_eos(is_async):
     assert surplus == is_async * sum(
         seq.finish_reason == "stop" and len(seq.completion_token_ids) < 12 for seq in driver.seqs
     )
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("end", ["eos", "stop_token_ids", "stop string", "length"])
+def test_which_tokens_become_text(is_async, end):
+    """Each token that the host sees, but for one that ends the text, once and before the end is known."""
+    driver = Driver(64, is_async, vocab_size=1000)
+    seq = driver.add([1, 2, 3], max_tokens=6, ignore_eos=end != "eos")
+    want = expected([1, 2, 3], SamplingParams(max_tokens=6, ignore_eos=True), 32, 1000)[0]
+    pushed = []
+
+    def push(token_ids):
+        pushed.extend(token_ids)
+        return end == "stop string" and len(pushed) == 3
+
+    seq.detokenizer = SimpleNamespace(push=push)
+    if end == "eos":
+        driver.scheduler.eos_token_ids = frozenset(want[3:4])
+    elif end == "stop_token_ids":
+        seq.sampling_params = SamplingParams(max_tokens=6, stop_token_ids=want[3:4], ignore_eos=True)
+    while not driver.scheduler.is_finished():
+        driver.step()
+    num_tokens = {"eos": 4, "stop_token_ids": 4, "stop string": 3, "length": 6}[end]
+    assert len(set(want)) == 6 and EOS_TOKEN_ID not in want
+    assert seq.completion_token_ids == want[:num_tokens]
+    assert pushed == want[: min(num_tokens, 3 if end in ("eos", "stop_token_ids") else 6)]
+    assert seq.finish_reason == ("length" if end == "length" else "stop")
 
 
 def test_rows_and_reuse():

@@ -19,7 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import SHAPES, Request, decode_bytes, draw_requests, measure_gpu, submit, write_dummy_model
+from bench import draw_requests, submit
+from tools.dummy_model import SHAPES, write_dummy_model
+from tools.floor import decode_bytes, measure_gpu
+from tools.runs import Request
 
 if TYPE_CHECKING:
     from nanovllm import LLM

@@ -1,4 +1,8 @@
-"""What a request must be like: checked before anything is queued, so that a refused call leaves no trace."""
+"""What a request must be like: checked before anything is queued, so that a refused call leaves no trace.
+
+Parameters are checked by SamplingParams itself; here, whether they fit the model and the prompt. Nothing here knows
+what becomes of a request.
+"""
 
 from collections.abc import Sequence as Items
 
@@ -52,10 +56,13 @@ def check_request(
     vocab_size, limit = config.model_config.vocab_size, config.max_model_len
     if not 0 < len(token_ids) < limit:
         raise ValueError(f"a prompt must have tokens, but fewer than max_model_len={limit}, got {len(token_ids)}")
-    for kind in (kinds := set(map(type, token_ids))):
+    kinds = set(map(type, token_ids))
+    for kind in kinds:
         if kind is bool or not issubclass(kind, (int, np.integer)):
             raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
-    if wrong := [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]:
+    wrong = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
+    if wrong:
         raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong[0]}")
-    is_ready = isinstance(token_ids, list) and kinds == {int}
-    return token_ids if is_ready else list(map(int, token_ids)), params
+    if not isinstance(token_ids, list) or kinds != {int}:
+        token_ids = list(map(int, token_ids))
+    return token_ids, params

@@ -27,6 +27,7 @@ class BlockManager:
     """Hands out the blocks of the KV cache."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        """`num_blocks` blocks of `block_size` tokens, all free."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block() for _ in range(num_blocks)]
@@ -37,7 +38,8 @@ class BlockManager:
     @staticmethod
     def compute_hash(token_ids: list[int], parent_hash: int | None = None) -> int:
         """The 64-bit hash of a block with these tokens behind the block `parent_hash` (None: it is the first)."""
-        return xxhash.xxh64_intdigest(array("Q", token_ids if parent_hash is None else [parent_hash, *token_ids]))
+        numbers = token_ids if parent_hash is None else [parent_hash, *token_ids]
+        return xxhash.xxh64_intdigest(array("Q", numbers))
 
     def can_allocate(self, seq: Sequence) -> bool:
         """Whether there are blocks for all of a waiting sequence's tokens."""
@@ -56,7 +58,8 @@ class BlockManager:
         for block_id in cached:
             self.free_block_ids.pop(block_id, None)
             self.blocks[block_id].ref_count += 1
-        seq.block_table = cached + [self._take_free() for _ in range(len(cached), self._num_blocks(seq))]
+        num_fresh = self._num_blocks(seq) - len(cached)
+        seq.block_table = cached + [self._take_free() for _ in range(num_fresh)]
         seq.num_computed_tokens = len(cached) * self.block_size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
@@ -98,6 +101,7 @@ class BlockManager:
         self.hash_to_block_id.clear()
 
     def _num_blocks(self, seq: Sequence) -> int:
+        """The blocks that hold all of a sequence's tokens, the last one perhaps in part."""
         return -(-seq.num_tokens // self.block_size)
 
     def _fits(self, seq: Sequence, cached: list[int]) -> bool:
@@ -106,6 +110,7 @@ class BlockManager:
         return self._num_blocks(seq) - num_in_use <= len(self.free_block_ids)
 
     def _block_name(self, seq: Sequence, index: int) -> BlockName:
+        """The name of a sequence's full block, which needs those of the blocks before it."""
         for i in range(len(seq.block_names), index + 1):
             parent_hash = seq.block_names[-1].hash if i else None
             token_ids = seq.token_ids[i * self.block_size : (i + 1) * self.block_size]
@@ -124,8 +129,10 @@ class BlockManager:
         return cached
 
     def _take_free(self) -> int:
+        """Hands out the least recently used free block, whose contents are lost."""
         block_id, _ = self.free_block_ids.popitem(last=False)
-        if (evicted := self.blocks[block_id].name) is not None:
+        evicted = self.blocks[block_id].name
+        if evicted is not None:
             del self.hash_to_block_id[evicted.hash]
         self.blocks[block_id] = Block(ref_count=1)
         return block_id

@@ -7,9 +7,8 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
@@ -17,7 +16,7 @@ from nanovllm.engine.admission import Params, Prompt, check_request, list_reques
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_input import step_input
+from nanovllm.engine.step_input import build_step_input
 from nanovllm.outputs import RequestError, Result
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.sampling_params import SamplingParams
@@ -27,6 +26,13 @@ from nanovllm.utils.turns import Turns, deferred_interrupt
 
 POLL_SECONDS = 2e-5
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
+
+
+class LaunchedStep(NamedTuple):
+    """A step that the ranks were told of, and where its tokens will be."""
+
+    batch: Batch
+    output: StepOutput
 
 
 class LLMEngine:
@@ -68,11 +74,11 @@ class LLMEngine:
             raise
         except BaseException as error:
             self._die(error)
-        self.in_flight: tuple[Batch, StepOutput] | None = None
+        self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
         self.requests: dict[int, Sequence] = {}  # unfinished, by id
         self.results: dict[int, Result] = {}  # of finished requests that `step` has yet to hand out
         self.num_requests = 0
-        self.num_computed = np.zeros(2)  # tokens, of prompts and of decodes
+        self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
         self.failure = None
         print(
             f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
@@ -157,16 +163,20 @@ class LLMEngine:
                 ids = range(self.num_requests, self.num_requests + len(requests))
                 for token_ids, params in requests:
                     self._add(token_ids, params, results)
-            start, num_before = time.perf_counter(), self.num_computed.copy()
+            start, num_prefilled, num_decoded = time.perf_counter(), self.num_prefilled, self.num_decoded
+            num_finished = len(results)
             with tqdm(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                while (num_shown := len(results)) < len(ids):
+                while num_finished < len(ids):
                     with self._turn(second_breaks=True):
                         if len(results) < len(ids):  # else another thread's step was the last one needed
                             self._advance()
-                    if len(results) > num_shown:
-                        prefill, decode = (self.num_computed - num_before) / (time.perf_counter() - start)
+                    num_shown, num_finished = num_finished, len(results)
+                    if num_finished > num_shown:
+                        seconds = time.perf_counter() - start
+                        prefill = (self.num_prefilled - num_prefilled) / seconds
+                        decode = (self.num_decoded - num_decoded) / seconds
                         bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
-                        bar.update(len(results) - num_shown)
+                        bar.update(num_finished - num_shown)
         finally:
             self._drop(ids)
         ordered = [results[request_id] for request_id in ids]
@@ -205,27 +215,42 @@ class LLMEngine:
 
     def _advance(self) -> None:
         """Launches the next step, then takes in the tokens of the one before. For whoever has the turn."""
+        # The current step is launched before the tokens of the previous one are seen: it was chosen from lengths
+        # alone, and each row's last token is on the device. So the GPU has work while the host does its own. An end
+        # by length is known beforehand; one by EOS or a stop is only seen now, with one more token of the sequence
+        # on its way, which is dropped when the current step is seen. Without async scheduling, a step is seen at once.
         try:
-            batch = self.scheduler.schedule()
-            launched = (batch, self.ranks.call("run", step_input(batch))) if batch.seqs else None
+            previous, current = self.in_flight, self._launch()
             if self.config.async_scheduling:
-                launched, self.in_flight = self.in_flight, launched
-            if launched:
-                self._take_in(*launched)
+                self.in_flight = current
+                seen = previous
+            else:
+                seen = current
+            if seen is not None:
+                self._take_in(seen)
         except BaseException as error:
             self._die(error)
 
-    def _take_in(self, batch: Batch, output: StepOutput) -> None:
-        tokens, event = output
+    def _launch(self) -> LaunchedStep | None:
+        """Starts the next step on all ranks; None if there is nothing to compute."""
+        batch = self.scheduler.schedule()
+        if not batch.seqs:
+            return None
+        return LaunchedStep(batch, self.ranks.call("run", build_step_input(batch)))
+
+    def _take_in(self, step: LaunchedStep) -> None:
+        """Waits for a step's tokens, gives them to their sequences, and puts down the results of those that ended."""
+        batch, (tokens, event) = step
         if event is not None:
             while self.config.tensor_parallel_size > 1 and not event.query():
                 self.ranks.check()  # a rank that died would leave the others waiting for ever
                 time.sleep(POLL_SECONDS)
             event.synchronize()
-        tokens = tokens.tolist()
-        finished = self.scheduler.postprocess(batch, [tokens[row] for row in batch.rows[: batch.num_samples]])
+        token_by_row = tokens.tolist()
+        finished = self.scheduler.postprocess(batch, [token_by_row[row] for row in batch.rows[: batch.num_samples]])
         num_decodes = batch.num_tokens.count(1)
-        self.num_computed += sum(batch.num_tokens) - num_decodes, num_decodes
+        self.num_prefilled += sum(batch.num_tokens) - num_decodes
+        self.num_decoded += num_decodes
         for seq in finished:
             del self.requests[seq.seq_id]
             seq.results[seq.seq_id] = self._result(seq)
@@ -233,6 +258,7 @@ class LLMEngine:
             self.in_flight = None  # only surplus tokens
 
     def _result(self, seq: Sequence) -> Result:
+        """What a request that has ended gives back."""
         token_ids = seq.completion_token_ids
         if seq.detokenizer is not None:
             text = seq.detokenizer.text
@@ -278,10 +304,12 @@ class LLMEngine:
                 self._drop_asked()
 
     def _drop_asked(self) -> None:
+        """Drops the requests that were to be dropped. For whoever has the turn."""
         while self.dropped:
             self._drop_now(self.dropped.pop())
 
     def _drop_now(self, request_id: int) -> None:
+        """Ends a request without a result if it has not finished."""
         seq = self.requests.pop(request_id, None)
         if seq is not None and self.failure is None:
             self.scheduler.finish(seq)
@@ -292,6 +320,7 @@ class LLMEngine:
         return self.config.model_config.eos_token_ids | ({of_tokenizer} - {None})
 
     def _check_alive(self) -> None:
+        """Raises RuntimeError if the engine, or a rank of it, has failed."""
         if self.failure is not None:
             raise RuntimeError(f"the engine is dead: {self.failure}")
         try:

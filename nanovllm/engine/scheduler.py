@@ -3,7 +3,7 @@
 A sequence has tokens, and KV for some of them. A step gives each chosen sequence a number of tokens to compute;
 prefill, chunked prefill, a prefix-cache hit and decode differ only in that number. Running sequences come first, then
 waiting ones fill the rest of the token budget in their order. Only lengths are needed, never the value of a token, so
-a step can be scheduled before the tokens of the one before it are known.
+a step can be scheduled before the tokens of the one before it are known. Nothing here knows of devices.
 """
 
 import time
@@ -34,6 +34,11 @@ class Batch:
     num_joined: int = 0
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in block table, block)
 
+    @property
+    def is_last_partial(self) -> bool:
+        """Whether the last sequence does not reach its end, so that it samples nothing."""
+        return self.num_samples < len(self.seqs)
+
 
 class Scheduler:
     """Owns the waiting and running sequences and their blocks.
@@ -43,6 +48,7 @@ class Scheduler:
     """
 
     def __init__(self, config: Config, num_blocks: int, eos_token_ids: frozenset[int]) -> None:
+        """`num_blocks` blocks of the KV cache are to be shared out; the tokens `eos_token_ids` end a text."""
         self.config = config
         self.eos_token_ids = eos_token_ids
         self.block_manager = BlockManager(num_blocks, config.kvcache_block_size, config.enable_prefix_caching)
@@ -99,20 +105,21 @@ class Scheduler:
         dropped; one of a sequence that was preempted meanwhile is kept.
         """
         finished = []
-        for seq, token_id in zip(batch.seqs, token_ids, strict=False):
+        for seq, token_id in zip(batch.seqs[: batch.num_samples], token_ids, strict=True):
             if seq.is_finished:
                 continue
             if token_id < 0:
                 seq.finish_reason = "error"
-                self.finish(seq)
-                finished.append(seq)
-                continue
-            seq.first_token_time = seq.first_token_time or time.perf_counter()
-            seq.token_ids.append(token_id)
-            num_computed = len(seq.token_ids) - 1
-            if num_computed % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
-                self.block_manager.name_blocks(seq, num_computed - 1, num_computed)
-            seq.finish_reason = self._finish_reason(seq, token_id)
+            else:
+                self._append(seq, token_id)
+                is_stopped = self._ends_text(seq, token_id)
+                # The text of a token that ends a text is no part of it.
+                if seq.detokenizer is not None and not is_stopped:
+                    is_stopped = seq.detokenizer.push([token_id])
+                if is_stopped:
+                    seq.finish_reason = "stop"
+                elif len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq):
+                    seq.finish_reason = "length"
             if seq.finish_reason is not None:
                 self.finish(seq)
                 finished.append(seq)
@@ -129,7 +136,8 @@ class Scheduler:
     def _compute(self, batch: Batch, seq: Sequence) -> None:
         """Adds to the batch as many of the sequence's tokens as its budget holds."""
         start = seq.num_computed_tokens
-        end = seq.num_computed_tokens = min(seq.num_tokens, start + batch.budget)
+        end = min(seq.num_tokens, start + batch.budget)
+        seq.num_computed_tokens = end
         batch.budget -= end - start
         batch.seqs.append(seq)
         batch.rows.append(seq.row)
@@ -142,6 +150,20 @@ class Scheduler:
             batch.num_samples += 1
             seq.num_tokens += 1
 
+    def _append(self, seq: Sequence, token_id: int) -> None:
+        """Takes in a token that was unseen; now that the ones before it are known, their block can be named."""
+        seq.first_token_time = seq.first_token_time or time.perf_counter()
+        seq.token_ids.append(token_id)
+        num_computed = len(seq.token_ids) - 1
+        if num_computed % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
+            self.block_manager.name_blocks(seq, num_computed - 1, num_computed)
+
+    def _ends_text(self, seq: Sequence, token_id: int) -> bool:
+        """Whether the token is one that ends the sequence's text, by the model or by the request."""
+        params = seq.sampling_params
+        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
+        return is_eos or token_id in params.stop_token_ids
+
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.block_manager.deallocate(seq)
@@ -150,12 +172,5 @@ class Scheduler:
 
     def _end_is_due(self, seq: Sequence) -> bool:
         """Whether the sequence ends by length once its last token, sampled but perhaps unseen, is seen."""
-        max_tokens, max_model_len = seq.sampling_params.max_tokens, self.config.max_model_len
-        return seq.num_completion_tokens >= max_tokens or seq.num_tokens >= max_model_len
-
-    def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
-        params = seq.sampling_params
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids or (seq.detokenizer and seq.detokenizer.push([token_id])):
-            return "stop"
-        return "length" if len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq) else None
+        has_all_tokens = seq.num_completion_tokens >= seq.sampling_params.max_tokens
+        return has_all_tokens or seq.num_tokens >= self.config.max_model_len

@@ -1,4 +1,7 @@
-"""One request's state on the host. Nothing here knows of devices, text or other requests."""
+"""One request's state on the host: its tokens, and how far they got.
+
+Nothing here knows of devices or other requests; of text it only keeps who makes it.
+"""
 
 from enum import Enum, auto
 from typing import NamedTuple

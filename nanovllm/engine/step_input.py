@@ -1,4 +1,7 @@
-"""What the ranks are told of a step: only what the device cannot know, so that it does not grow with the context."""
+"""What the ranks are told of a step: only what the device cannot know, so that it does not grow with the context.
+
+Nothing here knows how a step is chosen, or how the device keeps what it is told.
+"""
 
 from typing import NamedTuple
 
@@ -33,22 +36,36 @@ class StepInput(NamedTuple):
     is_filtered: bool
 
 
-def step_input(batch: Batch) -> StepInput:
+def build_step_input(batch: Batch) -> StepInput:
     """What the ranks are told of a batch that has sequences."""
-    ints, floats, decode_rows, prompts, token_ids = [], [], [], [], []
-    for i in range(len(batch.seqs) - batch.num_joined, len(batch.seqs)):
-        seq, params = batch.seqs[i], batch.seqs[i].sampling_params
-        signed_seed = (seq.seed + 2**63) % 2**64 - 2**63
-        ints.append((seq.row, seq.token_ids[-1], batch.starts[i], params.top_k, signed_seed))
-        floats.append((params.temperature if params.temperature >= COLDEST else 0.0, params.top_p, params.min_p))
-    for i, (row, start, num_tokens) in enumerate(zip(batch.rows, batch.starts, batch.num_tokens, strict=True)):
-        if num_tokens == 1 and i < batch.num_samples:
+    joined_ints, joined_floats = [], []
+    first_joined = len(batch.seqs) - batch.num_joined
+    for seq, start in zip(batch.seqs[first_joined:], batch.starts[first_joined:], strict=True):
+        params = seq.sampling_params
+        temperature = params.temperature if params.temperature >= COLDEST else 0.0
+        joined_ints.append((seq.row, seq.token_ids[-1], start, params.top_k, _as_int64(seq.seed)))
+        joined_floats.append((temperature, params.top_p, params.min_p))
+    decode_rows, prompts, token_ids = [], [], []
+    parts = zip(batch.seqs, batch.rows, batch.starts, batch.num_tokens, strict=True)
+    for index, (seq, row, start, num_tokens) in enumerate(parts):
+        is_sampled = index < batch.num_samples
+        if num_tokens == 1 and is_sampled:  # its newest token, which the device has
             decode_rows.append(row)
         else:
             prompts.append((row, start, num_tokens))
-            token_ids += batch.seqs[i].token_ids[start : start + num_tokens]
-    return StepInput(np.array(ints, dtype=np.int64).reshape(-1, 5), np.array(floats, dtype=np.float32).reshape(-1, 3),
-        np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3), np.array(decode_rows, dtype=np.int64),
-        np.array(prompts, dtype=np.int64).reshape(-1, 3), np.array(token_ids, dtype=np.int64),
-        is_last_partial=batch.num_samples < len(batch.seqs),
-        is_filtered=any(seq.sampling_params.is_filtered for seq in batch.seqs))  # fmt: skip
+            token_ids += seq.token_ids[start : start + num_tokens]
+    return StepInput(
+        joined_ints=np.array(joined_ints, dtype=np.int64).reshape(-1, 5),
+        joined_floats=np.array(joined_floats, dtype=np.float32).reshape(-1, 3),
+        new_blocks=np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
+        decode_rows=np.array(decode_rows, dtype=np.int64),
+        prompts=np.array(prompts, dtype=np.int64).reshape(-1, 3),
+        token_ids=np.array(token_ids, dtype=np.int64),
+        is_last_partial=batch.is_last_partial,
+        is_filtered=any(seq.sampling_params.is_filtered for seq in batch.seqs),
+    )
+
+
+def _as_int64(seed: int) -> int:
+    """The signed number with the bits of an unsigned one, modulo 2**64."""
+    return (seed + 2**63) % 2**64 - 2**63

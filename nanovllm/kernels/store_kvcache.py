@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.norm_act import rms_norm_torch
+from nanovllm.kernels.rms_norm import rms_norm_torch
 
 
 @triton.jit
@@ -38,8 +38,23 @@ def _norm_rope_store(a, b, offs, mask, norm_ptr, eps, cos, sin, out_ptr, DIM: tl
 
 @triton.jit
 def _rope_store_kernel(
-    qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, eps,
-    q_ptr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    qkv_ptr,
+    qkv_stride,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    eps,
+    q_ptr,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Arguments of `rope_store_kvcache`; a program has one row."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     cos, sin, _, _ = _load_halves(cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM, 1, DIM)
@@ -60,8 +75,16 @@ def _rope_store_kernel(
 
 
 def rope_store_kvcache_torch(
-    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """What `rope_store_kvcache` computes, said plainly."""
     kv_heads, dim = k_cache.shape[-2:]
     q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
@@ -80,16 +103,33 @@ def rope_store_kvcache_torch(
 
 
 def rope_store_kvcache(
-    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:  # fmt: skip
-    """Rotate q and k (Su et al., 2021; the "rotate half" order), return q and store k and v in their slots.
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotates q and k (Su et al., 2021; the "rotate half" order), returns q and stores k and v in their slots.
 
-    qkv: [N, (Hq + 2 Hkv) D], the fused projection's rows. cos_sin: [max_position, D] float32, D/2 cosines then D/2
-    sines. positions: [N] int. slot_mapping: [N] int, slot = block * block_size + offset; the K and V of a row with
-    slot -1 (padding) are stored nowhere. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's
-    dtype. q_norm, k_norm: [D] weights of an RMSNorm of every head before the rotation, both or neither. D is even.
-    Arithmetic in float32. Positions and slot_mapping are read early, by the rule of `pdl_wait`. Returns q [N, Hq, D]
-    in qkv's dtype, contiguous.
+    Arithmetic in float32. `positions` and `slot_mapping` are read early, by the rule of `pdl_wait`.
+
+    Args:
+        qkv: [N, (Hq + 2 Hkv) D], the fused projection's rows, any distance apart; D is even.
+        cos_sin: float32 [max_position, D], D/2 cosines, then D/2 sines.
+        positions: int [N].
+        slot_mapping: int [N], slot = block * block_size + offset; -1 (padding): that row's K and V are not stored.
+        k_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's dtype.
+        v_cache: the same.
+        q_norm: [D], the weight of an RMSNorm of every query head before the rotation; with k_norm, or neither.
+        k_norm: [D], that of the key heads.
+        eps: of both norms.
+
+    Returns:
+        q, [N, Hq, D] in qkv's dtype, contiguous.
     """
     if not use_triton(qkv):
         return rope_store_kvcache_torch(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps)
@@ -97,6 +137,21 @@ def rope_store_kvcache(
     heads = qkv.size(1) // dim - 2 * kv_heads
     q = torch.empty((len(qkv), heads, dim), dtype=qkv.dtype, device=qkv.device)
     _rope_store_kernel[(len(qkv),)](
-        qkv, qkv.stride(0), cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, q,
-        Q_HEADS=heads, KV_HEADS=kv_heads, DIM=dim, num_warps=4, **pdl_options(qkv.device))  # fmt: skip
+        qkv,
+        qkv.stride(0),
+        cos_sin,
+        positions,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        q_norm,
+        k_norm,
+        eps,
+        q,
+        Q_HEADS=heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        num_warps=4,
+        **pdl_options(qkv.device),
+    )
     return q

@@ -1,25 +1,42 @@
-"""LM head, split by vocabulary over tensor-parallel ranks. The embedding is torch's, see layers/decoder.py."""
+"""The two ends of a model: token ids to hidden states, and hidden states to logits."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.kernels.linear import linear
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Parts
+from nanovllm.layers.layernorm import Normalised
+from nanovllm.layers.linear import apply_linear
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.loader import Shard
 
 
-class ParallelLMHead(nn.Module):
-    """This rank's logits of normalised x: [N, hidden] -> [N, vocab / ranks], one rank's after the other's.
+class VocabParallelEmbedding(nn.Module):
+    """Token ids [N] -> rows of the table [vocab, hidden].
 
-    With `table`, the embedding's, the weight is a part of that and no parameter of its own.
+    The table is whole on every rank, whatever its name says: one split by vocabulary would take a sum over the ranks.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, table: Tensor | None) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight = tp.parameter(vocab_size, hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.weight)
+
+
+class ParallelLMHead(nn.Module):
+    """Hidden states [N, hidden] -> this rank's logits [N, vocab / ranks], one rank's after the other's.
+
+    With `tied_weight`, the embedding's table, the weight is a part of that and no parameter of its own.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, tied_weight: Tensor | None) -> None:
         super().__init__()
         size = vocab_size // tp.size
-        self.weight = tp.parameter(size, hidden_size) if table is None else table.chunk(tp.size)[tp.rank]
+        if tied_weight is None:
+            self.weight = tp.parameter(size, hidden_size)
+        else:
+            self.weight = tied_weight.chunk(tp.size)[tp.rank]
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, tp.rank * size, 0, size)]
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
-        return linear(x, self.weight, norm=norm.weight, eps=norm.eps, parts=parts)
+    def forward(self, x: Normalised | Tensor) -> Tensor:
+        return apply_linear(x, self.weight)

@@ -1,17 +1,35 @@
 """Root-mean-square layer normalisation (arXiv 1910.07467)."""
 
-from torch import nn
+from typing import NamedTuple
 
+from torch import Tensor, nn
+
+from nanovllm.layers.residual import Residual
+from nanovllm.parallel.row_parallel import PendingSum
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
-class RMSNorm(nn.Module):
-    """The weight [size] and epsilon of x / sqrt(mean(x^2) + eps) * weight.
+class Normalised(NamedTuple):
+    """x / sqrt(mean(x^2) + eps) * weight of the rows of x [N, size], not computed yet.
 
-    The kernel that reads x applies it on the way, so that no normalised copy need go through memory.
+    The product that reads it computes it on the way, so that no normalised copy need go through memory.
     """
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+
+class RMSNorm(nn.Module):
+    """Normalises rows [N, size] with a weight [size]."""
 
     def __init__(self, size: int, eps: float, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
         self.weight = tp.parameter(size)
+
+    def forward(self, x: Residual) -> Normalised | Tensor:
+        """With several ranks, whoever receives their parts of a sum normalises what they come to at once."""
+        if isinstance(x, PendingSum):
+            return x.add_and_normalise(self.weight, self.eps)
+        return Normalised(x, self.weight, self.eps)

@@ -4,22 +4,29 @@ The `shards` of a parameter tell the loader which part of a checkpoint's tensors
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from nanovllm.kernels.linear import linear
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.parallel.all_reduce import Peers
+from nanovllm.layers.layernorm import Normalised
+from nanovllm.layers.residual import Residual
+from nanovllm.parallel.row_parallel import linear_and_sum
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.loader import Shard
 
-Parts = Peers | None  # of a sum over the ranks that is still to be added to the residual stream
+
+def apply_linear(x: Normalised | Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    """x W^T + bias, with what is yet to be computed of x fused in; gated: silu of its first half times its second."""
+    if isinstance(x, Normalised):
+        return linear(x.x, weight, bias, norm=x.weight, eps=x.eps, gated=gated)
+    return linear(x, weight, bias, gated=gated)
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = norm(x) W^T + b with the output features of each of `output_sizes` split over the ranks.
+    """y = x W^T + b with the output features of each of `output_sizes` split over the ranks.
 
-    x is [N, in], y is [N, sum(output_sizes) / ranks]. `parts` of a sum over the ranks are added to x first.
+    x is [N, in], y is [N, sum(output_sizes) / ranks].
     """
 
     def __init__(self, input_size: int, output_sizes: list[int], bias: bool, tp: TensorParallel) -> None:
@@ -28,38 +35,48 @@ class ColumnParallelLinear(nn.Module):
         self.weight = tp.parameter(sum(local_sizes), input_size)
         self.bias = tp.parameter(sum(local_sizes)) if bias else None
         self.weight.shards, offset = [], 0
-        for full, size in zip(output_sizes, local_sizes, strict=True):
-            self.weight.shards.append(Shard((full, input_size), 0, tp.rank * size, offset, size))
+        for full_size, size in zip(output_sizes, local_sizes, strict=True):
+            self.weight.shards.append(Shard((full_size, input_size), 0, tp.rank * size, offset, size))
             offset += size
         if bias:
             self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
 
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
-        return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, parts=parts)
-
-
-class MergedColumnParallelLinear(ColumnParallelLinear):
-    """The MLP's gate and up projections in one product, silu(gate) * up: [N, hidden] -> [N, intermediate / ranks]."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
-        super().__init__(hidden_size, [intermediate_size] * 2, bias, tp)
-
-    def forward(self, x: Tensor, parts: Parts, norm: RMSNorm) -> Tensor:
-        return linear(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps, parts=parts, gated=True)
+    def forward(self, x: Normalised | Tensor) -> Tensor:
+        return apply_linear(x, self.weight, self.bias)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
     """The query, key and value projections in one product: [N, hidden] -> [N, q heads | k heads | v heads]."""
 
-    def __init__(self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool,
-            tp: TensorParallel) -> None:  # fmt: skip
-        super().__init__(hidden_size, [num_heads * head_dim] + [num_kv_heads * head_dim] * 2, bias, tp)
+    def __init__(
+        self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel
+    ) -> None:
+        output_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        super().__init__(hidden_size, output_sizes, bias, tp)
+
+
+class GateUp(NamedTuple):
+    """x W^T + b, [N, gates | ups], not computed yet: the activation that reads it is fused in."""
+
+    x: Normalised | Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """The MLP's gate and up projections in one product: [N, hidden] -> [N, 2 * intermediate / ranks]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
+        super().__init__(hidden_size, [intermediate_size, intermediate_size], bias, tp)
+
+    def forward(self, x: Normalised | Tensor) -> GateUp:
+        return GateUp(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """residual += x W^T + b with the input features split over the ranks: x [N, in / ranks], residual [N, out].
+    """residual + x W^T + b with the input features split over the ranks: x [N, in / ranks], residual [N, out].
 
-    In place; or what it returns are the ranks' parts, for whoever reads the residual next to add.
+    The residual is changed in place, and given back.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
@@ -70,12 +87,7 @@ class RowParallelLinear(nn.Module):
         self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor) -> Parts:
-        if self.tp.size == 1:
-            linear(x, self.weight, self.bias, residual=residual)
-            return None
-        peers = self.tp.next_peers(len(x))
-        y = linear(x, self.weight, self.bias if self.tp.rank == 0 else None, peers=peers)
-        if peers is None:
-            residual.add_(self.tp.all_reduce(y))
-        return peers
+    def forward(self, x: Tensor, residual: Residual) -> Residual:
+        if self.tp.size > 1:
+            return linear_and_sum(x, self.weight, self.bias, residual, self.tp)
+        return linear(x, self.weight, self.bias, residual=residual)

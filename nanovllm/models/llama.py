@@ -1,7 +1,15 @@
-"""Llama 2 and 3 (arXiv 2302.13971, 2407.21783), and Mistral without a sliding window: the plain decoder."""
+"""Llama 2 and 3 (arXiv 2302.13971, 2407.21783), and Mistral (arXiv 2310.06825) within its window."""
 
-from nanovllm.layers.decoder import CausalLM
+from nanovllm.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
 
 
-class LlamaForCausalLM(CausalLM):
-    """The shared decoder; config.json says whether the projections have biases."""
+class LlamaAttention(Qwen3Attention):
+    """Query and key heads are not normalised; config.json says whether the projections have biases."""
+
+    has_qk_norm = False
+
+
+class LlamaForCausalLM(Qwen3ForCausalLM):
+    """The decoder of Qwen3 with Llama's attention."""
+
+    attention_class = LlamaAttention

@@ -1,9 +1,132 @@
-"""Qwen3 (arXiv 2505.09388): grouped-query attention whose queries and keys are normalised head by head."""
+"""Qwen3 (arXiv 2505.09388): a pre-norm decoder with rotary embeddings, grouped-query attention and a gated MLP.
 
-from nanovllm.layers.decoder import CausalLM
+The residual stream x [N, hidden] runs through all layers; what reads it normalises it, what computes adds to it. N are
+the tokens of a step, sequence after sequence, whatever part of a prompt or of an answer they are; only attention looks
+beyond its own row. This file knows nothing of caches, kernels and devices. Where several operations become one kernel,
+the layers see to it: a norm, for one, is computed by the product that reads it.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from nanovllm.config import Config
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import Normalised, RMSNorm
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.residual import Residual, only_sampled
+from nanovllm.layers.rotary_embedding import rotary_table
+from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.utils.context import Context
 
 
-class Qwen3ForCausalLM(CausalLM):
-    """The shared decoder, with an RMSNorm of each query and key head before the rotary embedding."""
+class Qwen3Attention(nn.Module):
+    """x + o(attention(q, k, v)): each query and key head is normalised, then rotated by its position."""
 
-    has_qk_norm = True
+    has_qk_norm: ClassVar[bool] = True
+    has_qkv_bias: ClassVar[bool] = False  # whatever config.json says of biases
+
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor) -> None:
+        super().__init__()
+        c = config.model_config
+        heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        has_qkv_bias = c.attention_bias or self.has_qkv_bias
+        self.qkv_proj = QKVParallelLinear(c.hidden_size, head_dim, heads, kv_heads, has_qkv_bias, tp)
+        self.q_norm = RMSNorm(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
+        self.k_norm = RMSNorm(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
+        self.attn = Attention(head_dim, config.attention_backend, rotary_table)
+        self.o_proj = RowParallelLinear(heads * head_dim, c.hidden_size, c.attention_bias, tp)
+
+    def forward(self, positions: Tensor, x: Normalised | Tensor, context: Context, residual: Residual) -> Residual:
+        qkv = self.qkv_proj(x)
+        o = self.attn(qkv, positions, context, self.q_norm, self.k_norm)
+        return self.o_proj(o, residual)
+
+
+class Qwen3MLP(nn.Module):
+    """x + down(silu(gate) * up)."""
+
+    def __init__(self, config: Config, tp: TensorParallel) -> None:
+        super().__init__()
+        c = config.model_config
+        self.gate_up_proj = MergedColumnParallelLinear(c.hidden_size, c.intermediate_size, c.mlp_bias, tp)
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(c.intermediate_size, c.hidden_size, c.mlp_bias, tp)
+
+    def forward(self, x: Normalised | Tensor, residual: Residual) -> Residual:
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(self.act_fn(gate_up), residual)
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """x = x + attention(norm(x)), x = x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        config: Config,
+        tp: TensorParallel,
+        rotary_table: Tensor,
+        attention_class: type[Qwen3Attention],
+        is_last: bool,
+    ) -> None:
+        super().__init__()
+        c = config.model_config
+        self.self_attn = attention_class(config, tp, rotary_table)
+        self.mlp = Qwen3MLP(config, tp)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
+        self.is_last = is_last
+
+    def forward(self, positions: Tensor, x: Residual, context: Context) -> Residual:
+        x = self.self_attn(positions, self.input_layernorm(x), context, residual=x)
+        if self.is_last:
+            x = only_sampled(x, context)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
+
+
+class Qwen3Model(nn.Module):
+    """Token ids [N] to the normalised hidden states [N, hidden], or of the M tokens that are sampled from."""
+
+    def __init__(self, config: Config, tp: TensorParallel, attention_class: type[Qwen3Attention]) -> None:
+        super().__init__()
+        c = config.model_config
+        table = rotary_table(c, config.max_model_len, tp.device)
+        self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, tp, table, attention_class, is_last=index == c.num_hidden_layers - 1)
+            for index in range(c.num_hidden_layers)
+        )
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Normalised | Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(positions, x, context)
+        return self.norm(x)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The decoder with its head. Parameters have a checkpoint's names, but for the modules that fuse several."""
+
+    packed_modules_mapping: ClassVar[dict[str, tuple[str, ...]]] = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    attention_class: ClassVar[type[Qwen3Attention]] = Qwen3Attention
+
+    def __init__(self, config: Config, tp: TensorParallel) -> None:
+        super().__init__()
+        c = config.model_config
+        self.model = Qwen3Model(config, tp, self.attention_class)
+        tied_weight = self.model.embed_tokens.weight if c.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, tied_weight)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Normalised | Tensor:
+        """Token ids and positions [N] -> hidden states for `compute_logits`, [M, hidden], see `only_sampled`."""
+        return self.model(input_ids, positions, context)
+
+    def compute_logits(self, hidden_states: Normalised | Tensor) -> Tensor:
+        """Hidden states [M, hidden] -> this rank's logits [M, vocab / ranks]."""
+        return self.lm_head(hidden_states)

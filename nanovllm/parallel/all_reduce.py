@@ -1,11 +1,11 @@
-# ruff: noqa: ANN001, ANN201 (Triton types the arguments of its kernels itself)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton types the arguments of its kernels itself)
 """Sums over tensor-parallel ranks that read and write each other's GPU memory.
 
 Each rank has a buffer that all of them map. For the kilobytes of a decode step this takes less time than a library's
 collective, and a kernel that waits for another GPU can start early like the others, so that what follows it fetches
-its weights meanwhile. A sum is made by the kernel that normalises it (`rms_norm`), in one of three ways:
+its weights meanwhile. A sum is made by a kernel that normalises it too (`add_sum`), in one of three ways:
 
-- Packets, for few rows. The kernel of the linear layer sends its rank's part to all ranks.
+- Packets, for few rows. The kernel of the linear layer sends its rank's part to all ranks (`send_linear`).
 - Parts, for more rows. The kernel that normalises sends what the matrix product left in its own rank's buffer.
 - Shares, for the thousands of rows of prompts. Each rank sums and normalises a share of the rows. The matrix product
   writes the rows of its part straight to the ranks whose they are, which hides half of the traffic behind the
@@ -25,7 +25,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import tl, triton
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels.linear import SMALL_BATCH, launch_linear, linear_torch
+from nanovllm.kernels.rms_norm import normalise, num_warps, rms_norm_torch
 
 POLLS = tl.constexpr(4096)  # between looks at whether the engine has given up: those go to host memory
 
@@ -81,8 +83,19 @@ def send(values, offs, mask, stride, addresses, rank: tl.constexpr, offset, RANK
 
 
 @triton.jit
-def receive(own, offs, mask, stride, addresses, rank: tl.constexpr, offset, given_up_ptr, DTYPE: tl.constexpr,
-        RANKS: tl.constexpr, WAIT: tl.constexpr = True):  # fmt: skip
+def receive(
+    own,
+    offs,
+    mask,
+    stride,
+    addresses,
+    rank: tl.constexpr,
+    offset,
+    given_up_ptr,
+    DTYPE: tl.constexpr,
+    RANKS: tl.constexpr,
+    WAIT: tl.constexpr = True,
+):
     """The sum, in float32, of what all ranks sent, or the maximum if that is int64, once it is there.
 
     own: this rank's values, if at hand. WAIT: false if all is there. `stride` and offs are those of `send`. The sum is
@@ -116,14 +129,137 @@ def receive(own, offs, mask, stride, addresses, rank: tl.constexpr, offset, give
     return total
 
 
+@triton.jit(do_not_specialize=["share"])
+def _add_sum_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    eps,
+    y_ptr,
+    stride: tl.int64,
+    share,
+    addresses,
+    rank: tl.constexpr,
+    offset,
+    given_up_ptr,
+    SIZE: tl.constexpr,
+    RANKS: tl.constexpr,
+    FORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program + rank * share if FORM == "shares" else program
+    cols = tl.arange(0, triton.next_power_of_2(SIZE))
+    mask = cols < SIZE
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += row * x_stride + cols
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    pdl_wait(PDL)
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    offs, part = program * SIZE + cols, None
+    if FORM == "parts":
+        part_ptr = tl.multiple_of((addresses[rank] + offset).to(tl.pointer_type(DTYPE)), 16) + rank * stride
+        part = tl.load(part_ptr + offs, mask=mask, other=0.0)
+        send(part, offs, mask, stride, addresses, rank, offset, RANKS)
+    SENT: tl.constexpr = FORM != "shares"
+    total = receive(part, offs, mask, stride, addresses, rank, offset, given_up_ptr, DTYPE, RANKS, SENT)
+    rounded = (x + total).to(DTYPE)
+    tl.store(x_ptr, rounded, mask=mask)
+    x = rounded.to(tl.float32)
+    if weight_ptr is not None:
+        x = normalise(x, weight, eps, SIZE)
+    if FORM == "shares":
+        for peer in tl.static_range(RANKS):
+            sums_ptr = tl.multiple_of((addresses[peer] + offset).to(tl.pointer_type(DTYPE)), 16)
+            tl.store(sums_ptr + RANKS * stride + row * SIZE + cols, x, mask=mask)
+    elif weight_ptr is not None:
+        tl.store(y_ptr + row * SIZE + cols, x, mask=mask)
+
+
+def add_sum_torch(x: Tensor, weight: Tensor | None, eps: float, parts: Tensor) -> Tensor:
+    """What `add_sum` computes, said plainly, with the parts of all ranks, [ranks, N, H]."""
+    x.copy_(x.float() + parts.float().sum(0))
+    return x if weight is None else rms_norm_torch(x, weight, eps)
+
+
+def add_sum(x: Tensor, weight: Tensor | None, eps: float, peers: Peers) -> Tensor:
+    """Adds a sum over ranks to the rows of x, [N, H], in place, and normalises them as `rms_norm` does.
+
+    x: rows any distance apart, elements of a row contiguous. weight: [H]; None to only add. Returns the normalised
+    rows, [N, H] in x's dtype, contiguous; without a weight, x. Of a sum of shares, only the rank's own rows of x are
+    read and written; what is returned, in the ranks' memory until the next such sum, has all rows.
+    """
+    rows, size = x.shape
+    share = num_rows = rows
+    y = x if weight is None else None
+    if peers.form == "shares":
+        share = peers.share(rows)
+        num_rows = min(share, rows - peers.rank * share)
+        y = peers.view(peers.rank, len(peers.buffers) * share, rows, size, x.dtype)
+        meet(peers)
+    elif y is None:
+        y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    _add_sum_kernel[(num_rows,)](
+        x,
+        x.stride(0),
+        weight,
+        eps,
+        y,
+        share * size,
+        share,
+        peers.addresses,
+        peers.rank,
+        peers.offset,
+        peers.given_up,
+        SIZE=size,
+        RANKS=len(peers.buffers),
+        FORM=peers.form,
+        num_warps=num_warps(size),
+        **pdl_options(x.device),
+    )
+    if peers.form == "shares":
+        meet(peers)
+    return y
+
+
+def meet(peers: Peers) -> None:
+    """Launches a kernel that ends when all ranks have come to theirs."""
+    meet_kernel[(1,)](peers.addresses, peers.rank, peers.given_up, RANKS=len(peers.buffers), num_warps=1)
+
+
 @triton.jit
-def _max_kernel(x_ptr, size, addresses, rank: tl.constexpr, offset, given_up_ptr, RANKS: tl.constexpr,
-        BLOCK: tl.constexpr) -> None:  # fmt: skip
+def _send_rows(y, offs, mask, y_ptr, destination):
+    """The rows of a product, to all ranks instead of y."""
+    addresses, offset, rank, size, dtype_ptr = destination
+    send(y.to(dtype_ptr.dtype.element_ty), offs, mask, size, addresses, rank, offset, len(addresses))
+
+
+def send_linear(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Peers) -> None:
+    """x W^T + bias, left with `peers` as this rank's part of a sum: x [M, K], weight [N, K], bias [N]."""
+    rows, size = len(x), len(weight)
+    if peers.form == "shares":
+        share = peers.share(rows)
+        for peer, x_share in enumerate(x.split(share)):
+            out = peers.view(peer, peers.rank * share, len(x_share), size, x.dtype)
+            linear_torch(x_share, weight, bias, out=out)
+    elif peers.form == "parts" or not use_triton(x) or not 0 < rows <= SMALL_BATCH:
+        linear_torch(x, weight, bias, out=peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype))
+    else:
+        destination = (peers.addresses, peers.offset, peers.rank, rows * size, x)
+        launch_linear(x, weight, bias, None, 0.0, None, False, False, store=_send_rows, destination=destination)
+
+
+@triton.jit
+def _max_kernel(
+    x_ptr, size, addresses, rank: tl.constexpr, offset, given_up_ptr, RANKS: tl.constexpr, BLOCK: tl.constexpr
+):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     x = tl.load(x_ptr + offs, mask=mask, other=0)
     send(x, offs, mask, size, addresses, rank, offset, RANKS)
-    tl.store(x_ptr + offs, receive(x, offs, mask, size, addresses, rank, offset, given_up_ptr, tl.int64, RANKS), mask)
+    best = receive(x, offs, mask, size, addresses, rank, offset, given_up_ptr, tl.int64, RANKS)
+    tl.store(x_ptr + offs, best, mask)
 
 
 def max_over_ranks_torch(values: Tensor) -> Tensor:
@@ -133,5 +269,15 @@ def max_over_ranks_torch(values: Tensor) -> Tensor:
 
 def max_over_ranks(x: Tensor, peers: Peers) -> Tensor:
     """The largest of the ranks' values, int64 [N] and none of them -1, in place of x."""
-    _max_kernel[(triton.cdiv(len(x), 128),)](x, len(x), *peers[2:], RANKS=len(peers.buffers), BLOCK=128, num_warps=1)
+    _max_kernel[(triton.cdiv(len(x), 128),)](
+        x,
+        len(x),
+        peers.addresses,
+        peers.rank,
+        peers.offset,
+        peers.given_up,
+        RANKS=len(peers.buffers),
+        BLOCK=128,
+        num_warps=1,
+    )
     return x

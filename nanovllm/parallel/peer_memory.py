@@ -6,12 +6,8 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.linear import SMALL_BATCH
+from nanovllm.kernels.tuning import MAX_PART_ROWS, SMALL_BATCH
 from nanovllm.parallel.all_reduce import Peers
-
-# Sums of more rows are made in shares. A step of Qwen3-8B on two H200s, in parts / in shares: 1,024 rows 13.0 / 14.3
-# ms, 2,048 rows 24.9 / 25.6, 4,096 rows 48.0 / 48.4, 16,200 rows 167 / 162. With more ranks, parts are more traffic.
-MAX_PART_ROWS = 2048
 
 
 class IpcHandle(ctypes.Structure):
@@ -38,8 +34,15 @@ def aligned(num_bytes: int) -> int:
 class PeerMemory:
     """A buffer that the GPUs of all ranks read and write, laid out for `Peers`."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype,
-            device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        sum_shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         """For sums of up to `sum_shape`. Raises RuntimeError where the GPUs cannot reach each other's memory."""
         self.rank = rank
         rows, hidden_size = sum_shape

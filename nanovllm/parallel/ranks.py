@@ -4,6 +4,8 @@ Rank 0 sends every call to the others through a pipe each, then makes it itself.
 they are read, blocks an idle rank without burning a core, and ends when either side dies. A thread watches the
 processes; the first rank that fails ends all of them and leaves behind the reason. The ranks hold nothing that
 outlives a process, so they are always ended by SIGKILL, whatever they are doing.
+
+Nothing here knows what the calls do. A single rank takes the same way, without processes, pipes and threads.
 """
 
 import ctypes
@@ -25,6 +27,7 @@ from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
+CUDA_ERROR_NOT_INITIALIZED = 3  # of the CUDA driver's API
 CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
@@ -165,6 +168,7 @@ class RankGroup:
                     self._count_ready()
 
     def _join(self, store: dist.Store) -> None:
+        """Connects rank 0 with the others, in a thread of its own."""
         try:
             with torch.cuda.stream(self.tp.stream):
                 self.tp.connect(store)
@@ -179,24 +183,30 @@ class RankGroup:
             self.changed.notify_all()
 
     def _wait(self, num_ready: int) -> None:
+        """Until so many are ready, see `_count_ready`. Raises RuntimeError if a rank has failed."""
         with self.changed:
             self.changed.wait_for(lambda: self.failure is not None or self.num_ready == num_ready)
         self.check()
 
     def _describe_end(self, rank: int, process: multiprocessing.process.BaseProcess) -> str:
+        """Waits for the end of a rank whose pipe has ended, and says how it came."""
         for other in self.processes:
             if other is not process:
                 other.kill()
         process.join(CAUSE_SECONDS - 0.5)  # its pipe ends before it does: it may have much memory to free
-        hint = f"; its own output says why ({MAIN_GUARD})"
-        is_unexplained = self.num_ready < len(self.processes) and (process.exitcode or 0) > 0
-        return f"rank {rank} ended with exit code {process.exitcode}{hint * is_unexplained}"
+        end = f"rank {rank} ended with exit code {process.exitcode}"
+        has_exited = process.exitcode is not None and process.exitcode > 0  # by itself: signals are negative
+        if has_exited and self.num_ready < len(self.processes):
+            end += f"; its own output says why ({MAIN_GUARD})"
+        return end
 
 
 def describe_failure(rank: int, error: BaseException, details: str) -> str:
     """One text that names the rank, its error and the remedy if there is one."""
-    remedy = "out of GPU memory; lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs: "
-    return f"rank {rank} failed: {remedy * isinstance(error, torch.OutOfMemoryError)}{details}"
+    if isinstance(error, torch.OutOfMemoryError):
+        options = "gpu_memory_utilization, max_num_batched_tokens or max_num_seqs"
+        details = f"out of GPU memory; lower {options}: {details}"
+    return f"rank {rank} failed: {details}"
 
 
 def can_fork(config: Config) -> bool:
@@ -207,7 +217,7 @@ def can_fork(config: Config) -> bool:
     if config.device == "cpu" or threading.active_count() > 1:
         return False
     code = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
-    return code == 3  # CUDA_ERROR_NOT_INITIALIZED
+    return code == CUDA_ERROR_NOT_INITIALIZED
 
 
 def run_rank(config: Config, rank: int, caller: int, connection: Connection) -> None:

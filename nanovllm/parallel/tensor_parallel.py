@@ -1,7 +1,9 @@
 """This rank's place among the tensor-parallel ranks, and the collectives that layers use.
 
+Collectives go through NCCL (Gloo on CPUs) or, where the GPUs reach each other's memory, through kernels of our own.
 The process group belongs to one engine and is handed to the layers that need it. Nothing is registered globally, so
-that several engines, and a caller that uses torch.distributed itself, live side by side in one process.
+that several engines, and a caller that uses torch.distributed itself, live side by side in one process. Nothing here
+knows how the ranks' processes are started, or what the layers compute.
 """
 
 import functools
@@ -31,7 +33,7 @@ class TensorParallel:
         self.size = config.tensor_parallel_size
         self.device = torch.device(config.device, rank if config.device == "cuda" else None)
         self.dtype = config.torch_dtype
-        self.sum_shape = config.max_num_batched_tokens, config.model_config.hidden_size  # of the largest
+        self.sum_shape = (config.max_num_batched_tokens, config.model_config.hidden_size)  # of the largest
         self.group: dist.Backend | None = None
         self.peer_memory: PeerMemory | None = None
         self.is_aborted = False
@@ -94,24 +96,25 @@ class TensorParallel:
     def next_peers(self, rows: int) -> Peers | None:
         """The ranks' memory for the step's next sum, of some rows; None if `all_reduce` is to make it."""
         self.check()
-        fits = self.peer_memory is not None and rows <= self.sum_shape[0]
-        return self.peer_memory.next_peers(rows) if fits else None
+        return self.peer_memory.next_peers(rows) if self._fits_peer_memory(rows) else None
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""
         self.check()
         if self.group is not None:
             options = dist.AllreduceOptions()
-            options.reduceOp, options.asyncOp = op, False  # that is, on this stream
-            if work := self.group.allreduce([x], options):
+            options.reduceOp = op
+            options.asyncOp = False  # that is, on this stream
+            work = self.group.allreduce([x], options)
+            if work:
                 work.wait()
         return x
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
         """The largest of the ranks' values, int64 [N] and none of them -1, in place of x."""
-        if self.peer_memory is None or len(x) > self.sum_shape[0]:
-            return self.all_reduce(x, dist.ReduceOp.MAX)
-        return max_over_ranks(x, self.peer_memory.candidates())
+        if self._fits_peer_memory(len(x)):
+            return max_over_ranks(x, self.peer_memory.candidates())
+        return self.all_reduce(x, dist.ReduceOp.MAX)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' x of shape [N, D] side by side, [N, size * D]."""
@@ -119,10 +122,14 @@ class TensorParallel:
             return x
         whole = x.new_zeros(len(x), self.size, x.size(1))
         whole[:, self.rank] = x
-        return self.all_reduce(whole.flatten(1))
+        return self.all_reduce(whole.flatten(1))  # each adds zeros to the others' parts
 
     def min(self, value: int) -> int:
         """The smallest of the ranks' values."""
         smallest = int(self.all_reduce(torch.tensor(value, device=self.device), dist.ReduceOp.MIN))
         self.check()  # else it may be anything
         return smallest
+
+    def _fits_peer_memory(self, rows: int) -> bool:
+        """Whether there is memory that all ranks' GPUs reach, with room for a collective of so many rows."""
+        return self.peer_memory is not None and rows <= self.sum_shape[0]

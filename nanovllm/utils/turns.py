@@ -89,6 +89,7 @@ class Turns:
         return has_turn
 
     def _give_up(self, entry: tuple[int, threading.Lock]) -> None:
+        """Waits no longer; passes on a turn that has come meanwhile."""
         with self._guard:
             was_waiting = entry in self._waiting
             if was_waiting:
@@ -97,6 +98,7 @@ class Turns:
             self._release()
 
     def _release(self) -> None:
+        """Ends the turn; the thread that waits longest has the next one."""
         with self._guard:
             self._owner = None
             if self._waiting:

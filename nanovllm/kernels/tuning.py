@@ -1,0 +1,122 @@
+"""Numbers found by measurement: what they were measured on, and what other GPUs get.
+
+All were measured on one H200 (sm_90: 132 SMs, 227 KiB of shared memory for a program). What depends on a GPU's size is
+a function of it here, so that an A100 (sm_80, 163 KiB) or an RTX 4090 or L4 (sm_89, 99 KiB) gets tiles that fit; on
+those nothing was measured. The rest is the same everywhere. tests/test_other_gpus.py compiles every kernel for each of
+these GPUs with the numbers that this file gives.
+
+This file knows the shapes that kernels work on, not what they compute.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.kernels import INTERPRETED, triton
+
+
+class Gpu(NamedTuple):
+    """What is chosen by."""
+
+    num_sms: int
+    shared_memory: int  # bytes that one program may have; an SM has about as many for all of its programs
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU; for the interpreter a small one of Hopper's kind."""
+    if INTERPRETED:
+        return Gpu(num_sms=4, shared_memory=227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+# ---- linear layers, kernels/linear.py ------------------------------------------------------------------------------
+
+# Rows up to which the kernel beats the matrix product of the library; 0 turns it off.
+SMALL_BATCH = 8
+
+# From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
+# done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532. It makes no
+# difference before Hopper, where no kernel starts early.
+LARGE_WEIGHT = 2**23
+
+# BLOCK_N, BLOCK_K and warps for 1, up to 4 and more rows, and for up to 2,048, 4,096, 8,192 and more features: the
+# fastest with the shapes of Qwen3-0.6B and 8B. Few features make few programs: each has many warps, to have all of its
+# weights on the way at once. A program takes up to 64 KiB of shared memory, 128 in float32: see `fitting_warps`.
+TILES = (
+    ((8, 256, 16), (8, 256, 4), (16, 256, 4), (8, 256, 4)),
+    ((8, 256, 8), (8, 128, 4), (16, 128, 4), (32, 64, 4)),
+    ((8, 256, 8), (16, 64, 8), (16, 64, 4), (32, 64, 4)),
+)
+
+
+def fitting_warps(warps: int, block_m: int, block_n: int, block_k: int, dtype: torch.dtype, gpu: Gpu) -> int:
+    """How many of a tile's warps a program can have: x and weights, [warps, block_m + block_n, block_k], must fit.
+
+    One row stays in registers. Only float32 in 99 KiB takes fewer than TILES says, for 5 to 8 rows, 2,048 features.
+    """
+    warp_bytes = (block_m + block_n) * block_k * dtype.itemsize
+    while block_m > 1 and warps > 1 and warps * warp_bytes > gpu.shared_memory:
+        warps //= 2
+    return warps
+
+
+# ---- attention, kernels/paged_attention.py -------------------------------------------------------------------------
+
+ATTENTION_WARPS = 4
+
+
+class AttentionTiles(NamedTuple):
+    """Of keys and values: tokens of a tile, and tiles on their way from memory at once, in stages of the pipeline."""
+
+    block_n: int
+    stages: int
+
+
+def attention_tiles(dim: int, block_size: int, dtype: torch.dtype, gpu: Gpu, is_wide: bool) -> AttentionTiles:
+    """For heads of `dim` elements in pages of `block_size` tokens; wide where a GPU has much to read.
+
+    A tile of K is 16 KiB, or shared memory would not hold the pipeline, whose depth it limits too: an indirect load
+    takes two stages a tile. Wide tiles and a short pipeline read an H200's memory up to 5% faster, given much work.
+    A decode program takes 36 to 84 KiB, one of prefill up to 129. With 128 KiB or less they take 20 to 50 and 70.
+    """
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    block_n = min(64, max(16, 16 * 1024 // (padded_dim * dtype.itemsize)))
+    if gpu.shared_memory <= 128 * 1024:
+        return AttentionTiles(block_n, stages=3)
+    if is_wide and 2 * block_n <= block_size:
+        return AttentionTiles(2 * block_n, stages=3)
+    return AttentionTiles(block_n, stages=5)
+
+
+def prefill_rows(dtype: torch.dtype) -> int:
+    """Rows, that is (token, query head) pairs, of a prefill program.
+
+    D 128: 250 TFLOP/s for 28 prompts of 100 to 1,024 tokens (FlashAttention-2: 200), 430 for one of 8,192 (280). Tiles
+    of 128 x 128 on 8 warps reach 475 there, but 210 on the short ones. Float32 is multiplied without tensor cores.
+    """
+    return 16 if dtype == torch.float32 else 64
+
+
+def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
+    """How many programs take big and small shares of `units` (row, KV head) pairs.
+
+    As many as run at once, by their shared memory: three on an SM of Hopper, two on others. A unit in more than 16
+    parts costs more to merge than it gains, and small shares pay from one unit an SM on. With the benchmark's lengths
+    246 rows read at 4.24 TB/s, 119 at 4.20, 77 at 4.13.
+    """
+    if 16 * units <= gpu.num_sms:
+        return gpu.num_sms, 0
+    if units <= gpu.num_sms:
+        return 2 * gpu.num_sms, 0
+    num_programs = (3 if gpu.shared_memory > 200 * 1024 else 2) * gpu.num_sms
+    return num_programs, num_programs
+
+
+# ---- sums over ranks, parallel/peer_memory.py ----------------------------------------------------------------------
+
+# Sums of more rows are made in shares. A step of Qwen3-8B on two H200s, in parts / in shares: 1,024 rows 13.0 / 14.3
+# ms, 2,048 rows 24.9 / 25.6, 4,096 rows 48.0 / 48.4, 16,200 rows 167 / 162. With more ranks, parts are more traffic.
+MAX_PART_ROWS = 2048

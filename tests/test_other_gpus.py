@@ -1,0 +1,276 @@
+"""Every kernel compiles for GPUs that are not here, and takes no more shared memory than they have.
+
+The public functions launch their kernels as ever, on tensors without memory; in place of each launch the kernel is
+compiled, down to machine code, with the very arguments and options of the launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import nanovllm.kernels
+import nanovllm.parallel
+from nanovllm.kernels import HAS_TRITON, tuning
+from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.decode_rows import advance_rows, store_tokens
+from nanovllm.kernels.linear import linear
+from nanovllm.kernels.paged_attention import _compiled_for, paged_decode, paged_prefill
+from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.sampling import draw, filter_thresholds
+from nanovllm.kernels.store_kvcache import rope_store_kvcache
+from nanovllm.parallel.all_reduce import Peers, add_sum, max_over_ranks, send_linear
+
+if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs triton's compiler", allow_module_level=True)
+
+from triton import runtime
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, MockTensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+KIB = 1024
+GPUS = {  # by compute capability
+    80: tuning.Gpu(num_sms=108, shared_memory=163 * KIB),  # A100
+    89: tuning.Gpu(num_sms=58, shared_memory=99 * KIB),  # L4; an RTX 4090 has 128 SMs
+    90: tuning.Gpu(num_sms=132, shared_memory=227 * KIB),  # H200
+}
+EARLY_START = 90  # the capability from which on a kernel can start before the one ahead of it ends
+ADDRESS = 2**40  # too large for 32 bits, as those of GPUs are
+MAX_MODEL_LEN, VOCAB_SIZE, HIDDEN_SIZE = 40960, 151936, 4096
+BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+
+
+class Driver:
+    """What triton asks about the GPU; the device's number is its capability, so that each has a cache of its own."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def without_memory(argument: Any) -> Any:
+    """Tensors as triton knows those that only have a type."""
+    if isinstance(argument, torch.Tensor):
+        return MockTensor(argument.dtype)
+    return tuple(map(without_memory, argument)) if isinstance(argument, tuple) else argument
+
+
+@pytest.fixture
+def launch_on(monkeypatch) -> Iterator[Callable[[int, Callable], None]]:
+    """Names a GPU's capability, and what is called in place of each launch on it."""
+
+    def start(capability: int, launch: Callable) -> None:
+        gpu = GPUS[capability]
+        properties = types.SimpleNamespace(
+            multi_processor_count=gpu.num_sms, shared_memory_per_block_optin=gpu.shared_memory
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(JITFunction, "run", launch)
+        # So that any tensor goes to the kernels.
+        monkeypatch.setattr(nanovllm.kernels, "INTERPRETED", True)
+
+    caches = tuning.gpu_of, _compiled_for
+    for cache in caches:
+        cache.cache_clear()
+    yield start
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def compile_for(launch_on) -> Callable[[int], list[tuple[str, int]]]:
+    """Names a capability; gives a list that grows by the name and the shared memory of each kernel launched then."""
+
+    def start(capability: int) -> list[tuple[str, int]]:
+        compiled: list[tuple[str, int]] = []
+        compile_kernel = JITFunction.run
+
+        def compile_launch(self, *args, grid, warmup, **options):
+            if "launch_pdl" in options:
+                options |= dict.fromkeys(("PDL", "launch_pdl"), capability >= EARLY_START)
+            kernel = compile_kernel(self, *map(without_memory, args), grid=grid, warmup=True, **options)
+            assert kernel.asm["cubin"]
+            compiled.append((self.__name__, kernel.metadata.shared))
+
+        launch_on(capability, compile_launch)
+        return compiled
+
+    return start
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# What an engine launches, each for one data type
+
+
+def launch_attention(dtype: torch.dtype, dim: int, block_size: int, heads: int = 16, kv_heads: int = 8) -> None:
+    """Decodes of one row, of some and of many, which takes wide tiles; a prefill."""
+    k_cache, v_cache = empty(2, 64, block_size, kv_heads, dim, dtype=dtype)
+    for rows in (1, 12, 256):
+        q = empty(rows, heads, dim, dtype=dtype)
+        tables = empty(rows, MAX_MODEL_LEN // block_size, dtype=I32)
+        lens, semaphores = empty(rows, dtype=I32), empty(rows * kv_heads, dtype=I32)
+        paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1)
+    paged_prefill(q, k_cache, v_cache, tables, lens, empty(rows + 1, dtype=I32), 0.1)
+
+
+def launch_rope(dtype: torch.dtype, dim: int, heads: int = 16, kv_heads: int = 8) -> None:
+    norm, cos_sin = empty(dim, dtype=dtype), empty(MAX_MODEL_LEN, dim, dtype=F32)
+    caches = empty(2, 64, 256, kv_heads, dim, dtype=dtype)
+    qkv, ints = empty(4, (heads + 2 * kv_heads) * dim, dtype=dtype), empty(4, dtype=I32)
+    rope_store_kvcache(qkv, cos_sin, ints, ints, *caches, norm, norm, 1e-6)
+
+
+def launch_linear(dtype: torch.dtype, rows: int) -> None:
+    """A normalised product through a gate, onto a residual, with the tiles of every number of features."""
+    norm = empty(HIDDEN_SIZE, dtype=dtype)
+    for features in (2048, 4096, 8192, 24576):
+        x, weight = empty(rows, HIDDEN_SIZE, dtype=dtype), empty(features, HIDDEN_SIZE, dtype=dtype)
+        linear(x, weight, None, norm, 1e-6, residual=empty(rows, features // 2, dtype=dtype), gated=True)
+
+
+def launch_rows(dtype: torch.dtype) -> None:
+    """What treats a batch row by row: norm, activation, sampling, the decode batch on the device."""
+    rms_norm(empty(4, HIDDEN_SIZE, dtype=dtype), empty(HIDDEN_SIZE, dtype=dtype), 1e-6)
+    silu_and_mul(empty(4, 2 * HIDDEN_SIZE, dtype=dtype))
+    logits, reals, longs = empty(4, VOCAB_SIZE, dtype=dtype), empty(4, dtype=F32), empty(4, dtype=I64)
+    low = filter_thresholds(logits, longs, reals, longs, reals, reals)
+    packed = draw(logits, longs, reals, longs, longs, 0, low)
+    advance_rows(longs, longs, empty(4, dtype=I32), empty(4, 160, dtype=I32), 256)
+    store_tokens(packed, longs, longs, empty(4, 4, dtype=I64), empty(1, dtype=I64))
+
+
+def launch_sums(dtype: torch.dtype, ranks: int) -> None:
+    """Sums over ranks in each of their forms."""
+    buffers = [empty(2**24, dtype=torch.uint8)] * ranks
+    x, norm = empty(4, HIDDEN_SIZE, dtype=dtype), empty(HIDDEN_SIZE, dtype=dtype)
+    for form in ("packets", "parts", "shares"):
+        peers = Peers(buffers, form, (ADDRESS,) * ranks, ranks - 1, 256, empty(1, dtype=I32))
+        if form == "packets":
+            send_linear(x, empty(HIDDEN_SIZE, HIDDEN_SIZE, dtype=dtype), None, peers)
+        add_sum(empty(4 * ranks, HIDDEN_SIZE, dtype=dtype), norm, 1e-6, peers)
+    max_over_ranks(empty(4, dtype=I64), peers)
+
+
+def assert_fits(compiled: list[tuple[str, int]], capability: int) -> None:
+    assert compiled
+    assert not [kernel for kernel in compiled if kernel[1] > GPUS[capability].shared_memory]
+
+
+def mark_slow(parameters: list[tuple], but: list[tuple]) -> list[Any]:
+    """All but some that stand for the others."""
+    return [pytest.param(*values, marks=() if values in but else pytest.mark.slow) for values in parameters]
+
+
+ATTENTION = [
+    (capability, dtype, dim, block_size)
+    for capability in GPUS
+    for dtype in (BF16, F32)
+    for dim in (64, 128, 256)
+    for block_size in (16, 256)
+]
+OTHERS = [(capability, dtype) for capability in GPUS for dtype in (BF16, F32)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "block_size"),
+    mark_slow(ATTENTION, but=[(80, BF16, 128, 256), (89, BF16, 128, 256), (89, F32, 256, 16)]),
+)
+def test_attention(compile_for, capability, dtype, dim, block_size):
+    compiled = compile_for(capability)
+    launch_attention(dtype, dim, block_size)
+    launch_rope(dtype, dim)
+    assert_fits(compiled, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, F32)]))
+def test_linear(compile_for, capability, dtype):
+    compiled = compile_for(capability)
+    for rows in (1, 4, tuning.SMALL_BATCH):
+        launch_linear(dtype, rows)
+    assert_fits(compiled, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(80, BF16), (89, BF16)]))
+def test_rows(compile_for, capability, dtype):
+    compiled = compile_for(capability)
+    launch_rows(dtype)
+    assert_fits(compiled, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, BF16)]))
+def test_sums_over_ranks(compile_for, capability, dtype):
+    compiled = compile_for(capability)
+    for ranks in (2, 8):
+        launch_sums(dtype, ranks)
+    assert_fits(compiled, capability)
+
+
+def test_no_kernel_is_left_out(launch_on):
+    """The functions above launch every kernel there is."""
+    kernels, launched = set(), set()
+    for package in (nanovllm.kernels, nanovllm.parallel):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            values = vars(importlib.import_module(module.name)).values()
+            kernels |= {value.__name__ for value in values if isinstance(value, JITFunction)}
+    launch_on(90, lambda self, *args, **options: launched.add(self.__name__))
+    launch_attention(BF16, 128, 256)
+    launch_rope(BF16, 128)
+    launch_linear(BF16, 1)
+    launch_rows(BF16)
+    launch_sums(BF16, 2)
+    assert launched == {name for name in kernels if name.endswith("_kernel")}
+
+
+def test_an_h200_gets_what_was_measured_on_it():
+    def tiles(*args, is_wide):
+        return tuple(tuning.attention_tiles(*args, GPUS[90], is_wide))
+
+    assert tiles(128, 256, BF16, is_wide=True) == (128, 3)
+    assert tiles(128, 256, BF16, is_wide=False) == (64, 5)
+    assert tiles(128, 64, BF16, is_wide=True) == (64, 5)  # a wide tile would not lie within a page
+    assert tiles(256, 256, F32, is_wide=False) == (16, 5)
+    assert [tuning.decode_programs(units, GPUS[90]) for units in (8, 9, 132, 133)] == [
+        (132, 0),
+        (264, 0),
+        (264, 0),
+        (396, 396),
+    ]
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_warps_are_as_measured_but_for_float32_in_little_memory(capability):
+    for block_m, tiles in zip((1, 4, 8), tuning.TILES, strict=True):
+        for tile in tiles:
+            block_n, block_k, warps = tile
+            for dtype in (BF16, F32):
+                fitting = tuning.fitting_warps(warps, block_m, block_n, block_k, dtype, GPUS[capability])
+                is_large = (capability, dtype, block_m, tile) == (89, F32, 8, tuning.TILES[2][0])
+                assert fitting == (warps // 2 if is_large else warps)
+
+
+def test_the_interpreter_sees_a_gpu_of_hoppers_kind(monkeypatch):
+    monkeypatch.setattr(tuning, "INTERPRETED", True)
+    gpu = tuning.gpu_of.__wrapped__(torch.device("cpu"))
+    assert gpu.shared_memory == GPUS[90].shared_memory
+    assert tuning.decode_programs(5, gpu) == (12, 12)

@@ -1,0 +1,38 @@
+"""Folders of models that have no weights: shapes of published ones, to be loaded with `load_format="dummy"`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# Facts of config.json; Llama keeps those of Qwen3 that have no bearing on speed.
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_act": "silu"}
+QWEN3 |= {"head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+LLAMA3 = QWEN3 | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {  # facts, SIZES, whether head and embedding are tied
+    "qwen3-0.6b": (QWEN3, (1024, 3072, 28, 16, 8), True),
+    "qwen3-1.7b": (QWEN3, (2048, 6144, 28, 16, 8), True),
+    "qwen3-4b": (QWEN3, (2560, 9728, 36, 32, 8), True),
+    "qwen3-8b": (QWEN3, (4096, 12288, 36, 32, 8), False),
+    "qwen3-14b": (QWEN3, (5120, 17408, 40, 40, 8), False),
+    "qwen3-32b": (QWEN3, (5120, 25600, 64, 64, 8), False),
+    "llama-3.1-8b": (LLAMA3, (4096, 14336, 32, 32, 8), False),
+}
+
+
+def write_dummy_model(shape: str, folder: str, with_tokenizer: bool = True) -> None:
+    """Writes a shape's config.json, and a byte-level BPE tokenizer with a made-up word for each id.
+
+    With it, turning tokens into text is part of the work, as it is with a real checkpoint.
+    """
+    facts, sizes, is_tied = SHAPES[shape]
+    config = facts | dict(zip(SIZES, sizes, strict=True))
+    files = {"config.json": config | {"tie_word_embeddings": is_tied, "torch_dtype": "bfloat16"}}
+    if with_tokenizer:
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        bpe = {"type": "BPE", "vocab": {f"Ġ{i:05x}": i for i in range(facts["vocab_size"])}, "merges": []}
+        files["tokenizer.json"] = {"added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": bpe}
+        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, content in files.items():
+        Path(folder, name).write_text(json.dumps(content), encoding="utf-8")

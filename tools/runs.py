@@ -1,0 +1,34 @@
+"""What is asked of an engine, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to complete with exactly `max_tokens` tokens."""
+
+    prompt: list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one repeat took: seconds, and means over requests in seconds, None where the engine does not tell."""
+
+    output_tokens: int
+    seconds: float
+    tokens_per_second: float
+    time_to_first_token: float | None = None
+    time_per_output_token: float | None = None  # after the first
+
+
+class Engine(NamedTuple):
+    """How bench.py drives one: the module that it imports, what starts the engine, and what completes requests."""
+
+    module: str
+    start: Callable[[str, dict[str, Any]], Any]  # model, options
+    run: Callable[[Any, list[Request], dict[str, Any]], Run]  # what `start` gave, requests, sampling parameters
