@@ -12,10 +12,10 @@ noise.
 The noise comes from no generator. It is a hash of (seed, position, token id), so that a request draws the same tokens
 whatever it is batched with and however the vocabulary is split over ranks.
 
-This file knows nothing of requests or steps: it is handed logits and a table of parameters. On CUDA the plain
-functions go through torch.compile. On a CPU they run as they stand: a compiler may be missing there, takes most of a
-minute if not, and has little to win beside the model. `kernels/sampling.py` has the same functions once more, written
-in Triton: equal draws, made sooner.
+This file knows nothing of requests or steps: it is handed logits and a table of parameters. On CUDA the draw goes
+through torch.compile, which makes one pass of its many; the filters sort, which is a library's work. On a CPU all runs
+as it stands: a compiler may be missing there, takes most of a minute if not, and has little to win beside the model.
+`kernels/sampling.py` has the same functions once more, written in Triton: equal draws, made sooner.
 """
 
 import functools
@@ -88,9 +88,9 @@ def sample(
 
 
 @functools.cache
-def _compile_sample() -> Callable[..., Tensor]:
+def _compile_draw() -> Callable[..., Tensor]:
     """Not done on import, as it takes seconds to import the compiler."""
-    return torch.compile(sample)
+    return torch.compile(draw)
 
 
 def compiled_sample(
@@ -102,10 +102,16 @@ def compiled_sample(
     start: int,
     is_filtered: bool,
 ) -> Tensor:
-    """`sample`, compiled once for batches of all sizes (and once for those of one row)."""
-    for tensor in (logits, rows, positions):
+    """`sample`, with a draw that is compiled once for batches of all sizes (and once for those of one row).
+
+    The filters are not: beside the sort, there is a running sum that torch 2.11 fails to compile for rows so long.
+    """
+    top_k, seeds = row_ints
+    temperature, top_p, min_p = row_floats
+    low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None
+    for tensor in (logits, rows, positions) if low is None else (logits, rows, positions, low):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compile_sample()(logits, rows, row_ints, row_floats, positions, start, is_filtered)
+    return _compile_draw()(logits, rows, temperature, seeds, positions, start, low)
 
 
 def filter_thresholds(
