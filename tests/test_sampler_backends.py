@@ -140,8 +140,10 @@ def test_compiled_draws_are_the_plain_ones():
             sampler._choose = lambda logits: plain.compiled_sample  # as on CUDA
             sampler.tp.all_gather = lambda part: logits[: len(part)]
         num_compiled = None
-        for num_rows, case in itertools.product((64, 1, 2, 7, 33), (True, False)):
-            arguments = rows[:num_rows], row_ints, row_floats, positions[:num_rows]
+        for num_rows, case, is_view in itertools.product((64, 1, 2, 7, 33), (True, False), (True, False)):
+            # Positions are a part of a tensor with others where all rows decode, and else one of their own.
+            place = torch.stack([positions[:num_rows]] * 3)[2] if is_view else positions[:num_rows].clone()
+            arguments = rows[:num_rows], row_ints, row_floats, place
             parts = logits[:num_rows].chunk(size, dim=1)
             offers = [
                 sampler(part.contiguous(), *arguments, case) for sampler, part in zip(samplers, parts, strict=True)
