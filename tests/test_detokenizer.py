@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_text import MIXED_TEXTS, TOKENIZER, encode
 from text_fuzz import Kind
 from tokenizer_kinds import KINDS
 
-import nanovllm.demo
 from nanovllm.text.detokenizer import Detokenizer
-from nanovllm.text.tokenizer import Tokenizer, load_tokenizer
-
-TOKENIZER = load_tokenizer(str(Path(nanovllm.demo.__file__).parent))
-MIXED_TEXTS = [
-    "plain text",
-    "naïve café",
-    "你好，世界！很高兴",
-    "👋🏽 waves 👩‍👩‍👧‍👦 and 🇩🇪",
-    "a👋",
-    "中",
-    "\n\n  spaces  \t",
-    "עברית ✓",
-]
-
-
-def encode(text: str) -> list[int]:
-    return TOKENIZER.encode(text, add_special_tokens=False)
+from nanovllm.text.tokenizer import Tokenizer
 
 
 def pieces(token_ids: list[int], stop: tuple[str, ...] = (), tokenizer: Tokenizer = TOKENIZER) -> list[str]:

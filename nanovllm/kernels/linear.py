@@ -44,7 +44,11 @@ def _linear_kernel(
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # A program computes BLOCK_N features. Its warps split K, BLOCK_K each at a time: axis 0 of the tiles is the warp.
+    """BLOCK_N features of all rows, by one program.
+
+    Its warps split K, BLOCK_K each at a time: axis 0 of the tiles is the warp. It is long because it is one pass: what
+    is fused in has no place outside of it.
+    """
     STEP: tl.constexpr = WARPS * BLOCK_K
     features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = features < N

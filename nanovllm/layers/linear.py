@@ -1,6 +1,8 @@
-"""Linear layers split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053).
+"""Linear layers, which may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053).
 
-The `shards` of a parameter tell the loader which part of a checkpoint's tensors it holds.
+What comes before a product (a norm) or behind it (an activation, the residual) is handed to the kernel along with it.
+The `shards` of a parameter tell the loader which part of a checkpoint's tensors it holds. Nothing here knows which
+model a layer belongs to, nor how ranks add up their parts.
 """
 
 from dataclasses import replace
