@@ -44,22 +44,12 @@ class PeerMemory:
         device: torch.device,
     ) -> None:
         """For sums of up to `sum_shape`. Raises RuntimeError where the GPUs cannot reach each other's memory."""
-        self.rank = rank
-        rows, hidden_size = sum_shape
-        row_bytes = hidden_size * dtype.itemsize
-        place_bytes = size * min(rows, MAX_PART_ROWS) * row_bytes
-        # The ranks' shares may be uneven.
-        share_bytes = (rows > MAX_PART_ROWS) * 2 * (rows + size) * row_bytes
-        # Flags, candidates, two places for sums, parts and sums of shares.
-        sizes = (4 * size, 8 * size * rows, place_bytes, place_bytes, share_bytes)
-        offsets = accumulate(map(aligned, sizes), initial=0)
-        _flags, self.candidate_offset, *self.place_offsets, self.share_offset, num_bytes = offsets
+        num_bytes = self.lay_out(rank, size, sum_shape, dtype)
         # A handle is one of a whole allocation; in a pool of its own, the buffer is one.
         self.pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self.pool):
             self.bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.bytes[self.candidate_offset : self.share_offset] = 255
-        self.num_sums = 0
         self.given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device)
         handle, with_peer_access = IpcHandle(), 1
@@ -77,6 +67,24 @@ class PeerMemory:
         # As tensors of this rank's device, though most lie on another's: all that counts is that it can write there.
         storages = [torch._C._construct_storage_from_data_pointer(base, device, num_bytes) for base in addresses]
         self.buffers = [torch.empty(0, dtype=torch.uint8, device=device).set_(storage) for storage in storages]
+
+    def lay_out(self, rank: int, size: int, sum_shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Decides where in a buffer everything stands; returns the buffer's bytes.
+
+        Flags come first, zero at the beginning; then the candidates and two places for sums, all bits set; then parts
+        and sums of shares.
+        """
+        self.rank = rank
+        self.num_sums = 0
+        rows, hidden_size = sum_shape
+        row_bytes = hidden_size * dtype.itemsize
+        place_bytes = size * min(rows, MAX_PART_ROWS) * row_bytes
+        # The ranks' shares may be uneven.
+        share_bytes = 2 * (rows + size) * row_bytes if rows > MAX_PART_ROWS else 0
+        sizes = (4 * size, 8 * size * rows, place_bytes, place_bytes, share_bytes)
+        offsets = accumulate(map(aligned, sizes), initial=0)
+        _flags, self.candidate_offset, *self.place_offsets, self.share_offset, num_bytes = offsets
+        return num_bytes
 
     def close(self) -> None:
         """Gives up the others' memory."""

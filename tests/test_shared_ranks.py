@@ -1,0 +1,68 @@
+"""Whole engines on the kernels of GPUs, in Triton's interpreter; several ranks sum in shared memory, as GPUs do.
+
+Every rank is a process. Small as the models are, each of the three ways to sum (packets, parts, shares) carries some
+of the steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+from checkpoints import FAMILIES, Checkpoint, random_prompt
+from engines import Trace, engine, tokens
+from interpreter import run_in_interpreter
+from shared_ranks import MAX_PART_ROWS, SharedFiles, SharingRank
+
+from nanovllm import SamplingParams
+from nanovllm.kernels import HAS_TRITON
+from nanovllm.parallel import peer_memory, ranks
+from nanovllm.parallel.tensor_parallel import TensorParallel
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's child process")
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+PROMPTS = [random_prompt(length, length) for length in (26, 3, 15)]  # which take two steps
+OPTIONS = {"max_num_batched_tokens": 30, "max_model_len": 64}
+
+
+def check_greedy_tokens(checkpoint: Checkpoint, **options) -> None:
+    with engine(checkpoint.path, **OPTIONS, **options) as llm:
+        trace = Trace(llm)
+        results = llm.generate([list(prompt) for prompt in PROMPTS], GREEDY, use_tqdm=False)
+        assert tokens(results) == [checkpoint.greedy(prompt, 6, True) for prompt in PROMPTS]
+        assert trace.num_chunks > 0
+
+
+@interpreted
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_one_rank(checkpoint, family):
+    """Decodes take the fused kernels for few rows, prompts the others."""
+    check_greedy_tokens(checkpoint(family))
+
+
+@interpreted
+@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3", 2), ("llama_bias", 2), ("mistral", 4)])
+def test_greedy_tokens_of_several_ranks(checkpoint, monkeypatch, tmp_path, family, num_ranks):
+    sharing = SharingRank(tmp_path)
+    monkeypatch.setattr(ranks, "run_rank", sharing)
+    monkeypatch.setattr(peer_memory, "MAX_PART_ROWS", MAX_PART_ROWS)
+    monkeypatch.setattr(TensorParallel, "connect", TensorParallel.connect)
+    sharing.set_up()
+    forms: Counter[str] = Counter()
+    next_peers = SharedFiles.next_peers
+
+    def counted_next_peers(memory: SharedFiles, rows: int):
+        peers = next_peers(memory, rows)
+        forms[peers.form] += 1
+        return peers
+
+    monkeypatch.setattr(SharedFiles, "next_peers", counted_next_peers)
+    check_greedy_tokens(checkpoint(family), tensor_parallel_size=num_ranks)
+    assert min(forms[form] for form in ("packets", "parts", "shares")) > 0, forms
+
+
+@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="the parent process runs it, with triton")
+def test_in_the_interpreter():
+    run_in_interpreter(__file__)
