@@ -67,6 +67,14 @@ def test_a_template_that_loops_for_one_role_only(template):
     assert template(MIXED).render(messages) == "Be\nkind<a><b>"
 
 
+def test_messages_are_handed_on_as_they_are(template):
+    """A missing content stays missing, and what else a message has is there."""
+    source = "{% for m in messages %}{{ m.content is defined }} {{ m.tool_calls | length }}{% endfor %}"
+    messages = [{"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    assert template(source).render(messages) == "False 1"
+    assert messages == [{"role": "assistant", "tool_calls": [{"name": "f"}]}]
+
+
 @pytest.mark.parametrize(
     ("part", "match"),
     [

@@ -19,6 +19,7 @@ from test_sampler import SimulatedRank, sample, sample_on_ranks, sampling_inputs
 
 from nanovllm import SamplingParams
 from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import StepShape
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels import sampling as kernels
 from nanovllm.kernels.decode_rows import store_tokens, store_tokens_torch
@@ -153,6 +154,28 @@ def test_compiled_draws_are_the_plain_ones():
             num_compiled = num_compiled or num_graphs()  # that is, after the first call
         assert num_graphs() == num_compiled
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@plain_test
+@pytest.mark.slow  # as above
+def test_an_engine_compiles_at_its_first_step_only(checkpoint, monkeypatch):
+    """Whatever shapes come later, and wherever their tensors come from: nothing can be compiled within a capture."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(Sampler, "_choose", lambda self, logits: plain.compiled_sample)  # as on CUDA
+    params = [SamplingParams(seed=seed, top_k=seed % 3 * 5, max_tokens=6, ignore_eos=True) for seed in range(12)]
+    with engine(checkpoint("qwen3").path, max_num_seqs=16) as llm:
+        rows, forward = llm.ranks.runner.rows, torch.inference_mode()(llm.ranks.runner._forward)
+        rows.decode_rows.fill_(rows.padding_row)
+        forward(StepShape(16, num_prompts=0, num_tokens=0, is_filtered=False))  # as warmup_model does
+        num_compiled = num_graphs()
+        for size, is_filtered in itertools.product((16, 8, 2, 1), (False, True)):
+            forward(StepShape(size, num_prompts=0, num_tokens=0, is_filtered=is_filtered))
+        rows.device_step_count.zero_()
+        results = generate(llm, mixed_prompts(), params)  # prompts together, then decodes
+        alone = [generate(llm, [prompt], param)[0] for prompt, param in zip(mixed_prompts(), params, strict=True)]
+    assert [result["token_ids"] for result in results] == [result["token_ids"] for result in alone]
+    assert num_graphs() == num_compiled == 4
 
 
 @pytest.mark.gpu

@@ -109,8 +109,9 @@ def compiled_sample(
     top_k, seeds = row_ints
     temperature, top_p, min_p = row_floats
     low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None
-    # A copy begins its memory. Where a view begins in another's is a case of its own if that is at element 0 or 1.
-    positions = positions.clone()
+    # Copies are alike, wherever rows and positions come from: else a view of another tensor, and a tensor that was not
+    # made in inference mode, would be cases of their own.
+    rows, positions = rows.clone(), positions.clone()
     for tensor in (logits, rows, positions) if low is None else (logits, rows, positions, low):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return _compile_draw()(logits, rows, temperature, seeds, positions, start, low)

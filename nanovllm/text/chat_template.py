@@ -35,14 +35,14 @@ class ChatTemplate:
         Raises:
             TypeError, ValueError: no messages, a part that is no text, or what the template refuses, naming it.
         """
-        rendered = [dict(message, content=self._content(message)) for message in check_messages(messages)]
-        return self._apply(rendered)
+        return self._apply([self._spell(message) for message in check_messages(messages)])
 
-    def _content(self, message: Message) -> str | list[Any] | None:
+    def _spell(self, message: Message) -> Message:
+        """The message as the template expects it."""
         content = message.get("content")
         if not isinstance(content, list) or self.takes_parts(message["role"]):
-            return content
-        return "\n".join(part["text"] for part in content)
+            return message
+        return message | {"content": "\n".join(part["text"] for part in content)}
 
     def takes_parts(self, role: str) -> bool:
         """Whether the template loops over the parts of a content, found out by having it render one."""
