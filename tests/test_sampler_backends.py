@@ -99,19 +99,19 @@ def unfiltered(options: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_filtered", [False, True])
 def test_both_draw_alike(is_filtered, dtype):
-    logits, options = mixed_batch(69, 5000)
+    logits, options = mixed_batch(46, 5000)
     if not is_filtered:
         options = unfiltered(options)
     drawn, expected = (sample(logits.to(dtype), DEVICE, backend, **options) for backend in ("triton", "torch"))
     assert drawn.tolist() == expected.tolist()
-    assert (drawn == -1).sum() == 9 and drawn.unique().numel() > 40
+    assert (drawn == -1).sum() == 6 and drawn.unique().numel() > 30
 
 
 @kernel_test
 @pytest.mark.skipif(not INTERPRETED, reason="the simulated ranks are on the CPU")
 @pytest.mark.parametrize("is_filtered", [False, True])
 def test_both_draw_alike_on_two_ranks(is_filtered):
-    logits, options = mixed_batch(46, 1000)
+    logits, options = mixed_batch(24, 1000)
     if not is_filtered:
         options = unfiltered(options)
     whole = sample(logits, DEVICE, "torch", **options).tolist()
