@@ -79,42 +79,21 @@ def sample(
     positions: Tensor,
     start: int,
     is_filtered: bool,
+    is_compiled: bool = False,
 ) -> Tensor:
-    """The draws, packed, int64 [B], of logits [B, V] of the token ids from `start` on; else as `Sampler.forward`."""
-    top_k, seeds = row_ints
-    temperature, top_p, min_p = row_floats
-    low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None
-    return draw(logits, rows, temperature, seeds, positions, start, low)
+    """The draws, packed, int64 [B], of logits [B, V] of the token ids from `start` on; else as `Sampler.forward`.
 
-
-@functools.cache
-def _compile_draw() -> Callable[..., Tensor]:
-    """Not done on import, as it takes seconds to import the compiler."""
-    return torch.compile(draw)
-
-
-def compiled_sample(
-    logits: Tensor,
-    rows: Tensor,
-    row_ints: Tensor,
-    row_floats: Tensor,
-    positions: Tensor,
-    start: int,
-    is_filtered: bool,
-) -> Tensor:
-    """`sample`, with a draw that is compiled once for batches of all sizes (and once for those of one row).
-
-    The filters are not: beside the sort, there is a running sum that torch 2.11 fails to compile for rows so long.
+    With is_compiled, the draw is. The filters are not: beside the sort, there is a running sum that torch 2.11 fails
+    to compile for rows so long.
     """
     top_k, seeds = row_ints
     temperature, top_p, min_p = row_floats
     low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None
-    # Copies are alike, wherever rows and positions come from: else a view of another tensor, and a tensor that was not
-    # made in inference mode, would be cases of their own.
-    rows, positions = rows.clone(), positions.clone()
-    for tensor in (logits, rows, positions) if low is None else (logits, rows, positions, low):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compile_draw()(logits, rows, temperature, seeds, positions, start, low)
+    make_draws = compiled_draw if is_compiled else draw
+    return make_draws(logits, rows, temperature, seeds, positions, start, low)
+
+
+compiled_sample: Callable[..., Tensor] = functools.partial(sample, is_compiled=True)
 
 
 def filter_thresholds(
@@ -180,6 +159,24 @@ def draw(
     scores = torch.where(logits < torch.inf, scores, torch.inf)  # NaN too
     best, index = scores.max(dim=-1)  # of equals, the first
     return pack_draw(flip(best.view(torch.int32)).long(), start + index)
+
+
+@functools.cache
+def _compile_draw() -> Callable[..., Tensor]:
+    """Not done on import, as it takes seconds to import the compiler."""
+    return torch.compile(draw)
+
+
+def compiled_draw(
+    logits: Tensor, rows: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, start: int, low: Tensor | None
+) -> Tensor:
+    """`draw`, compiled once for batches of all sizes (and once for those of one row)."""
+    # Copies are alike, wherever rows and positions come from: else a view of another tensor, and a tensor that was not
+    # made in inference mode, would be cases of their own.
+    rows, positions = rows.clone(), positions.clone()
+    for tensor in (logits, rows, positions) if low is None else (logits, rows, positions, low):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compile_draw()(logits, rows, temperature, seeds, positions, start, low)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
