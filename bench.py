@@ -114,7 +114,8 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
 
     import torch
 
-    from nanovllm.config import ModelConfig, resolve_model_path
+    from nanovllm.checkpoint.files import resolve_model_path
+    from nanovllm.checkpoint.model_config import ModelConfig
 
     config = ModelConfig.from_folder(resolve_model_path(model, weights=False))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from nanovllm.model_config import ModelConfig
+from nanovllm.checkpoint.files import resolve_model_path
+from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.sampling_params import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,27 +24,6 @@ LIMITS = {  # lowest, highest
     "tensor_parallel_size": (1,),
     "kvcache_block_size": (16, MAX_SLOTS),
 }
-
-
-def resolve_model_path(model: str | os.PathLike[str], weights: bool) -> str:
-    """The local folder of `model`: itself, or the hub's snapshot (only its small files unless `weights`).
-
-    Raises:
-        TypeError, ValueError: neither a folder, which may begin with `~`, nor the name of a model that the hub gives.
-    """
-    name = os.fspath(model) if isinstance(model, os.PathLike) else model
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"model must be a folder or a hub name, got {model!r}")
-    for folder in (name, os.path.expanduser(name)):
-        if os.path.isdir(folder):
-            return os.path.abspath(folder)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * weights
-    try:
-        return snapshot_download(name, allow_patterns=patterns)
-    except Exception as error:
-        raise ValueError(f"model={name!r} is neither a folder nor a model the hub gives: {error}") from error
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.config import ModelConfig
+from nanovllm.checkpoint.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

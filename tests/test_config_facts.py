@@ -20,7 +20,7 @@ import transformers
 from checkpoints import LLAMA3_ROPE, SHAPE, random_prompt
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from nanovllm.model_config import FAMILIES, ModelConfig
+from nanovllm.checkpoint.model_config import FAMILIES, ModelConfig
 from nanovllm.models import ARCHITECTURES
 
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5

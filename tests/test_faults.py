@@ -24,9 +24,9 @@ from faults import FaultyRank, children, cpu_seconds, processes, traces, wait_un
 from integrity import check_integrity
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoint import loader
 from nanovllm.engine import llm_engine, model_runner
 from nanovllm.parallel import ranks as worker
-from nanovllm.utils import loader
 
 pytestmark = pytest.mark.timeout(90)
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoint import loader
+from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.layers.rotary_embedding import inverse_frequencies
-from nanovllm.model_config import ModelConfig
-from nanovllm.utils import loader
 
 PROMPT = random_prompt(1, 20)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -24,7 +24,7 @@ from thread_fuzz import (
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import llm_engine
-from nanovllm.utils.turns import Turns
+from nanovllm.parallel.turns import Turns
 
 pytestmark = pytest.mark.timeout(120)
 

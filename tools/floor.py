@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # importing the package is among what bench.py measures
-    from nanovllm.config import ModelConfig
+    from nanovllm.checkpoint.model_config import ModelConfig
     from tools.runs import Request
 
 

@@ -19,10 +19,10 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import build_step_input
 from nanovllm.outputs import RequestError, Result
 from nanovllm.parallel.ranks import RankGroup
+from nanovllm.parallel.turns import Turns, deferred_interrupt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.detokenizer import REPLACEMENT, Detokenizer
 from nanovllm.text.tokenizer import load_tokenizer
-from nanovllm.utils.turns import Turns, deferred_interrupt
 
 POLL_SECONDS = 2e-5
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ

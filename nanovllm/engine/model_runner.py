@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.loader import fill_dummy, load_model
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graphs import GRAPH_TOKENS, CudaGraphs, StepShape
@@ -22,7 +23,6 @@ from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
-from nanovllm.utils.loader import fill_dummy, load_model
 
 
 class StepOutput(NamedTuple):

@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.checkpoint.loader import Shard
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.linear import apply_linear
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.utils.loader import Shard
 
 
 class VocabParallelEmbedding(nn.Module):

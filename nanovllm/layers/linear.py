@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from nanovllm.checkpoint.loader import Shard
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import linear_and_sum
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.utils.loader import Shard
 
 
 def apply_linear(x: Normalised | Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from nanovllm.config import ModelConfig
+from nanovllm.checkpoint.model_config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:

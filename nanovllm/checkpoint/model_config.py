@@ -6,10 +6,11 @@ change it is passed over. tests/test_config_facts.py settles every field of tran
 Where a key is absent, the default of the family's config class in transformers counts, or the absence is refused.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from nanovllm.checkpoint.files import read_object
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (
@@ -100,29 +101,6 @@ FAMILIES = {
         slides="everywhere",
     ),
 }
-
-
-def read_object(path: str) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file.
-
-    Raises:
-        ValueError: naming the file, which holds no JSON or another value than an object.
-    """
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError) as error:  # what json raises for damaged text, bytes and nesting
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """What `read_object` gives without its nulls, for files where a null is as good as no key."""
-    return {name: value for name, value in read_object(path).items() if value is not None}
 
 
 @dataclass(frozen=True)
