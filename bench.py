@@ -31,6 +31,7 @@ from tools.step_profile import profile
 
 if TYPE_CHECKING:  # imported where needed otherwise, since importing is among what is measured
     from nanovllm import LLM
+    from nanovllm.engine.sequence import Sequence
 
 DEMO = str(Path(__file__).parent / "nanovllm" / "demo")
 MAX_TOKEN_ID = 10_000  # of the public benchmark's prompts
@@ -62,7 +63,10 @@ def draw_requests(args: argparse.Namespace, vocab_size: int, repeat: int) -> lis
     prefix = [draw.randint(0, limit) for _ in range(args.shared_prefix)]
     if repeat:
         prompts = [[draw.randint(0, limit) for _ in prompt] for prompt in prompts]
-    return [Request(prefix + prompt, n) for prompt, n in zip(prompts, output_lens, strict=True)]
+    requests = [Request(prefix + prompt, n) for prompt, n in zip(prompts, output_lens, strict=True)]
+    for request in requests[:: args.params_every]:
+        request.params.update(args.params)
+    return requests
 
 
 def start_nanovllm(model: str, options: dict[str, Any]) -> LLM:
@@ -72,27 +76,29 @@ def start_nanovllm(model: str, options: dict[str, Any]) -> LLM:
     return LLM(model, **options)
 
 
-def submit(llm: LLM, requests: list[Request], sampling: dict[str, Any]) -> list[Any]:
-    """Queues requests; returns the engine's sequences, which come to know when their first token was seen."""
+def submit(llm: LLM, requests: list[Request], sampling: dict[str, Any]) -> list[Sequence]:
+    """Queues requests, whose results come when they have finished; returns the engine's sequences."""
     from nanovllm import SamplingParams
+    from nanovllm.sampling_params import RequestOutputKind
 
-    params = [SamplingParams(max_tokens=r.max_tokens, ignore_eos=True, **sampling) for r in requests]
-    return [llm.requests[llm.add_request(r.prompt, p)] for r, p in zip(requests, params, strict=True)]
+    common = {"ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY} | sampling
+    params = [SamplingParams(max_tokens=r.max_tokens, **common | r.params) for r in requests]
+    numbers = [llm.add_request(request.prompt, param) for request, param in zip(requests, params, strict=True)]
+    return [seq for number in numbers for seq in llm.requests[number].seqs]
 
 
 def run_nanovllm(llm: LLM, requests: list[Request], sampling: dict[str, Any]) -> Run:
     """Completes the requests, step by step."""
-    start = time.perf_counter()
-    seqs = submit(llm, requests, sampling)
-    ends, num_tokens = {}, {}
+    start, arrival = time.perf_counter(), time.time()
+    submit(llm, requests, sampling)
+    results = []
     while not llm.is_finished():
-        for request_id, result in llm.step():
-            ends[request_id] = time.perf_counter()
-            num_tokens[request_id] = len(result["token_ids"])
+        results += llm.step()
     seconds = time.perf_counter() - start
-    total = sum(num_tokens.values())
-    first = statistics.mean(seq.first_token_time - start for seq in seqs)
-    per_token = [(ends[s.seq_id] - s.first_token_time) / (n - 1) for s in seqs if (n := num_tokens[s.seq_id]) > 1]
+    total = sum(len(sample.token_ids) for result in results for sample in result.outputs)
+    metrics = [(result.metrics, len(result.token_ids)) for result in results]
+    first = statistics.mean(times.first_token_time - arrival for times, _ in metrics)
+    per_token = [(times.finished_time - times.first_token_time) / (n - 1) for times, n in metrics if n > 1]
     return Run(total, seconds, total / seconds, first, statistics.mean(per_token) if per_token else None)
 
 
@@ -126,7 +132,7 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
         requests = draw_requests(args, config.vocab_size, repeat)
         runs.append(run_engine(engine, requests, sampling))
         print(f"run {repeat + 1}: {describe(runs[-1])}", flush=True)
-        asked = sum(request.max_tokens for request in requests)
+        asked = sum(request.max_tokens * request.params.get("n", 1) for request in requests)
         if runs[-1].output_tokens != asked:
             raise RuntimeError(f"{asked} tokens asked for, {runs[-1].output_tokens} came: raise --max-model-len?")
     memory = peak_memory()

@@ -1,18 +1,24 @@
-"""Every engine option, validated in one place."""
+"""Every engine option, validated in one place. What vLLM calls otherwise is translated in compat/engine_options.py.
 
-import difflib
+Nothing here knows how an option is served.
+"""
+
 import importlib.util
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from nanovllm.checkpoint.files import resolve_model_path
+from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, resolve_model_path
 from nanovllm.checkpoint.model_config import ModelConfig
+from nanovllm.compat.engine_options import translate
 from nanovllm.sampling_params import check
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
+DTYPES = ("float32", "bfloat16", "float16")
+OTHER_DTYPES = {"half": "float16", "float": "float32"}
 MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
 LIMITS = {  # lowest, highest
     "num_kvcache_blocks": (-1, MAX_SLOTS),
@@ -20,6 +26,7 @@ LIMITS = {  # lowest, highest
     "max_num_batched_tokens": (1, MAX_SLOTS),
     "max_num_seqs": (1, MAX_SLOTS),
     "max_model_len": (2,),
+    "max_logprobs": (-1,),
     "gpu_memory_utilization": (0, 1),
     "tensor_parallel_size": (1,),
     "kvcache_block_size": (16, MAX_SLOTS),
@@ -28,97 +35,100 @@ LIMITS = {  # lowest, highest
 
 @dataclass
 class Config:
-    """The engine's options; what is "auto" when given is resolved when constructed.
+    """The engine's options; what is "auto", or None where that says the same, is resolved when constructed.
 
     Attributes:
         model: a Hugging Face folder or hub name (HF_HUB_OFFLINE is honoured).
+        tokenizer: a folder or hub name of another tokenizer than the model's. Resolved: its folder, or None if
+            skip_tokenizer_init.
+        revision: the branch, tag or commit of a model of the hub; a folder is the one that it is.
+        tokenizer_revision: the same of the tokenizer; without `tokenizer`, None is the model's.
+        download_dir: where the hub's files are kept, None: where Hugging Face keeps them.
+        hf_token: for the hub; True: the one that was stored by logging in.
+        hf_overrides: keys of config.json with other values.
+        skip_tokenizer_init: have no tokenizer; prompts must be token ids, and results have no text.
+        generation_config: whose generation_config.json says what requests without parameters ask for and, with
+            config.json, which tokens end a text: "auto" (the model's), a folder or hub name, or "vllm" or None (the
+            model's for the tokens alone). Resolved: "auto", "vllm" or a folder.
         max_num_batched_tokens: most tokens a step computes, decodes and prompt chunks together.
         max_num_seqs: most sequences that run at once.
-        max_model_len: most tokens of a request, prompt and output; capped by the model's positions.
+        max_model_len: most tokens of a request, prompt and output; capped by the model's positions. None, -1 or
+            "auto": as many as the model has positions, and the KV cache room for.
+        max_logprobs: most `logprobs` or `prompt_logprobs` a request may ask for, -1: as many as there are tokens.
         gpu_memory_utilization: share of the GPU's memory the engine may take.
         tensor_parallel_size: ranks, each a process with a device of its own (on CPU: a process).
         enforce_eager: run decode steps without CUDA graphs.
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
-        dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of Dtype's.
+        dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of Dtype's or
+            torch's. Resolved: one of DTYPES.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
         sampler_backend: "auto" (the faster one), "triton" or "torch" (compiled on CUDA); they make equal draws.
         enable_prefix_caching: share the KV of equal prefixes between requests.
         async_scheduling: prepare and launch a step before the tokens of the last one are seen.
-        load_format: "auto" reads safetensors, "dummy" draws random weights and needs no file but config.json.
+        load_format: "auto" and "safetensors" read safetensors, "dummy" draws random weights and needs no file but
+            config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
+        lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:
         TypeError, ValueError: naming the option, its value and its limit.
     """
 
-    model: str
-    max_num_batched_tokens: int = 16384
-    max_num_seqs: int = 512
-    max_model_len: int = 4096
+    model: str | os.PathLike[str]
+    tokenizer: str | os.PathLike[str] | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    download_dir: str | os.PathLike[str] | None = None
+    hf_token: str | bool | None = field(default=None, repr=False)
+    hf_overrides: dict[str, Any] | None = None
+    skip_tokenizer_init: bool = False
+    generation_config: str | os.PathLike[str] | None = "auto"
+    max_num_batched_tokens: int | None = 16384
+    max_num_seqs: int | None = 512
+    max_model_len: int | Literal["auto"] | None = 4096
+    max_logprobs: int = 20
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
-    enforce_eager: bool = False
+    enforce_eager: bool | None = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
-    dtype: Dtype = "auto"
+    dtype: Dtype | torch.dtype = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto"
     sampler_backend: Literal["auto", "triton", "torch"] = "auto"
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    load_format: Literal["auto", "dummy"] = "auto"
-    seed: int = 0
+    enable_prefix_caching: bool | None = True
+    async_scheduling: bool | None = True
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    seed: int | None = 0
     model_config: ModelConfig = field(init=False)
     attention_reason: str = field(init=False, default="as asked for")
+    lowers_max_model_len: bool = field(init=False, default=False)
 
     @classmethod
     def create(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
-        """A Config from keyword options; an unknown one is a TypeError that names the nearest known one."""
-        known = [option.name for option in fields(cls) if option.init]
-        for name in sorted(options.keys() - known):
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise TypeError(f"unknown option {name!r}; did you mean {nearest!r}?")
-        return cls(model, **options)
+        """A Config from keyword options, in our spelling or vLLM's."""
+        return cls(model, **translate(options, {option.name for option in fields(cls) if option.init}))
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(Config).items():
-            value = getattr(self, name, None)
-            if kind in (bool, int, float):
-                check(name, value, kind, *LIMITS.get(name, ()))
-            elif get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-            if name in ("gpu_memory_utilization", "num_kvcache_blocks") and value == 0:
-                raise ValueError(f"{name} must not be 0")
-        if self.kvcache_block_size & (self.kvcache_block_size - 1):
-            raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
-        if self.num_kvcache_blocks * self.kvcache_block_size > MAX_SLOTS:
-            raise ValueError(
-                f"num_kvcache_blocks={self.num_kvcache_blocks} of kvcache_block_size={self.kvcache_block_size} tokens "
-                f"are more than the {MAX_SLOTS} tokens that a KV cache can hold"
-            )
+        self._check()
         size, num_gpus = self.tensor_parallel_size, torch.cuda.device_count() if self.device != "cpu" else 0
         if self.device == "auto":
             self.device = "cuda" if num_gpus else "cpu"
         if self.device == "cuda" and size > num_gpus:
             raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
-        self.model = resolve_model_path(self.model, weights=self.load_format == "auto")
-        self.model_config = ModelConfig.from_folder(self.model)
-        self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
-        window = self.model_config.sliding_window
-        if window is not None and window < self.max_model_len:
-            raise ValueError(
-                f"sliding_window={window} of the checkpoint takes effect at max_model_len={self.max_model_len}, "
-                f"but only full attention is supported; lower max_model_len to {window} or less"
-            )
+        self._find_folders()
+        generation_folder = self.model if self.generation_config in ("auto", "vllm") else self.generation_config
+        self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, generation_folder)
+        self._resolve_max_model_len()
         for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
             if (value := getattr(self.model_config, name)) % size:
                 raise ValueError(f"tensor_parallel_size={size} must divide {name}={value}")
         if self.dtype == "auto":
-            self.dtype, dtypes = self.model_config.dtype, get_args(Dtype)[1:]  # all but "auto"
-            if self.dtype not in dtypes:
-                raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {dtypes}")
+            self.dtype = self.model_config.dtype
+            if self.dtype not in DTYPES:
+                raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {DTYPES}")
             if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
                 self.dtype = "float32"
         self._resolve_attention_backend()
@@ -133,6 +143,62 @@ class Config:
     def max_blocks_per_seq(self) -> int:
         """Blocks that a sequence of max_model_len tokens takes."""
         return -(-self.max_model_len // self.kvcache_block_size)
+
+    def _check(self) -> None:
+        """Brings the options to one spelling each, and checks what can be checked without a file."""
+        self.lowers_max_model_len = self.max_model_len in (None, -1, "auto")
+        if self.lowers_max_model_len:
+            self.max_model_len = MAX_SLOTS
+        if self.generation_config is None:
+            self.generation_config = "vllm"
+        if isinstance(self.dtype, torch.dtype):
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        for name, hint in get_type_hints(Config).items():
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            if getattr(self, name, None) is None and NoneType in kinds:
+                setattr(self, name, getattr(Config, name))
+            kind, value = kinds[0], getattr(self, name, None)
+            if kind in (bool, int, float):
+                check(name, value, kind, *LIMITS.get(name, ()))
+            elif get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        self.dtype = OTHER_DTYPES.get(self.dtype, self.dtype)
+        for name in ("gpu_memory_utilization", "num_kvcache_blocks"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must not be 0")
+        if self.kvcache_block_size & (self.kvcache_block_size - 1):
+            raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
+        if self.num_kvcache_blocks * self.kvcache_block_size > MAX_SLOTS:
+            raise ValueError(
+                f"num_kvcache_blocks={self.num_kvcache_blocks} of kvcache_block_size={self.kvcache_block_size} tokens "
+                f"are more than the {MAX_SLOTS} tokens that a KV cache can hold"
+            )
+
+    def _find_folders(self) -> None:
+        """Brings the names of model, tokenizer and generation_config to folders."""
+        hub, name = {"download_dir": self.download_dir, "hf_token": self.hf_token}, self.model
+        self.model = resolve_model_path(name, self.load_format != "dummy", revision=self.revision, **hub)
+        if self.skip_tokenizer_init:
+            self.tokenizer = None
+        elif self.tokenizer is not None:
+            self.tokenizer = find_tokenizer(self.tokenizer, revision=self.tokenizer_revision, **hub)
+        elif self.tokenizer_revision is not None:
+            self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
+        else:
+            self.tokenizer = self.model
+        if self.generation_config not in ("auto", "vllm"):
+            self.generation_config = find_generation_config(self.generation_config, **hub)
+
+    def _resolve_max_model_len(self) -> None:
+        most, window = self.model_config.max_position_embeddings, self.model_config.sliding_window
+        if self.lowers_max_model_len and window is not None:
+            most = min(most, window)
+        self.max_model_len = min(self.max_model_len, most)
+        if window is not None and window < self.max_model_len:
+            raise ValueError(
+                f"sliding_window={window} of the checkpoint takes effect at max_model_len={self.max_model_len}, "
+                f"but only full attention is supported; lower max_model_len to {window} or less"
+            )
 
     def _resolve_attention_backend(self) -> None:
         backend = "triton" if self.attention_backend == "auto" else self.attention_backend

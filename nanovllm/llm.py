@@ -4,15 +4,31 @@ Nothing here knows how requests are computed.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partialmethod
+from typing import Any, Literal, NoReturn
 
+import torch
+from tqdm.auto import tqdm
+
+from nanovllm.beam_search.search import BeamSearchOutput, beam_search
 from nanovllm.config import Dtype
-from nanovllm.engine.admission import Params, Prompt, check_request
+from nanovllm.engine.admission import Params, Request, check_request, check_unsupported
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.outputs import RequestError, Result
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.chat_template import ChatTemplate, Message
+from nanovllm.outputs import RequestError, RequestOutput
+from nanovllm.prompts import Prompt, TokensPrompt
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+from nanovllm.text.chat_template import ChatTemplate, ContentFormat, Message
+
+NO_POOLING = "models generate text here; their vectors, labels and scores are not read out"
+REFUSED = {  # methods of vLLM's LLM, and why they are not here
+    "encode": f"{NO_POOLING} (for token ids, there is `llm.tokenizer.encode`)",
+    "embed": NO_POOLING,
+    "classify": NO_POOLING,
+    "score": NO_POOLING,
+    "reward": NO_POOLING,
+    "set_tokenizer": "an engine keeps its tokenizer; LLM(..., tokenizer=...) starts one with another",
+}
 
 
 class LLM(LLMEngine):
@@ -28,72 +44,147 @@ class LLM(LLMEngine):
         self,
         model: str | os.PathLike[str],
         *,
-        max_num_batched_tokens: int = 16384,
-        max_num_seqs: int = 512,
-        max_model_len: int = 4096,
+        tokenizer: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        download_dir: str | os.PathLike[str] | None = None,
+        hf_token: str | bool | None = None,
+        hf_overrides: dict[str, Any] | None = None,
+        skip_tokenizer_init: bool = False,
+        generation_config: str | os.PathLike[str] | None = "auto",
+        max_num_batched_tokens: int | None = 16384,
+        max_num_seqs: int | None = 512,
+        max_model_len: int | Literal["auto"] | None = 4096,
+        max_logprobs: int = 20,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
-        enforce_eager: bool = False,
+        enforce_eager: bool | None = False,
         kvcache_block_size: int = 256,
         num_kvcache_blocks: int = -1,
-        dtype: Dtype = "auto",
+        dtype: Dtype | torch.dtype = "auto",
         device: Literal["auto", "cuda", "cpu"] = "auto",
         attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto",
         sampler_backend: Literal["auto", "triton", "torch"] = "auto",
-        enable_prefix_caching: bool = True,
-        async_scheduling: bool = True,
-        load_format: Literal["auto", "dummy"] = "auto",
-        seed: int = 0,
+        enable_prefix_caching: bool | None = True,
+        async_scheduling: bool | None = True,
+        load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        seed: int | None = 0,
         **unknown: Any,
     ) -> None:
         """Starts an engine for a Hugging Face folder or hub name; `nanovllm.config.Config` says what the options are.
+
+        Options of vLLM that have another name there, or that ask for nothing else than what is here, may be given too.
 
         Raises:
             TypeError, ValueError: an unknown option, or an option, the checkpoint or the memory does not do.
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
         arguments = locals()  # nothing else yet, so that the keywords need not be listed again
-        options = {name: arguments[name] for name in LLM.__init__.__kwdefaults__}
+        defaults = LLM.__init__.__kwdefaults__
+        options = {name: arguments[name] for name in defaults if arguments[name] is not defaults[name]}
         super().__init__(model, **options, **unknown)
-        self._chat_template: ChatTemplate | None = None
-        self._has_looked_for_template = False
 
     @property
-    def chat_template(self) -> ChatTemplate | None:
-        """The template that `chat` renders with, None if the model has none.
+    def llm_engine(self) -> "LLM":
+        """The engine, as vLLM's and nano-vllm's scripts ask for it: the LLM is one itself."""
+        return self
 
-        Loaded when it is first asked for: importing transformers takes seconds.
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """What `chat` renders with. Made when it is first asked for: importing transformers takes seconds.
+
+        Raises:
+            ValueError: the model has no tokenizer.
         """
         with self._turn():
-            if not self._has_looked_for_template and self.tokenizer is not None:
-                self._chat_template = ChatTemplate.from_folder(self.config.model)
-            self._has_looked_for_template = True
             return self._chat_template
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer: there are no chats, and prompts must be token ids")
+        return ChatTemplate.from_folder(self.config.tokenizer)
+
+    def get_tokenizer(self) -> Any:
+        """transformers' tokenizer of the model, which is imported for it; the engine itself uses `tokenizer`.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        return self.chat_template.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """A copy of the parameters that are used where none are given."""
+        return self.default_sampling_params.clone()
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
-        use_tqdm: bool = True,
-    ) -> list[Result]:
-        """Answers a conversation, or each of a list of them, rendered by the tokenizer's chat template.
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of a list of them, rendered by a chat template.
 
         A conversation is a list of messages such as {"role": "user", "content": "Hello"}. A content may also be a list
-        of parts {"type": "text", "text": "Hello"}. Returns what `generate` returns; raises what it raises, and
-        ValueError where the model has no chat template, the template refuses the messages, or a part is no text.
+        of parts {"type": "text", "text": "Hello"}.
+
+        Args:
+            messages: the conversation, or a list of them.
+            sampling_params, use_tqdm: as for `generate`.
+            lora_request, mm_processor_kwargs: not supported.
+            chat_template: a Jinja template in place of the model's.
+            chat_template_content_format: what the template takes as a content, "string" or a list of parts ("openai");
+                "auto" finds it out.
+            add_generation_prompt: ask for an answer; without, the model goes on behind the last message's end.
+            continue_final_message: let the model go on with the last message; add_generation_prompt must be False.
+            tools: descriptions of functions, for the template to tell the model of.
+            chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
+
+        Returns:
+            What `generate` returns.
+
+        Raises:
+            TypeError, ValueError: what `generate` raises; there is no chat template, the template refuses the
+                messages, or a part is no text.
+            RequestError, RuntimeError: as for `generate`.
         """
+        check_unsupported({"lora_request": lora_request, "mm_processor_kwargs": mm_processor_kwargs})
+        self._check_alive()
         template = self.chat_template
-        if template is None:
-            raise ValueError("chat needs a tokenizer with a chat template, the model has none")
         if not isinstance(messages, (list, tuple)):
             raise TypeError(f"messages must be a conversation or a list of them, got {messages!r}")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        texts = [template.render(conversation) for conversation in conversations]
-        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        conversations = [messages] if is_conversation(messages) else messages
+        texts = [
+            template.render(
+                conversation,
+                chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.generate([self._rendered(text) for text in texts], sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None, **chat_options: Any
+    ) -> Iterator[str]:
         """Yields the text of one request piece by piece, whole characters only; the pieces make up `generate`'s text.
+
+        Args:
+            prompt: as for `generate`; or a conversation, whose answer is yielded.
+            sampling_params: the defaults if None.
+            chat_options: how a conversation is rendered, as for `chat`: chat_template, tools and so on.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter, at once.
@@ -103,8 +194,42 @@ class LLM(LLMEngine):
         self._check_alive()
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the model has no tokenizer")
-        token_ids, params = check_request(prompt, sampling_params or SamplingParams(), self.config, self.tokenizer)
-        return self._stream(token_ids, params)
+        if is_conversation(prompt):
+            prompt = self._rendered(self.chat_template.render(prompt, **chat_options))
+        elif chat_options:
+            raise TypeError(f"{', '.join(chat_options)} must come with a conversation, got the prompt {prompt!r:.100}")
+        request = check_request(prompt, sampling_params, self.config, self.tokenizer, self.default_sampling_params)
+        if request.params.n > 1:
+            raise ValueError(f"stream yields one text, got n={request.params.n}; `generate` returns several")
+        if not request.params.detokenize:
+            raise ValueError("stream yields text, and detokenize=False asks for none")
+        return self._stream(request)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The continuations of each prompt that a beam search finds most probable, see `beam_search.search`.
+
+        `lora_request` is not supported; `concurrency_limit` changes nothing, as the engine bounds what runs at once.
+        """
+        check_unsupported({"lora_request": lora_request})
+        return beam_search(self, prompts, params, use_tqdm)
+
+    def _refuse(self, method: str, /, *arguments: Any, **options: Any) -> NoReturn:
+        """Stands for a method of vLLM's LLM that is not here."""
+        raise ValueError(f"LLM.{method} is not supported: {REFUSED[method]}")
+
+    encode = partialmethod(_refuse, "encode")
+    embed = partialmethod(_refuse, "embed")
+    classify = partialmethod(_refuse, "classify")
+    score = partialmethod(_refuse, "score")
+    reward = partialmethod(_refuse, "reward")
+    set_tokenizer = partialmethod(_refuse, "set_tokenizer")
 
     def __enter__(self) -> "LLM":
         return self
@@ -112,17 +237,21 @@ class LLM(LLMEngine):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _stream(self, token_ids: list[int], params: SamplingParams) -> Iterator[str]:
+    def _rendered(self, text: str) -> TokensPrompt:
+        """The prompt of a rendered conversation, which has its special tokens: the tokenizer adds none."""
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def _stream(self, request: Request) -> Iterator[str]:
         """`stream` of a request that was checked; a generator of its own, which checks nothing before its first piece.
 
         Whoever wants the next piece drives the engine, unless other threads' steps have brought one.
         """
-        results: dict[int, Result] = {}
+        results: dict[int, RequestOutput] = {}
         ids = []
         try:
             with self._turn():
-                ids = [self.num_requests]
-                seq = self._add(token_ids, params, results, is_streamed=True)
+                ids = [self.num_seqs]
+                seq = self._add(request, results, is_streamed=True).seqs[0]
             while not results:
                 with self._turn(second_breaks=True):
                     piece = seq.detokenizer.take(seq.is_finished)
@@ -138,3 +267,8 @@ class LLM(LLMEngine):
                 raise RequestError(results[seq.seq_id]["error"], list(results.values()))
         finally:
             self._drop(ids)
+
+
+def is_conversation(messages: object) -> bool:
+    """Whether something is one list of messages, not a list of such lists or a prompt; the messages may be bad."""
+    return isinstance(messages, (list, tuple)) and len(messages) > 0 and isinstance(messages[0], dict)

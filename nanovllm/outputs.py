@@ -1,8 +1,100 @@
-"""What a request gives back."""
+"""What a request gives back: dicts, as nano-vllm's scripts read them, whose keys are attributes, as vLLM's read them.
 
-from typing import Any
+So they print, compare, pickle and go through `json.dumps` and `pandas.DataFrame` as dicts do. Knows of nothing else.
+"""
 
-Result = dict[str, Any]
+from typing import Any, NamedTuple
+
+
+class Record(dict[str, Any]):
+    """A dict whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}, only {', '.join(self)}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+
+
+class Logprob(NamedTuple):
+    """The log of a token's probability, before temperature, filters and penalties.
+
+    Attributes:
+        rank: 1 for the most likely token of the vocabulary.
+        decoded_token: the text of the token alone, None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+Logprobs = dict[int, Logprob]  # of one position, by token id
+
+
+class RequestMetrics(Record):
+    """When what happened to a request, in seconds of `time.time`; None for what has not happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    finished_time: float | None
+
+
+class CompletionOutput(Record):
+    """One sample of a request.
+
+    Attributes:
+        index: which of the request's `n` it is.
+        text: of the tokens, without stop strings and, unless asked for, without special tokens.
+        token_ids: all of them, one that ended the text included.
+        cumulative_logprob: the sum of the tokens' logprobs, None where none were asked for.
+        logprobs: for each token those that were asked for, the most likely ones and its own; else None.
+        finish_reason: "stop", "length", "abort", "error", or None while it is unfinished.
+        stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for the model's own ends.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[Logprobs] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+class RequestOutput(Record):
+    """A request's samples, and what is known of it.
+
+    Attributes:
+        text, token_ids, finish_reason: those of the first sample, `outputs[0]`.
+        num_cached_tokens: tokens of the prompt that the prefix cache had.
+        request_id: the id that the caller gave it, or else its number.
+        prompt: the text, None if the prompt was token ids.
+        prompt_logprobs: for each token of the prompt, those that were asked for, None for the first; else None.
+        outputs: the `n` samples.
+        finished: whether all of them are.
+        metrics: see `RequestMetrics`.
+        error: why it failed; only there if it did.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    num_cached_tokens: int
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[Logprobs | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
 
 
 class RequestError(RuntimeError):
@@ -12,6 +104,6 @@ class RequestError(RuntimeError):
         results: of the call's requests in their order, finished or failed (`finish_reason` is "error" then).
     """
 
-    def __init__(self, message: str, results: list[Result]) -> None:
+    def __init__(self, message: str, results: list[RequestOutput]) -> None:
         super().__init__(message)
         self.results = results

@@ -1,9 +1,16 @@
-"""What one request asks for: how its tokens are drawn and when it ends."""
+"""What one request asks for: how its tokens are drawn, what is told of them and when it ends.
 
+Every option is checked here for what it can mean by itself and beside the others. Nothing here knows the model, the
+tokenizer or the prompt: whether an id is in the vocabulary, a text can be tokenised or a schema compiled is for others
+to say.
+"""
+
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, TypeVar
 
 
 def check(name: str, value: object, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
@@ -16,7 +23,10 @@ def check(name: str, value: object, kind: type, low: float = -math.inf, high: fl
 
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-LIMITS = {  # type, lowest, highest: what the device's numbers hold
+SMALLEST_FLOAT32 = 2.0**-126  # that is not denormal: one can divide by it
+LARGEST_BIAS = 100.0
+Limits = Mapping[str, tuple[Any, ...]]  # type, lowest, highest of each option
+LIMITS: Limits = {  # what the device's numbers hold
     "temperature": (float, 0, LARGEST_FLOAT32),
     "top_k": (int, -1, 2**63 - 1),
     "top_p": (float, 0, 1),
@@ -24,12 +34,225 @@ LIMITS = {  # type, lowest, highest: what the device's numbers hold
     "max_tokens": (int, 1),
     "ignore_eos": (bool,),
     "seed": (int, -(2**63), 2**64 - 1),
+    "n": (int, 1),
+    "presence_penalty": (float, -2, 2),
+    "frequency_penalty": (float, -2, 2),
+    "repetition_penalty": (float, SMALLEST_FLOAT32, LARGEST_FLOAT32),
+    "min_tokens": (int, 0),
+    "logprobs": (int, -1),
+    "prompt_logprobs": (int, -1),
+    "include_stop_str_in_output": (bool,),
+    "skip_special_tokens": (bool,),
+    "spaces_between_special_tokens": (bool,),
+    "detokenize": (bool,),
+    "truncate_prompt_tokens": (int, -1),
 }
+MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+BEAM_LIMITS: Limits = {
+    "beam_width": (int, 1),
+    "max_tokens": (int, 1),
+    "ignore_eos": (bool,),
+    "temperature": (float, 0, LARGEST_FLOAT32),
+    "length_penalty": (float, -LARGEST_FLOAT32, LARGEST_FLOAT32),
+    "include_stop_str_in_output": (bool,),
+}
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """Sampling options of one request.
+class RequestOutputKind(Enum):
+    """What the results of a request hold that is reported while it runs: all so far, what is new, or only the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+def check_fields(options: object, limits: Limits, may_be_none: Sequence[str] = ()) -> None:
+    """Raises unless the attributes of `options` that `limits` names are within them."""
+    for name, (kind, *bounds) in limits.items():
+        value = getattr(options, name)
+        if value is not None or name not in may_be_none:
+            check(name, value, kind, *bounds)
+
+
+def check_text(name: str, value: object) -> None:
+    """Raises unless `value`, an entry of option `name`, is a string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise (ValueError if value == "" else TypeError)(f"{name} must hold non-empty strings, got {value!r}")
+
+
+def check_token_id(name: str, value: object) -> None:
+    """Raises unless `value`, an entry of option `name`, is an int of at least 0."""
+    check(name, value, int, 0)
+
+
+def checked_tuple(name: str, value: object, check_entry: Callable[[str, object], None]) -> tuple[Any, ...]:
+    """The entries of a list or tuple, each of them checked."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {value!r}")
+    for entry in value:
+        check_entry(name, entry)
+    return tuple(value)
+
+
+def checked_bias(value: object) -> dict[int, float]:
+    """logit_bias with ids that are ints and numbers that are within [-LARGEST_BIAS, LARGEST_BIAS]."""
+    if not isinstance(value, dict):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {value!r}")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
+        token_id = int(key) if is_digits else key
+        check("a token id of logit_bias", token_id, int, 0)
+        check(f"logit_bias[{key!r}]", bias, float)
+        if token_id in biases:
+            raise ValueError(f"logit_bias must name a token once, got {key!r} twice")
+        biases[token_id] = float(min(max(bias, -LARGEST_BIAS), LARGEST_BIAS))
+    return biases
+
+
+Self = TypeVar("Self", bound="Options")  # typing's own needs Python 3.11
+
+
+class Options:
+    """What all kinds of parameters can do: they are checked when made, copied, and print what is not as it comes."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def __repr__(self) -> str:
+        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        shown = [f"{name}={value!r}" for name, value, default in values if value != default and value != ()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def check(self) -> None:
+        """Checks all options and brings them to one form; to be called again when some have been assigned to."""
+        raise NotImplementedError
+
+    def clone(self: Self) -> Self:
+        """A copy that shares nothing that can change."""
+        return copy.deepcopy(self)
+
+
+@dataclass(repr=False, slots=True)
+class StructuredOutputsParams(Options):
+    """The form a request's text must have: one of json, regex, choice, grammar and json_object.
+
+    Attributes:
+        json: a JSON schema, as text, as a dict or as a pydantic model's class; a class becomes its schema's dict.
+        regex: a regular expression that the whole text matches.
+        choice: strings, one of which is the text.
+        grammar: a context-free grammar in EBNF.
+        json_object: any JSON object.
+        disable_fallback: False only; there is one backend and so nothing to fall back to.
+        disable_any_whitespace: JSON is compact; by default the model may put whitespace where JSON allows it.
+        disable_additional_properties: objects of a JSON schema have no properties that it does not name.
+        whitespace_pattern, structural_tag: None only, refused with the reason.
+
+    Raises:
+        TypeError, ValueError: an option of another type, none or several forms, or what is not there.
+    """
+
+    json: str | dict[str, Any] | type | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_fallback: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | None = None
+
+    def check(self) -> None:
+        """Checks that one form is asked for, of the right type; turns a pydantic class into its schema."""
+        if self.whitespace_pattern is not None:
+            reason = "JSON has any whitespace or, with disable_any_whitespace, none; use regex for another"
+            raise ValueError(f"whitespace_pattern is not supported: {reason}; got {self.whitespace_pattern!r}")
+        if self.structural_tag is not None:
+            reason = "a form holds for the whole text, not between tags; use grammar for a text with parts"
+            raise ValueError(f"structural_tag is not supported: {reason}; got {self.structural_tag!r}")
+        for name in ("disable_fallback", "disable_any_whitespace", "disable_additional_properties"):
+            check(name, getattr(self, name), bool)
+        if self.disable_fallback:
+            raise ValueError("disable_fallback must be False, got True: there is no second backend to fall back to")
+        if self.json_object is not None:
+            check("json_object", self.json_object, bool)
+        given = [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(f"one of {', '.join(STRUCTURES)} must be given, got {' and '.join(given) or 'none'}")
+        for name in ("regex", "grammar"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
+        if self.choice is not None:
+            self.choice = checked_tuple("choice", self.choice, check_text)
+            if not self.choice:
+                raise ValueError("choice must hold at least one string, got none")
+        if isinstance(self.json, type) and hasattr(self.json, "model_json_schema"):
+            self.json = self.json.model_json_schema()
+        if self.json is not None and not isinstance(self.json, (str, dict)):
+            raise TypeError(f"json must be a schema as str or dict, or a pydantic model's class, got {self.json!r}")
+
+
+@dataclass(repr=False, slots=True)
+class GuidedDecodingParams(StructuredOutputsParams):
+    """StructuredOutputsParams under their older name, with the `backend` they had: None, "auto" or "xgrammar"."""
+
+    backend: str | None = None
+
+    def check(self) -> None:
+        """Checks the form asked for, and that the backend is the one there is."""
+        if self.backend not in (None, "auto", "xgrammar"):
+            raise ValueError(
+                f"backend must be None, 'auto' or 'xgrammar', the only one there is, got {self.backend!r}"
+            )
+        StructuredOutputsParams.check(self)  # not super(): slots make another class of this one
+
+
+def checked_structure(name: str, value: object, kind: type[StructuredOutputsParams]) -> StructuredOutputsParams | None:
+    """The checked parameters of structured outputs; a dict of them is made into `kind`."""
+    if isinstance(value, dict):
+        return kind(**value)
+    if value is not None and not isinstance(value, StructuredOutputsParams):
+        raise TypeError(f"{name} must be {kind.__name__} or a dict of its options, got {value!r}")
+    if value is not None:
+        value.check()
+    return value
+
+
+@dataclass(repr=False, slots=True)
+class BeamSearchParams(Options):
+    """Options of a beam search.
+
+    Attributes:
+        beam_width: number of beams kept and of texts returned.
+        max_tokens: most tokens to generate.
+        ignore_eos: do not end a beam at the model's end-of-sequence tokens.
+        temperature: divides the logits of which a beam's score sums the log-probabilities; 0 leaves them as they are.
+        length_penalty: a finished beam's score is divided by its length to this power.
+        include_stop_str_in_output: keep the end-of-sequence token's text.
+
+    Raises:
+        TypeError, ValueError: an option of another type or out of its range.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def check(self) -> None:
+        """Checks all options; to be called again when some have been assigned to."""
+        check_fields(self, BEAM_LIMITS)
+
+
+@dataclass(repr=False, slots=True)
+class SamplingParams(Options):
+    """Sampling options of one request. They may be assigned to, and are checked again when used.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -37,45 +260,151 @@ class SamplingParams:
         top_p: keep the smallest set of most likely tokens whose probabilities sum to top_p (nucleus sampling,
             arXiv 1904.09751); in (0, 1].
         min_p: keep tokens at least min_p times as likely as the most likely one (arXiv 2407.01082); in [0, 1].
-        max_tokens: most tokens to generate.
+        max_tokens: most tokens to generate; None goes as far as the model does.
         ignore_eos: do not end at the model's end-of-sequence tokens.
         seed: makes the request's draws reproducible, whatever it is batched with; None derives one from the engine's.
         stop: a string or strings that end the text; the text returned ends before the first of them.
         stop_token_ids: further tokens that end the request.
+        n: number of texts drawn for the prompt.
+        presence_penalty: taken from the logits of tokens that have been generated; in [-2, 2].
+        frequency_penalty: taken from a token's logit as often as it has been generated; in [-2, 2].
+        repetition_penalty: divides the logits, if positive, of tokens of the prompt or generated, and multiplies
+            them, if negative (arXiv 1909.05858); greater than 0, and 1 changes nothing.
+        min_tokens: tokens to generate before one may end the request; at most max_tokens.
+        logprobs: log-probabilities to return of each token generated: its own, and those of this many most likely
+            ones; -1 for the whole vocabulary, None for none at all.
+        prompt_logprobs: the same for each token of the prompt.
+        logit_bias: numbers added to the logits of token ids (ints, or strings of digits), clamped to [-100, 100].
+        bad_words: strings whose tokens are not generated one after another.
+        allowed_token_ids: the only tokens that may be generated.
+        include_stop_str_in_output: let the text returned end after the stop string.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: put spaces between special tokens in the text.
+        detokenize: make text of the tokens; without, there is no text to look for `stop` in.
+        output_kind: what is reported while the request runs.
+        structured_outputs: the form that the text must have.
+        guided_decoding: the older name of structured_outputs; what is given moves there.
+        truncate_prompt_tokens: keep so many last tokens of the prompt; -1 keeps as many as the model takes.
+        extra_args, logits_processors, best_of: None only, refused with the reason.
 
     Raises:
-        TypeError, ValueError: an option of another type or out of its range.
+        TypeError, ValueError: an option of another type, out of its range, at odds with another, or not supported.
     """
 
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
     min_p: float = 0.0
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     ignore_eos: bool = False
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int | str, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
+    guided_decoding: StructuredOutputsParams | dict[str, Any] | None = None
+    truncate_prompt_tokens: int | None = None
+    extra_args: dict[str, Any] | None = None
+    logits_processors: Sequence[Callable[..., Any]] | None = None
+    best_of: int | None = None
 
-    def __post_init__(self) -> None:
-        for name, (kind, *limits) in LIMITS.items():
-            if name != "seed" or self.seed is not None:
-                check(name, getattr(self, name), kind, *limits)
+    @classmethod
+    def from_optional(cls, **options: Any) -> "SamplingParams":
+        """Options of which None means the default; but max_tokens=None goes as far as the model does."""
+        return cls(**{name: value for name, value in options.items() if value is not None or name == "max_tokens"})
+
+    def check(self) -> None:
+        """Checks all options and brings them to one form; to be called again when some have been assigned to.
+
+        Afterwards stop, stop_token_ids and bad_words are tuples, allowed_token_ids a tuple or None, logit_bias a
+        dict of ints and floats or None, and structured_outputs is what guided_decoding was, which is None.
+        """
+        self._refuse_unsupported()
+        check_fields(self, LIMITS, MAY_BE_NONE)
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0, got 0")
-        object.__setattr__(self, "stop", [self.stop] if isinstance(self.stop, str) else self.stop)
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (list, tuple)):
-                raise TypeError(f"{name} must be a list, got {value!r}")
-            object.__setattr__(self, name, tuple(value or ()))
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise (ValueError if text == "" else TypeError)(f"stop must hold non-empty strings, got {text!r}")
-        for token_id in self.stop_token_ids:
-            check("stop_token_ids", token_id, int, 0)
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens must be -1 or at least 1, got 0")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+        self._check_lists()
+        self._check_structure()
+        self._check_together()
 
-    @cached_property  # every step asks it of every row
+    def _refuse_unsupported(self) -> None:
+        if self.logits_processors not in (None, [], ()):
+            reason = "a Python function called for each token would leave the CUDA graphs and the overlap of steps"
+            others = "logit_bias, allowed_token_ids, bad_words or structured_outputs"
+            given = f"use {others}; got {self.logits_processors!r}"
+            raise ValueError(f"logits_processors are not supported: {reason}; {given}")
+        if self.best_of is not None:
+            raise ValueError(f"best_of is not supported: use n and choose among its texts; got {self.best_of!r}")
+        if self.extra_args is not None and not isinstance(self.extra_args, dict):
+            raise TypeError(f"extra_args must be a dict, got {self.extra_args!r}")
+        if self.extra_args:
+            raise ValueError(f"extra_args must be empty: nothing here would read them; got {self.extra_args!r}")
+
+    def _check_lists(self) -> None:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        self.stop = checked_tuple("stop", () if stop is None else stop, check_text)
+        for name, check_entry in (("stop_token_ids", check_token_id), ("bad_words", check_text)):
+            value = getattr(self, name)
+            setattr(self, name, checked_tuple(name, () if value is None else value, check_entry))
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = checked_tuple("allowed_token_ids", self.allowed_token_ids, check_token_id)
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids must hold at least one id, got none")
+        if self.logit_bias is not None:
+            self.logit_bias = checked_bias(self.logit_bias)
+
+    def _check_structure(self) -> None:
+        if self.structured_outputs is not None and self.guided_decoding is not None:
+            both = f"{self.structured_outputs!r} and {self.guided_decoding!r}"
+            raise ValueError(f"structured_outputs and guided_decoding are names of one option, got both: {both}")
+        structure = checked_structure("structured_outputs", self.structured_outputs, StructuredOutputsParams)
+        guide = checked_structure("guided_decoding", self.guided_decoding, GuidedDecodingParams)
+        self.structured_outputs, self.guided_decoding = structure or guide, None
+
+    def _check_together(self) -> None:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n must be 1 when using greedy sampling (temperature=0), got {self.n}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
+        if self.stop and not self.detokenize:
+            raise ValueError(f"stop needs the text that detokenize=False leaves out, got {self.stop!r}")
+
+    @property
     def is_filtered(self) -> bool:
         """Whether sampling must look at the whole distribution before it draws."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on how often their tokens have been seen."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether logits must be changed before a token is drawn, otherwise than by temperature."""
+        return bool(
+            self.has_penalties
+            or self.min_tokens > 0
+            or self.logit_bias
+            or self.bad_words
+            or self.allowed_token_ids
+            or self.structured_outputs
+        )

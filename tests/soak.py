@@ -143,7 +143,7 @@ class Soak:
 
     def generate(self, llm: LLM) -> None:
         prompts, params = self.draw_requests(most=12)
-        first = llm.num_requests
+        first = llm.num_seqs
         try:
             with self.interrupted(0.5):
                 results = llm.generate(prompts, params, use_tqdm=False)
@@ -160,14 +160,14 @@ class Soak:
         prompts, params = self.draw_requests(most=4)
         bad = self.random.choice([[], [VOCAB_SIZE], [-1], [1.5], None, [3] * self.options["max_model_len"]])
         prompts[self.random.randrange(len(prompts))] = bad
-        before = llm.num_requests, len(llm.scheduler.waiting)
+        before = llm.num_seqs, len(llm.scheduler.waiting)
         try:
             llm.generate(prompts, params, use_tqdm=False)
         except (TypeError, ValueError):
             self.counts["refused"] += len(prompts)
         else:
             raise Violation(f"{bad!r:.50} refused")
-        require((llm.num_requests, len(llm.scheduler.waiting)) == before, "nothing queued of a refused list")
+        require((llm.num_seqs, len(llm.scheduler.waiting)) == before, "nothing queued of a refused list")
 
     def drive(self, llm: LLM) -> None:
         """Requests that come and go between steps."""

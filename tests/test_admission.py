@@ -26,10 +26,10 @@ def llm(checkpoint):
 @pytest.fixture
 def unharmed(checkpoint, llm):
     """Whatever the test does, the engine answers as before, and nothing is queued."""
-    num_requests = llm.num_requests
+    num_requests = llm.num_seqs
     yield llm
     check_idle(llm)
-    assert llm.num_requests == num_requests
+    assert llm.num_seqs == num_requests
     result = llm.generate([PROMPT], GREEDY, use_tqdm=False)[0]
     assert result["token_ids"] == checkpoint("qwen3").greedy(tuple(PROMPT), 8, True)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -29,6 +30,39 @@ MIXED = (
     "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif %}"
     "{% for m in messages if m.role == 'user' %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
 )
+# As Qwen's: tools in the system's message, calls and their results, and thoughts that can be turned off.
+WITH_TOOLS = """
+{%- if tools %}<|im_start|>system
+# Tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>
+{{- 'user' if m.role == 'tool' else m.role }}
+{% if m.role == 'tool' %}<response id="{{ m.tool_call_id }}">{{ m.content }}</response>
+{%- else %}{{ m.content or '' }}{% endif %}
+{%- for call in m.tool_calls or [] %}<call>{{ call.function.name }}
+{%- for name, value in call.function.arguments.items() %} {{ name }}={{ value | tojson }}{% endfor %}</call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+ONLY_PARTS = (
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a place.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+    },
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=200)
 
 
 def parts(*texts: str) -> list[dict]:
@@ -39,7 +73,7 @@ def parts(*texts: str) -> list[dict]:
 def template(tmp_path):
     """Makes the template of a folder."""
 
-    def make(source: str, **config: object) -> ChatTemplate:
+    def make(source: str | list[dict] | None, **config: object) -> ChatTemplate:
         KINDS["byte_level"](tmp_path)
         path = tmp_path / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": source} | config))
@@ -115,6 +149,130 @@ def test_what_a_template_refuses(template):
         made.render([{"role": "tool", "content": "x"}])
 
 
+def with_calls(*arguments: object) -> list[dict]:
+    """A conversation with calls of a tool, and what they gave."""
+    functions = [{"name": "weather", "arguments": value} for value in arguments]
+    calls = [{"id": str(i), "type": "function", "function": function} for i, function in enumerate(functions)]
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How is it in Köln?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        *({"role": "tool", "tool_call_id": call["id"], "content": f"{call['id']} degrees"} for call in calls),
+    ]
+
+
+OBJECTS = ({"place": "Köln"}, {"place": "Bonn", "days": [1, 2]}, {})
+
+
+@pytest.mark.parametrize(
+    ("messages", "options"),
+    [
+        (QUESTION, {}),
+        (QUESTION, {"chat_template_kwargs": {"enable_thinking": False}}),
+        (QUESTION, {"chat_template_kwargs": {"enable_thinking": True}}),
+        (QUESTION, {"add_generation_prompt": False}),
+        ([*QUESTION, {"role": "assistant", "content": "I am"}],
+         {"add_generation_prompt": False, "continue_final_message": True}),
+        (QUESTION, {"tools": [TOOL, TOOL]}),
+        (QUESTION, {"tools": []}),
+        (with_calls(*OBJECTS), {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}),
+        (with_calls(*OBJECTS), {"add_generation_prompt": False}),
+        (QUESTION, {"chat_template": AS_STRINGS}),
+        (QUESTION, {"chat_template": "{{ tools|length }}{{ x }}", "tools": [TOOL], "chat_template_kwargs": {"x": 1}}),
+    ],
+    ids=lambda value: str(value)[-50:],
+)  # fmt: skip
+def test_the_prompt_is_that_of_transformers(template, messages, options):
+    made = template(WITH_TOOLS)
+    variables = options.get("chat_template_kwargs", {})
+    others = {name: value for name, value in options.items() if name != "chat_template_kwargs"}
+    others = {"add_generation_prompt": True} | others | variables
+    want = made.tokenizer.apply_chat_template(messages, tokenize=False, **others)
+    assert made.render(messages, **options) == want
+    assert want != made.render(messages) or options in ({}, {"tools": []}) or variables == {"enable_thinking": True}
+
+
+def test_arguments_of_tool_calls_may_be_json(template):
+    made = template(WITH_TOOLS)
+    messages = with_calls(*map(json.dumps, OBJECTS))
+    before = copy.deepcopy(messages)
+    want = made.render(with_calls(*OBJECTS))
+    assert '<call>weather place="Köln"</call><call>weather place="Bonn" days=[1, 2]</call><call>weather</call>' in want
+    assert made.render(messages) == want and messages == before
+    assert made.render(with_calls("", None)) == made.render(with_calls({}, {}))
+    with pytest.raises(ValueError, match=r"arguments must be JSON, got '\{place'"):
+        made.render(with_calls("{}", "{place"))
+
+
+@pytest.mark.parametrize(
+    ("source", "content_format", "content", "want"),
+    [
+        (AS_STRINGS, "string", parts("a", "b"), "[user] a\nb\n"),
+        (AS_STRINGS, "string", "a", "[user] a\n"),
+        (AS_STRINGS, "openai", "a", "[user] [{'type': 'text', 'text': 'a'}]\n"),
+        (IN_PARTS, "string", parts("a", "b"), "[user]a\nb"),
+        (IN_PARTS, "openai", "a", "[user]<a>"),
+        (IN_PARTS, "openai", parts("a", "b"), "[user]<a><b>"),
+        (ONLY_PARTS, "auto", "a", "[user]<a>"),
+        (ONLY_PARTS, "auto", parts("a", "b"), "[user]<a><b>"),
+    ],
+    ids=str,
+)
+def test_the_format_of_contents(template, source, content_format, content, want):
+    messages = [{"role": "user", "content": content}]
+    assert template(source).render(messages, chat_template_content_format=content_format) == want
+    other = template("{{ raise_exception('another template') }}")
+    assert other.render(messages, source, content_format) == want
+
+
+def test_what_each_template_takes_is_found_out_for_itself(template):
+    made = template(AS_STRINGS)
+    messages = [{"role": "user", "content": parts("a", "b")}]
+    for _ in range(2):
+        assert made.render(messages) == "[user] a\nb\n"
+        assert made.render(messages, IN_PARTS) == "[user]<a><b>"
+
+
+def test_a_folder_of_several_templates(template):
+    """Transformers picks one by its name, or that for tools if there are any."""
+    sources = {"default": AS_STRINGS, "tool_use": "tools: {{ tools | length }}", "other": "other"}
+    made = template([{"name": name, "template": source} for name, source in sources.items()])
+    assert made.render(QUESTION) == "[user] introduce yourself\n"
+    assert made.render(QUESTION, tools=[TOOL]) == "tools: 1"
+    assert made.render(QUESTION, chat_template="other") == "other"
+    with pytest.raises(ValueError, match=r"chat_template.*not the name of a file.*another"):
+        made.render(QUESTION, chat_template="another")
+
+
+def test_a_model_without_a_template(template):
+    made = template(None)
+    with pytest.raises(ValueError, match="no chat template: pass one as chat_template"):
+        made.render(QUESTION)
+    assert made.render(QUESTION, chat_template=AS_STRINGS) == "[user] introduce yourself\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"add_generation_prompt": True, "continue_final_message": True}, ValueError, "continue_final_message=True"),
+        ({"continue_final_message": True}, ValueError, "add_generation_prompt=False"),
+        ({"chat_template": 5}, TypeError, "chat_template.*5"),
+        ({"chat_template": "template.jinja"}, ValueError, "chat_template.*not the name of a file.*jinja"),
+        ({"chat_template": "{% for %}"}, ValueError, "cannot render"),
+        ({"chat_template_content_format": "parts"}, ValueError, "chat_template_content_format.*'openai'.*'parts'"),
+        ({"tools": TOOL}, TypeError, "tools must be a list.*weather"),
+        ({"tools": ["weather"]}, ValueError, "cannot render"),
+        ({"chat_template_kwargs": [1]}, TypeError, r"chat_template_kwargs.*\[1\]"),
+        ({"chat_template_kwargs": {"tools": []}}, TypeError, "tools"),
+        ({"chat_template_kwargs": {"tokenize": True}}, ValueError, "tokenize"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_a_chat(template, options, error, match):
+    with pytest.raises(error, match=match):
+        template(WITH_TOOLS).render(QUESTION, **options)
+
+
 VARIABLES = {
     "bos_token": ("{{ bos_token }}", "<s>"),
     "eos_token": ("{{ eos_token }}", "</s>"),
@@ -165,11 +323,38 @@ def test_chat_takes_parts(demo):
     ids=lambda value: str(value)[-30:],
 )
 def test_a_bad_conversation_refuses_the_list(demo, messages, error):
-    num_requests = demo.num_requests
+    num_requests = demo.num_seqs
     with pytest.raises(error):
         demo.chat(messages, use_tqdm=False)
-    assert demo.num_requests == num_requests
+    assert demo.num_seqs == num_requests
     check_idle(demo)
+
+
+def test_chat_hands_on_its_options(demo):
+    """The answers are those to transformers' prompts."""
+    conversations = [QUESTION, with_calls(*OBJECTS)]
+    variables = {"enable_thinking": False}
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    results = demo.chat(
+        conversations, params, False, chat_template=WITH_TOOLS, tools=[TOOL], chat_template_kwargs=variables
+    )
+    for messages, result in zip(conversations, results, strict=True):
+        want = demo.get_tokenizer().apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=WITH_TOOLS, tools=[TOOL], **variables
+        )
+        assert result["prompt"] == want and "<think>" in want and "# Tools" in want
+        assert result["prompt_token_ids"] == demo.tokenizer.encode(want, add_special_tokens=False)
+        assert result["token_ids"] == demo.generate(want, params, use_tqdm=False)[0]["token_ids"]
+
+
+def test_the_model_goes_on_with_the_last_message(demo):
+    answer = ANSWERS["introduce yourself"]
+    begin = " ".join(answer.split(" ")[:4])
+    messages = [*QUESTION, {"role": "assistant", "content": begin}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    (result,) = demo.chat(messages, GREEDY, use_tqdm=False, **options)
+    assert begin + result["text"] == answer
+    assert "".join(demo.stream(messages, GREEDY, **options)) == result["text"]
 
 
 def test_a_long_conversation_is_not_printed_whole(template):

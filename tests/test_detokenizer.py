@@ -21,7 +21,7 @@ def pieces(token_ids: list[int], stop: tuple[str, ...] = (), tokenizer: Tokenize
     detokenizer = Detokenizer(tokenizer, stop)
     taken = []
     for token_id in token_ids:
-        is_stopped = detokenizer.push([token_id])
+        is_stopped = detokenizer.push([token_id]) is not None
         taken.append(detokenizer.take(is_stopped))
         if is_stopped:
             break
@@ -76,7 +76,7 @@ def test_a_stop_string_within_a_run_of_bytes(llama):
     run = byte_tokens(llama, "你好".encode())
     assert pieces(run, stop=("好",), tokenizer=llama) == ["", "", "", "", "", "你", ""]
     detokenizer = Detokenizer(llama, ("你",))
-    assert [detokenizer.push([token_id]) for token_id in run[:3]] == [False, False, True]
+    assert [detokenizer.push([token_id]) for token_id in run[:3]] == [None, None, "你"]
 
 
 def test_the_text_is_that_of_the_completion_alone(llama):

@@ -106,7 +106,7 @@ def test_a_bad_request_among_good_ones(damaged, options, params):
         for place in (0, 10, 20):
             prompts = [list(prompt) for prompt in good]
             prompts.insert(2, bad_prompt(good[0], place))
-            number = llm.num_requests + 2
+            number = llm.num_seqs + 2
             names = f"request {number} failed.*prompt of {len(prompts[2])} tokens.*dtype='float32'.*{damaged.path}"
             with pytest.raises(RequestError, match=names) as raised:
                 llm.generate(prompts, params, use_tqdm=False)

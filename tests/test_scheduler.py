@@ -163,7 +163,7 @@ class Driver:
         assert reaches_end[: batch.num_samples] == [True] * batch.num_samples
         assert reaches_end[batch.num_samples :] == [False] * batch.is_last_partial
         if batch.seqs:
-            step = build_step_input(batch)
+            step = build_step_input(batch, VOCAB_SIZE)
             assert step.is_last_partial == batch.is_last_partial
             assert len(step.decode_rows) + len(step.prompts) == len(batch.seqs)
             if step.is_last_partial:

@@ -77,7 +77,7 @@ def test_columns_of_rows_that_join(scheduler, rows):
 
 def test_a_cached_prefix_is_the_context_of_a_row_that_joins(scheduler, rows):
     (*_, cached, _, _), batch = mixed_batch(scheduler)
-    step = build_step_input(batch)
+    step = build_step_input(batch, VOCAB_SIZE)
     row, last_token, context_len, *_ = next(line for line in step.joined_ints.tolist() if line[0] == cached.row)
     assert (row, last_token, context_len) == (cached.row, 10, 4)
     rows.apply_changes(step)
@@ -86,7 +86,7 @@ def test_a_cached_prefix_is_the_context_of_a_row_that_joins(scheduler, rows):
 
 def test_new_blocks(scheduler, rows):
     seqs, batch = mixed_batch(scheduler)
-    step = build_step_input(batch)
+    step = build_step_input(batch, VOCAB_SIZE)
     rows.apply_changes(step)
     for seq in seqs[1:]:
         assert rows.block_tables[seq.row, : len(seq.block_table)].tolist() == seq.block_table
@@ -98,7 +98,7 @@ def test_decodes_and_parts_of_prompts(scheduler, rows):
     (first, whole, cached, single, partial), batch = mixed_batch(scheduler)
     assert batch.seqs == [first, whole, cached, single, partial]
     assert batch.is_last_partial and batch.num_samples == len(batch.seqs) - 1
-    step = build_step_input(batch)
+    step = build_step_input(batch, VOCAB_SIZE)
     assert step.is_last_partial and not step.is_filtered
     assert step.decode_rows.tolist() == [first.row, cached.row, single.row]
     #                                 row, first position, number of tokens
@@ -110,7 +110,7 @@ def test_decodes_and_parts_of_prompts(scheduler, rows):
     scheduler.postprocess(batch, [50] * batch.num_samples)
     batch = scheduler.schedule()
     assert batch.seqs[-1] is partial and not batch.is_last_partial and batch.num_samples == len(batch.seqs)
-    step = build_step_input(batch)
+    step = build_step_input(batch, VOCAB_SIZE)
     assert not step.is_last_partial and step.prompts.tolist() == [[partial.row, 14, 6]]
 
 

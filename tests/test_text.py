@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, Qwen3Config
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.text.tokenizer import load_tokenizer
 
 DEMO = Path(nanovllm.demo.__file__).parent
@@ -140,10 +141,11 @@ def test_the_engine_neither_cuts_nor_pads_prompts(tmp_path, monkeypatch):
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     with LLM(str(tmp_path), device="cpu", kvcache_block_size=16) as llm:
         for text in ("the", "in the end the tin was an iron 中 👋" * 3):
-            token_ids = llm.requests[llm.add_request(text)].token_ids
+            token_ids = llm.requests[llm.add_request(text)].seqs[0].token_ids
             assert token_ids == theirs.encode(text) and token_ids.count(1) == 1
         monkeypatch.setattr(llm, "generate", lambda prompts, *options: prompts)
-        (token_ids,) = llm.chat(QUESTION)
+        (prompt,) = llm.chat(QUESTION)
+        token_ids = prompt["prompt_token_ids"]
         assert token_ids[0] == 1 and token_ids.count(1) == 1
         assert theirs.decode(token_ids[1:]) == "[user] introduce yourself"
 
@@ -152,7 +154,6 @@ def test_chat_needs_a_template(tmp_path):
     Checkpoint(Qwen3Config(**SHAPE | {"vocab_size": 2048}), tmp_path)
     write_legacy_tokenizer(tmp_path)
     with LLM(str(tmp_path), device="cpu", kvcache_block_size=16) as llm:
-        assert llm.chat_template is None
         with pytest.raises(ValueError, match="chat template"):
             llm.chat(QUESTION)
         check_idle(llm)
@@ -328,17 +329,20 @@ def test_a_second_turn_hits_the_first(demo):
 def test_driving_the_engine_by_hand(demo):
     questions = list(ANSWERS)[:4]
     assert demo.is_finished() and demo.step() == []
-    ids = [demo.add_request(prompt_ids([{"role": "user", "content": question}]), greedy()) for question in questions]
+    once = {"output_kind": RequestOutputKind.FINAL_ONLY}
+    ids = [
+        demo.add_request(prompt_ids([{"role": "user", "content": question}]), greedy(**once)) for question in questions
+    ]
     late, results = None, {}
     for step in range(1000):
         if demo.is_finished():
             break
-        finished = demo.step()
-        assert not set(dict(finished)) & set(results), "a result is handed out once"
+        finished = {int(result["request_id"]): result for result in demo.step()}
+        assert not set(finished) & set(results), "a result is handed out once"
         results.update(finished)
         if step == 5:
             demo.abort_request(ids[1])
-            late = demo.add_request("introduce", greedy(max_tokens=3, ignore_eos=True))
+            late = demo.add_request("introduce", greedy(max_tokens=3, ignore_eos=True, **once))
     assert sorted(results) == sorted({*ids, late} - {ids[1]})
     for request_id, question in zip(ids, questions, strict=True):
         if request_id != ids[1]:
@@ -353,7 +357,7 @@ def test_generate_leaves_the_results_of_others(demo):
     result = demo.generate(prompt_ids(), greedy(max_tokens=9), use_tqdm=False)
     assert len(result) == 1 and len(result[0]["token_ids"]) == 9
     assert not demo.is_finished()
-    assert [(found, len(result["token_ids"])) for found, result in demo.step()] == [(request_id, 4)]
+    assert [(int(result["request_id"]), len(result["token_ids"])) for result in demo.step()] == [(request_id, 4)]
     check_idle(demo)
 
 

@@ -29,13 +29,15 @@ class Oracle:
 
     def __init__(self, tokenizer: Any, token_ids: list[int], stop: tuple[str, ...]) -> None:
         self.texts: list[str] = []
-        self.is_stopped = False
+        self.stopped_by: str | None = None
         for end in range(1, len(token_ids) + 1):
             text = tokenizer.decode(token_ids[:end], skip_special_tokens=True).rstrip("\ufffd")
-            found = [text.index(string) for string in stop if string in text]
-            self.texts.append(text[: min(found, default=None)])
+            found = [(text.index(string), string) for string in stop if string in text]
             if found:
-                self.is_stopped = True
+                end, self.stopped_by = min(found)
+                text = text[:end]
+            self.texts.append(text)
+            if found:
                 break
 
 
@@ -47,10 +49,11 @@ def check_sequence(
     assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
     detokenizer, taken = Detokenizer(ours, stop), ""
     for index, text in enumerate(oracle.texts):
-        is_stopped = detokenizer.push(token_ids[index : index + 1])
+        stopped_by = detokenizer.push(token_ids[index : index + 1])
         assert detokenizer.text == text, f"token {index}: {detokenizer.text!r}, not {text!r}"
         is_last = index == len(oracle.texts) - 1
-        assert is_stopped == (is_last and oracle.is_stopped), f"token {index}: stopped={is_stopped}"
+        want_stop = oracle.stopped_by if is_last else None
+        assert stopped_by == want_stop, f"token {index}: stopped by {stopped_by!r}, not {want_stop!r}"
         if takes[index] or is_last:
             taken += detokenizer.take(is_last)
             assert oracle.texts[-1].startswith(taken), f"token {index}: {taken!r} taken of {oracle.texts[-1]!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from tools.dummy_model import SHAPES
@@ -33,6 +34,8 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=-1)
+    parser.add_argument("--params", type=json.loads, default={}, help="nanovllm: further SamplingParams, as JSON")
+    parser.add_argument("--params-every", type=int, default=1, metavar="K", help="for each K-th request only")
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument(
         "--profile", metavar="JSON", help="nanovllm: file for a Chrome trace of steps of a further run"
@@ -54,7 +57,9 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
     args = parser.parse_args()
     if args.profile and args.engine != "nanovllm":
         parser.error("--profile is for --engine nanovllm")
-    if min(args.num_seqs, args.repeats) < 1 or args.shared_prefix < 0:
-        parser.error("--num-seqs and --repeats must be at least 1, --shared-prefix at least 0")
+    if args.params and args.engine != "nanovllm":
+        parser.error("--params is for --engine nanovllm")
+    if min(args.num_seqs, args.repeats, args.params_every) < 1 or args.shared_prefix < 0:
+        parser.error("--num-seqs, --repeats and --params-every must be at least 1, --shared-prefix at least 0")
     # An option of the engine that was not given has no value: the engine has a default of its own.
     return args, {name: value for name, value in vars(args).items() if name not in benchmark_options}

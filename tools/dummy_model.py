@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenizers.pre_tokenizers import ByteLevel
+
 # Facts of config.json; Llama keeps those of Qwen3 that have no bearing on speed.
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_act": "silu"}
 QWEN3 |= {"head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
@@ -22,7 +24,7 @@ SHAPES = {  # facts, SIZES, whether head and embedding are tied
 
 
 def write_dummy_model(shape: str, folder: str, with_tokenizer: bool = True) -> None:
-    """Writes a shape's config.json, and a byte-level BPE tokenizer with a made-up word for each id.
+    """Writes a shape's config.json, and a byte-level BPE tokenizer of all bytes and made-up words.
 
     With it, turning tokens into text is part of the work, as it is with a real checkpoint.
     """
@@ -31,7 +33,9 @@ def write_dummy_model(shape: str, folder: str, with_tokenizer: bool = True) -> N
     files = {"config.json": config | {"tie_word_embeddings": is_tied, "torch_dtype": "bfloat16"}}
     if with_tokenizer:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        bpe = {"type": "BPE", "vocab": {f"Ġ{i:05x}": i for i in range(facts["vocab_size"])}, "merges": []}
+        alphabet = sorted(ByteLevel.alphabet())
+        words = [f"Ġ{i:05x}" for i in range(len(alphabet), facts["vocab_size"])]
+        bpe = {"type": "BPE", "vocab": {text: i for i, text in enumerate(alphabet + words)}, "merges": []}
         files["tokenizer.json"] = {"added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": bpe}
         files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, content in files.items():

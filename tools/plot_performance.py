@@ -59,7 +59,7 @@ def measure(shape: str) -> dict[str, Any]:
             lens = {"input_len": (CONTEXT - OUTPUT_LEN // 2,) * 2, "output_len": (OUTPUT_LEN,) * 2, "shared_prefix": 0}
             seconds = []
             for index, size in enumerate(BATCH_SIZES):
-                args = argparse.Namespace(num_seqs=size, **lens)
+                args = argparse.Namespace(num_seqs=size, params={}, params_every=1, **lens)
                 seconds.append(measure_step(llm, draw_requests(args, config.vocab_size, index)))
                 print(f"batch {size:3d}: {1000 * seconds[-1]:.3f} ms, {size / seconds[-1]:,.0f} tok/s", flush=True)
     bandwidth, _ = measure_gpu(dtype)

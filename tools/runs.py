@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids to complete with exactly `max_tokens` tokens."""
+    """Token ids to complete with exactly `max_tokens` tokens, and what it has of sampling parameters of its own."""
 
     prompt: list[int]
     max_tokens: int
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

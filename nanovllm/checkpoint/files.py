@@ -5,15 +5,33 @@ import os
 from typing import Any
 
 
-def resolve_model_path(model: str | os.PathLike[str], weights: bool) -> str:
+def resolve_model_path(
+    model: str | os.PathLike[str],
+    weights: bool = False,
+    *,
+    option: str = "model",
+    revision: str | None = None,
+    download_dir: str | os.PathLike[str] | None = None,
+    hf_token: str | bool | None = None,
+) -> str:
     """The local folder of `model`: itself, or the hub's snapshot (only its small files unless `weights`).
+
+    The other arguments are for the hub: which version, where to keep it, by whose leave. `option` is what errors call
+    the model.
 
     Raises:
         TypeError, ValueError: neither a folder, which may begin with `~`, nor the name of a model that the hub gives.
     """
     name = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(name, str) or not name:
-        raise TypeError(f"model must be a folder or a hub name, got {model!r}")
+        raise TypeError(f"{option} must be a folder or a hub name, got {model!r}")
+    version = "revision" if option == "model" else f"{option}_revision"
+    if not isinstance(revision, str | None):
+        raise TypeError(f"{version} must be a string, got {revision!r}")
+    if not isinstance(download_dir, str | os.PathLike | None):
+        raise TypeError(f"download_dir must be a folder, got {download_dir!r}")
+    if not isinstance(hf_token, str | bool | None):  # no part of a token is to be shown
+        raise TypeError(f"hf_token must be a string or a bool, got a {type(hf_token).__name__}")
     for folder in (name, os.path.expanduser(name)):
         if os.path.isdir(folder):
             return os.path.abspath(folder)
@@ -21,9 +39,30 @@ def resolve_model_path(model: str | os.PathLike[str], weights: bool) -> str:
 
     patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * weights
     try:
-        return snapshot_download(name, allow_patterns=patterns)
+        return snapshot_download(
+            name, revision=revision, cache_dir=download_dir, token=hf_token, allow_patterns=patterns
+        )
     except Exception as error:
-        raise ValueError(f"model={name!r} is neither a folder nor a model the hub gives: {error}") from error
+        what = f"{option}={name!r}" + (f" of {version}={revision!r}" if revision is not None else "")
+        raise ValueError(f"{what} is neither a folder nor a model the hub gives: {error}") from error
+
+
+def find_tokenizer(tokenizer: str | os.PathLike[str], **hub: Any) -> str:
+    """The local folder of the tokenizer that the option `tokenizer` names; raises what `resolve_model_path` raises."""
+    return _find("tokenizer", tokenizer, ("tokenizer.json", "tokenizer_config.json"), hub)
+
+
+def find_generation_config(generation_config: str | os.PathLike[str], **hub: Any) -> str:
+    """The same of the option `generation_config`."""
+    return _find("generation_config", generation_config, ("generation_config.json",), hub)
+
+
+def _find(option: str, name: str | os.PathLike[str], files: tuple[str, ...], hub: dict[str, Any]) -> str:
+    """The folder that an option names, which has one of some files."""
+    folder = resolve_model_path(name, option=option, **hub)
+    if not any(os.path.isfile(os.path.join(folder, file)) for file in files):
+        raise ValueError(f"{option}={name!r} has no {' or '.join(files)}")
+    return folder
 
 
 def read_object(path: str) -> dict[str, Any]:

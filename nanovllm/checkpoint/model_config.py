@@ -24,6 +24,9 @@ REFUSED = (
 )
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Two spellings each.
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
+DTYPE_KEYS = ("torch_dtype", "dtype")
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_MAX_WINDOW_LAYERS = 28
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -137,18 +140,25 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
 
     @classmethod
-    def from_folder(cls, folder: str) -> "ModelConfig":
-        """Reads config.json and the EOS ids of generation_config.json.
+    def from_folder(
+        cls, folder: str, overrides: dict[str, Any] | None = None, generation_folder: str | None = None
+    ) -> "ModelConfig":
+        """Reads config.json and the EOS ids of generation_config.json, the folder's or that of `generation_folder`.
+
+        `overrides` are keys of config.json with other values.
 
         Raises:
             ValueError: no config.json, a damaged one, a key that is missing or of a wrong type, or one that asks for
                 what no layer here does.
         """
         path = os.path.join(folder, "config.json")
-        generation_path = os.path.join(folder, "generation_config.json")
+        generation_path = os.path.join(generation_folder or folder, "generation_config.json")
         if not os.path.isfile(path):
             raise ValueError(f"model={folder!r} has no config.json")
-        facts = Facts(path, read_object(path))
+        raw = read_object(path)
+        if overrides is not None:
+            path, raw = f"{path} with hf_overrides={overrides!r}", override(raw, overrides)
+        facts = Facts(path, raw)
         generation = Facts(generation_path, read_object(generation_path))
         architecture, family = facts.family()
         facts.refuse_unsupported(family)
@@ -175,6 +185,27 @@ class ModelConfig:
             dtype=facts.dtype(),
             eos_token_ids=facts.eos_token_ids() | generation.eos_token_ids(),
         )
+
+
+def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The object of config.json with other values for some keys, in whichever of two spellings either has them.
+
+    Raises:
+        TypeError, ValueError: `overrides`, the option hf_overrides, is no dict of keys.
+    """
+    if callable(overrides):
+        reason = "config.json is read without the object that a function would change"
+        raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {overrides!r}: {reason}")
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise TypeError(f"hf_overrides must be a dict of config.json's keys, got {overrides!r}")
+    changed, key = dict(raw), "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    if isinstance(raw.get(key), dict) and "rope_theta" in raw[key]:  # so that it is one key, and stays
+        rope = dict(raw[key])
+        changed |= {"rope_theta": rope.pop("rope_theta"), key: rope}
+    for spellings in (ROPE_KEYS, DTYPE_KEYS):
+        if any(key in overrides for key in spellings):
+            changed = {key: value for key, value in changed.items() if key not in spellings}
+    return changed | overrides
 
 
 @dataclass(frozen=True)

@@ -4,65 +4,218 @@ Parameters are checked by SamplingParams itself; here, whether they fit the mode
 what becomes of a request.
 """
 
+import copy
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanovllm.config import Config
+from nanovllm.prompts import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
 
-Prompt = str | Items[int]
 Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
 LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids
+PROMPT_KEYS = ("prompt", "prompt_token_ids")
+TEXT_ONLY = "the models take text only"
+UNSUPPORTED = {  # what vLLM's calls and prompts may bring, and why it is not here
+    "lora_request": "the weights are those of the checkpoint; merge the adapter into it",
+    "multi_modal_data": TEXT_ONLY,
+    "multi_modal_uuids": TEXT_ONLY,
+    "mm_processor_kwargs": TEXT_ONLY,
+    "prompt_embeds": "a prompt's embeddings are looked up by its token ids",
+    "cache_salt": "all requests share cached prefixes; enable_prefix_caching=False keeps them apart",
+    "encoder_prompt": "the models have no encoder",
+    "decoder_prompt": "the models have no encoder, so that a prompt has one part",
+}
 
 
-def list_requests(prompts: Prompt | Items[Prompt], sampling_params: Params) -> list[tuple[Prompt, SamplingParams]]:
-    """The prompts of a call, each with its parameters; they are not checked yet.
+class Request(NamedTuple):
+    """A request that can be completed.
 
-    Raises:
-        TypeError, ValueError: parameters that are no list, or one of another length.
+    Attributes:
+        prompt: the text, None if token ids were given without one.
+        token_ids: what is computed, within the vocabulary, and fewer than max_model_len.
+        params: a checked copy that the caller cannot change, but that requests may share; its max_tokens is an int.
     """
-    if not isinstance(prompts, LISTS) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
-        prompts = [prompts]
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-    if not isinstance(sampling_params, (list, tuple)):
-        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
-    if len(sampling_params) != len(prompts):
-        raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-    return list(zip(prompts, sampling_params, strict=True))
+
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
 
 
-def check_request(
-    prompt: Prompt, params: SamplingParams, config: Config, tokenizer: Tokenizer | None
-) -> tuple[list[int], SamplingParams]:
-    """The prompt's token ids and the parameters of a request that can be completed.
+def check_requests(
+    prompts: Prompt | Items[Prompt] | None,
+    sampling_params: Params,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    defaults: SamplingParams,
+    prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
+) -> list[Request]:
+    """The requests of a call, for each prompt one.
+
+    Args:
+        prompts: one or a list of them; a prompt is a string, a list of token ids, or a dict that has them under
+            "prompt" or "prompt_token_ids". If it has both, the ids are computed and the text is kept.
+        sampling_params: for all prompts, or a list with one for each.
+        defaults: taken where `sampling_params` is None.
+        prompt_token_ids: the ids of one prompt or a list of them; `prompts` are None then, or the texts to be kept.
 
     Raises:
         TypeError, ValueError: naming what is wrong, its value and the limit.
     """
+    listed = _list_prompts(prompts, prompt_token_ids)
+    listed_params = _list_params(defaults if sampling_params is None else sampling_params, len(listed))
+    checked: dict[int, SamplingParams] = {}  # by the id of what was given, mostly one for all prompts
+    for params in listed_params:
+        if id(params) not in checked:
+            checked[id(params)] = _check_params(params, config, tokenizer)
+    return [
+        _check_prompt(prompt, checked[id(params)], config, tokenizer)
+        for prompt, params in zip(listed, listed_params, strict=True)
+    ]
+
+
+def check_request(
+    prompt: Prompt,
+    sampling_params: SamplingParams | None,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    defaults: SamplingParams,
+) -> Request:
+    """The request of a call that takes one prompt; the arguments and errors are those of `check_requests`."""
+    params = _check_params(defaults if sampling_params is None else sampling_params, config, tokenizer)
+    return _check_prompt(prompt, params, config, tokenizer)
+
+
+def check_unsupported(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError if one of the arguments that are not supported is neither None nor empty."""
+    for name, reason in UNSUPPORTED.items():
+        value = arguments.get(name)
+        if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+            raise ValueError(f"{name} is not supported: {reason}; got {value!r:.200}")
+
+
+def _list_prompts(
+    prompts: Prompt | Items[Prompt] | None, prompt_token_ids: Items[int] | Items[Items[int]] | None
+) -> list[Any]:
+    """The prompts of a call, which are not checked yet."""
+    if prompt_token_ids is None:
+        return _as_list(prompts)
+    rows = _as_list(prompt_token_ids)
+    texts = [None] * len(rows) if prompts is None else _as_list(prompts)
+    if len(texts) != len(rows):
+        raise ValueError(f"prompt_token_ids has {len(rows)} entries for {len(texts)} prompts")
+    return [{"prompt": text, "prompt_token_ids": row} for text, row in zip(texts, rows, strict=True)]
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """A list of prompts; what is a single one, or nothing that could be a list of them, becomes its only entry."""
+    is_list = isinstance(prompts, LISTS) and not (len(prompts) and isinstance(prompts[0], (int, np.integer)))
+    return list(prompts) if is_list else [prompts]
+
+
+def _list_params(sampling_params: SamplingParams | Items[SamplingParams], num_prompts: int) -> Items[SamplingParams]:
+    """The parameters of each prompt, which are not checked yet."""
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, (list, tuple)):
+        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+    if len(sampling_params) != num_prompts:
+        raise ValueError(f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts")
+    return sampling_params
+
+
+def _check_params(params: SamplingParams, config: Config, tokenizer: Tokenizer | None) -> SamplingParams:
+    """A copy of parameters that fit the model; they are checked again, as they may have been assigned to."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-    if params.stop and tokenizer is None:
-        raise ValueError(f"stop={params.stop!r} needs a tokenizer, the model has none")
-    if isinstance(prompt, str):
+    params = params.clone()
+    params.check()
+    for name in ("stop", "bad_words", "structured_outputs"):
+        value = getattr(params, name)
+        if value and tokenizer is None:
+            raise ValueError(f"{name}={value!r} needs a tokenizer, the model has none")
+    vocab_size, most_logprobs = config.model_config.vocab_size, config.max_logprobs
+    for name in ("allowed_token_ids", "logit_bias"):
+        highest = max(getattr(params, name) or (0,))
+        if highest >= vocab_size:
+            raise ValueError(f"{name} must hold token ids between 0 and {vocab_size - 1}, got {highest}")
+    for name in ("logprobs", "prompt_logprobs"):
+        num_logprobs = getattr(params, name)
+        if num_logprobs is None:
+            continue
+        if most_logprobs != -1 and not 0 <= num_logprobs <= most_logprobs:
+            raise ValueError(
+                f"{name}={num_logprobs} asks for more than max_logprobs={most_logprobs} gives; "
+                f"start the engine by LLM(..., max_logprobs={num_logprobs})"
+            )
+        if num_logprobs > vocab_size:
+            raise ValueError(f"{name} must be at most the vocabulary's {vocab_size} tokens, got {num_logprobs}")
+    return params
+
+
+def _check_prompt(prompt: Any, params: SamplingParams, config: Config, tokenizer: Tokenizer | None) -> Request:
+    """The request of a prompt with checked parameters."""
+    text, given_ids = _text_and_ids(prompt)
+    if given_ids is None:
         if tokenizer is None:
-            raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {prompt[:50]!r}")
-        prompt = tokenizer.encode(prompt)
-    if not isinstance(prompt, LISTS):
+            raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {text[:50]!r}")
+        token_ids = tokenizer.encode(text)
+    else:
+        token_ids = given_ids.tolist() if isinstance(given_ids, np.ndarray) else list(given_ids)
+    longest = config.max_model_len - 1  # one more is generated at least
+    if params.truncate_prompt_tokens is not None:
+        num_kept = longest if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
+        token_ids = token_ids[-num_kept:]
+    if not token_ids:
+        raise ValueError("a prompt must have tokens, got none")
+    if len(token_ids) > longest:
+        raise ValueError(_say_too_long(len(token_ids), config))
+    token_ids = _check_ids(token_ids, config.model_config.vocab_size)
+    if params.max_tokens is None:
+        params = copy.copy(params)
+        params.max_tokens = config.max_model_len - len(token_ids)
+    return Request(text, token_ids, params)
+
+
+def _text_and_ids(prompt: Any) -> tuple[str | None, Any]:
+    """What a prompt has of the two, one of them at least; of the ids, only that they are a list is checked."""
+    text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+    if isinstance(prompt, dict):
+        check_unsupported(prompt)
+        for key in prompt:
+            if key not in PROMPT_KEYS and key not in UNSUPPORTED:
+                names = " and ".join(map(repr, PROMPT_KEYS))
+                raise TypeError(f"a prompt may have {names}, got {key!r}; conversations go to `chat`")
+        text, token_ids = map(prompt.get, PROMPT_KEYS)
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"the 'prompt' of a prompt must be a string, got {text!r}")
+    if not isinstance(token_ids, LISTS) and (text is None or token_ids is not None):
         raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-    token_ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
-    vocab_size, limit = config.model_config.vocab_size, config.max_model_len
-    if not 0 < len(token_ids) < limit:
-        raise ValueError(f"a prompt must have tokens, but fewer than max_model_len={limit}, got {len(token_ids)}")
-    kinds = set(map(type, token_ids))
-    for kind in kinds:
-        if kind is bool or not issubclass(kind, (int, np.integer)):
-            raise TypeError(f"a prompt's token ids must be ints, got a {kind.__name__} in {token_ids!r}")
-    wrong = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
-    if wrong:
-        raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong[0]}")
-    if not isinstance(token_ids, list) or kinds != {int}:
+    return text, token_ids
+
+
+def _say_too_long(num_tokens: int, config: Config) -> str:
+    """What is wrong with a prompt of so many tokens, and what its sender can do."""
+    limit, model_limit = config.max_model_len, config.model_config.max_position_embeddings
+    message = f"a prompt must have fewer tokens than max_model_len={limit}, got {num_tokens}; "
+    if model_limit > limit:
+        message += f"the model itself takes {model_limit}: raise LLM(..., max_model_len={model_limit}), or "
+    return message + "shorten the prompt, or let SamplingParams(truncate_prompt_tokens=-1) keep only its end"
+
+
+def _check_ids(token_ids: list[Any], vocab_size: int) -> list[int]:
+    """The ids as Python's ints."""
+    if set(map(type, token_ids)) != {int}:
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
+                raise TypeError(f"a prompt's token ids must be ints, got {token_id!r}")
         token_ids = list(map(int, token_ids))
-    return token_ids, params
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong}")
+    return token_ids

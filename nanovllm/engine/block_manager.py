@@ -86,7 +86,7 @@ class BlockManager:
 
     def name_blocks(self, seq: Sequence, start: int, end: int) -> None:
         """Names the blocks that became full when tokens [start, end) were computed, so that others can hit them."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching and seq.cache_salt is None:
             return
         for index in range(start // self.block_size, end // self.block_size):
             name = self._block_name(seq, index)
@@ -112,7 +112,7 @@ class BlockManager:
     def _block_name(self, seq: Sequence, index: int) -> BlockName:
         """The name of a sequence's full block, which needs those of the blocks before it."""
         for i in range(len(seq.block_names), index + 1):
-            parent_hash = seq.block_names[-1].hash if i else None
+            parent_hash = seq.block_names[-1].hash if i else seq.cache_salt
             token_ids = seq.token_ids[i * self.block_size : (i + 1) * self.block_size]
             seq.block_names.append(BlockName(self.compute_hash(token_ids, parent_hash), parent_hash, token_ids))
         return seq.block_names[index]
@@ -120,6 +120,8 @@ class BlockManager:
     def _find_cached(self, seq: Sequence) -> list[int]:
         """The blocks that hold the longest cached prefix, short of the last token: its logits must be computed."""
         cached: list[int] = []
+        if seq.wants_prompt_logprobs:
+            return cached
         for index in range((seq.num_tokens - 1) // self.block_size):
             name = self._block_name(seq, index)
             block_id = self.hash_to_block_id.get(name.hash)

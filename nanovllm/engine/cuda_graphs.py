@@ -25,6 +25,13 @@ class StepShape(NamedTuple):
     num_prompts: int
     num_tokens: int  # of the prompts
     is_filtered: bool  # whether a row asks for top-k, top-p or min-p
+    adjusting: int = 0  # the tables by which logits are adjusted, flags of kernels/adjust_logits.py
+    num_logprobs: int = 0  # the logprobs told of each row: its token's and the best ones'; 0: none
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the logits as they are, and nothing is told of these."""
+        return not self.adjusting and not self.num_logprobs
 
 
 def list_graph_shapes(config: Config) -> list[StepShape]:
@@ -60,7 +67,9 @@ class CudaGraphs:
                 and padded.num_decodes >= shape.num_decodes
                 and padded.num_tokens >= shape.num_tokens
             ):
-                return padded._replace(is_filtered=shape.is_filtered)
+                return padded._replace(
+                    is_filtered=shape.is_filtered, adjusting=shape.adjusting, num_logprobs=shape.num_logprobs
+                )
         return None
 
     def capture(self, forward: Callable[[StepShape], None]) -> None:
@@ -73,7 +82,7 @@ class CudaGraphs:
 
     def replay(self, shape: StepShape, forward: Callable[[StepShape], None]) -> None:
         """Launches a step of a shape that `padded_shape` has given, as `forward` would."""
-        if shape not in self.captured:  # of steps that filter: captured when they first come
+        if shape not in self.captured:  # not a plain one: captured when it first comes
             self.captured[shape] = self._capture(shape, forward)
         self.captured[shape].replay()
 

@@ -55,8 +55,8 @@ class DeviceRows:
         last_tokens: int64 [R].
         context_lens: int32 [R], tokens whose KV is stored.
         block_tables: int32 [R, max_blocks].
-        row_ints: int64 [2, R], top_k and seed.
-        row_floats: float32 [3, R], temperature, top_p and min_p.
+        row_ints: int64 [4, R], top_k, seed, and of adjustments the least length and the flags.
+        row_floats: float32 [6, R], temperature, top_p, min_p, penalties of presence, frequency and repetition.
         decode_rows: int64 [max_num_seqs], the rows that decode in this step, then padding rows.
         token_ring: int64 [RING_SIZE, R] in host memory, where steps write their tokens in turn, by row.
         step_count, device_step_count: the steps launched, and those run, int64 [1] on the device.
@@ -77,8 +77,8 @@ class DeviceRows:
         self.device_step_count = zeros(1, dtype=torch.int64)
         self.context_lens = zeros(num_rows, dtype=torch.int32)
         self.block_tables = zeros(num_rows, config.max_blocks_per_seq, dtype=torch.int32)
-        self.row_ints = zeros(2, num_rows, dtype=torch.int64)
-        self.row_floats = zeros(3, num_rows, dtype=torch.float32)
+        self.row_ints = zeros(4, num_rows, dtype=torch.int64)
+        self.row_floats = zeros(6, num_rows, dtype=torch.float32)
         self.decode_rows = zeros(config.max_num_seqs, dtype=torch.int64)
         self.uploaded_decode_rows: np.ndarray | None = None  # what the host last wrote there
         self.prompts = zeros(sum(PromptParts.lengths(num_rows, max_prompt_tokens)), dtype=torch.int64)
@@ -86,21 +86,20 @@ class DeviceRows:
     def apply_changes(self, step: StepInput) -> None:
         """Writes what the host has changed since the step before, and which rows decode."""
         if len(step.joined_ints):
-            joined_ints, joined_floats = self._to_device(step.joined_ints), self._to_device(step.joined_floats)
+            joined_ints, joined_floats = self.to_device(step.joined_ints), self.to_device(step.joined_floats)
             rows, last_tokens, context_lens = joined_ints[:, :3].unbind(1)
-            top_k_and_seed = joined_ints[:, 3:]
             self.last_tokens[rows] = last_tokens
             self.context_lens[rows] = context_lens.int()
-            self.row_ints[:, rows] = top_k_and_seed.T
+            self.row_ints[:, rows] = joined_ints[:, 3:].T
             self.row_floats[:, rows] = joined_floats.T
         if len(step.new_blocks):
-            rows, indices, blocks = self._to_device(step.new_blocks).unbind(1)
+            rows, indices, blocks = self.to_device(step.new_blocks).unbind(1)
             self.block_tables[rows, indices] = blocks.int()
         decode_rows = np.full(len(self.decode_rows), self.padding_row)
         decode_rows[: len(step.decode_rows)] = step.decode_rows
         if not np.array_equal(decode_rows, self.uploaded_decode_rows):
             self.uploaded_decode_rows = decode_rows
-            self.decode_rows.copy_(self._to_device(decode_rows))
+            self.decode_rows.copy_(self.to_device(decode_rows))
 
     def set_prompts(
         self, prompts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, num_padded_tokens: int
@@ -130,7 +129,7 @@ class DeviceRows:
             cu_seqlens=np.append(begins, num_real),
         )
         values = np.concatenate(parts)
-        self.prompts[: len(values)].copy_(self._to_device(values))
+        self.prompts[: len(values)].copy_(self.to_device(values))
 
     def prompt_parts(self, num_prompts: int, num_tokens: int) -> PromptParts:
         """What `set_prompts` wrote, for a step of so many prompts and tokens with padding: views of one buffer."""
@@ -143,7 +142,8 @@ class DeviceRows:
         self.step_count += 1
         return entry
 
-    def _to_device(self, values: np.ndarray) -> Tensor:
+    def to_device(self, values: np.ndarray) -> Tensor:
+        """The host's numbers on the device, without waiting for it."""
         tensor = torch.from_numpy(values)
         if self.device.type == "cpu":
             return tensor

@@ -52,6 +52,8 @@ def num_fitting_blocks_on_gpu(config: Config, device: torch.device, block_bytes:
 def choose_num_blocks(config: Config, tp: TensorParallel, num_fitting: int) -> int:
     """The number of blocks, alike on all ranks: the option's, or else as many as fit on each of them.
 
+    Lowers max_model_len to what they hold if that may be lowered.
+
     Raises:
         ValueError: a request of max_model_len tokens does not fit.
     """
@@ -59,6 +61,8 @@ def choose_num_blocks(config: Config, tp: TensorParallel, num_fitting: int) -> i
     if num_blocks == -1:
         num_blocks = tp.min(min(num_fitting, MAX_SLOTS // config.kvcache_block_size, MAX_BLOCKS))
         option = "gpu_memory_utilization"
+    if config.lowers_max_model_len and num_blocks > 0:
+        config.max_model_len = min(config.max_model_len, num_blocks * config.kvcache_block_size)
     num_needed = config.max_blocks_per_seq
     if num_blocks < num_needed:
         raise ValueError(

@@ -4,28 +4,32 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 from tqdm.auto import tqdm
 
+from nanovllm.checkpoint.generation_config import default_sampling_params
 from nanovllm.config import Config
-from nanovllm.engine.admission import Params, Prompt, check_request, list_requests
+from nanovllm.engine import admission
+from nanovllm.engine.intake import Intake
 from nanovllm.engine.model_runner import StepOutput
+from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import build_step_input
-from nanovllm.outputs import RequestError, Result
+from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.detokenizer import REPLACEMENT, Detokenizer
+from nanovllm.prompts import Prompt
+from nanovllm.sampling.logprobs import take_in_logprobs
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.tokenizer import load_tokenizer
 
 POLL_SECONDS = 2e-5
-SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
+SHOW_SECONDS = 0.5  # how often the progress bar is drawn while nothing finishes
 
 
 class LaunchedStep(NamedTuple):
@@ -54,6 +58,8 @@ class LLMEngine:
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
         self.config = config = Config.create(model, options)
+        defaults = default_sampling_params(config)
+        self.default_sampling_params = defaults.params
         self.turns = Turns()
         self.dropped: list[int] = []  # requests that whoever has the turn drops at its end
         self.ranks = RankGroup(config)
@@ -62,89 +68,129 @@ class LLMEngine:
         try:
             with deferred_interrupt():
                 self.ranks.spawn()
-            self.tokenizer = load_tokenizer(config.model)
+            self.tokenizer = load_tokenizer(config.tokenizer)
             self.ranks.load()
             num_blocks = self.ranks.call("allocate_kv_cache")
             if config.device == "cuda" and not config.enforce_eager:
                 self.ranks.call("capture_cudagraph")
             self.ranks.check()
             self.scheduler = Scheduler(config, num_blocks, self._eos_token_ids())
+            self.intake = Intake(config, self.tokenizer, self.scheduler)
         except (TypeError, ValueError):
             self.close()
             raise
         except BaseException as error:
             self._die(error)
         self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
-        self.requests: dict[int, Sequence] = {}  # unfinished, by id
-        self.results: dict[int, Result] = {}  # of finished requests that `step` has yet to hand out
-        self.num_requests = 0
+        self.requests: dict[int, Request] = {}  # unfinished, by the id of their first sequence
+        self.results: dict[int, RequestOutput] = {}  # of finished requests that `step` has yet to hand out
+        self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
         self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
         self.failure = None
         print(
             f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
             f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of",
-            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens",
+            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens;",
+            f"max_model_len={config.max_model_len}",
             file=sys.stderr,
         )
+        if defaults.taken:
+            print(f"nano-vllm: default sampling parameters of {defaults.path}: {defaults.taken}", file=sys.stderr)
 
     # ---- driving the engine ---------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queues a prompt (a string or token ids) and returns the request's id; `step` hands out its result.
+    def add_request(
+        self,
+        request_id: str | Prompt | None = None,
+        prompt: Prompt | SamplingParams | None = None,
+        params: SamplingParams | None = None,
+        *,
+        sampling_params: SamplingParams | None = None,
+    ) -> int | str:
+        """Queues a prompt, as `add_request(prompt, sampling_params)` or `add_request(request_id, prompt, params)`.
+
+        Returns the request's id: the one given, or else a number. `step` hands out the results.
 
         Raises:
-            TypeError, ValueError: a bad prompt or parameter; nothing is queued.
+            TypeError, ValueError: a bad prompt or parameter, or an id in use; nothing is queued.
             RuntimeError: the engine has failed or is closed.
         """
+        if prompt is None or isinstance(prompt, SamplingParams):
+            request_id, prompt, params = None, request_id, prompt
         self._check_alive()
-        token_ids, params = check_request(prompt, sampling_params or SamplingParams(), self.config, self.tokenizer)
+        params = sampling_params if params is None else params
+        checked = self._check_one(prompt, params)
         with self._turn():
-            return self._add(token_ids, params, self.results).seq_id
+            if request_id is not None and self._find(request_id) is not None:
+                raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
+            reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
+            request = self._add(checked, self.results, request_id, reports_progress)
+        return request.number if request_id is None else request_id
 
-    def step(self) -> list[tuple[int, Result]]:
-        """Runs a step; returns (id, result) of the added requests that have finished and were not handed out before.
+    def step(self) -> list[RequestOutput]:
+        """Runs a step; returns what the added requests have new that was not handed out before.
 
-        A request that failed has the `finish_reason` "error", and its result says why under `error`.
+        By the `output_kind` of its parameters, a request is handed out after each of its tokens, with all of its
+        tokens so far or those that are new, or once when it has finished. One that failed has the `finish_reason`
+        "error", and says why under `error`.
         """
         with self._turn(second_breaks=True):
             self._advance()
         with self.turns.take():
-            finished = list(self.results.items())
+            outputs = [request.output(self.tokenizer) for request in self.progressed.values()]
+            outputs += self.results.values()
+            self.progressed.clear()
             self.results.clear()
-        return finished
+        return outputs
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that the requests so far had; the next one's id."""
+        return self.intake.num_seqs
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished, of any thread, and no result is waiting to be handed out."""
         return not self.requests and not self.results
 
-    def abort_request(self, request_id: int) -> None:
-        """Drops a request and what it holds; does nothing if it has finished.
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do or to hand out."""
+        return not self.is_finished()
+
+    def abort_request(self, request_id: int | str | Items[int | str]) -> None:
+        """Drops a request, or several, and what they hold; does nothing about those that have finished.
 
         No result of an added request will be handed out. A call in another thread that waits for the request gets what
         there is of it, with the `finish_reason` "abort".
         """
         with self._turn():
-            seq = self.requests.get(request_id)
-            if seq is None:
-                return
-            self._drop_now(request_id)
-            if seq.results is not self.results:
-                seq.finish_reason = "abort"
-                seq.results[request_id] = self._result(seq)
+            for name in request_id if isinstance(request_id, (list, tuple, set)) else [request_id]:
+                request = self._find(name)
+                if request is None:
+                    continue
+                self._drop_now(request.number, "abort")
+                if request.results is not self.results:
+                    self._finish(request)
 
     def generate(
-        self, prompts: Prompt | Items[Prompt], sampling_params: Params = None, use_tqdm: bool = True
-    ) -> list[Result]:
-        """Completes prompts: strings or lists of token ids, or a single one of these.
+        self,
+        prompts: Prompt | Items[Prompt] | None = None,
+        sampling_params: admission.Params = None,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        lora_request: None = None,
+        *,
+        prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts: strings, lists of token ids, dicts that have one of these, or a single one of all that.
 
         Args:
             prompts: what to complete.
-            sampling_params: for all prompts, or a list with one for each; the defaults if None.
-            use_tqdm: show a progress bar.
+            sampling_params: for all prompts, or a list with one for each; None: the model's defaults.
+            use_tqdm: show a progress bar; or what makes one, as `tqdm.tqdm` does.
+            lora_request: not supported.
+            prompt_token_ids: the ids of the prompts, as older scripts give them.
 
         Returns:
-            For each prompt, in order, a dict with `text`, `token_ids`, `finish_reason` ("stop" or "length"; "abort" if
-            another thread aborted it) and `num_cached_tokens`, the tokens of the prompt that the prefix cache had.
+            For each prompt, in order, its result: see `nanovllm.outputs.RequestOutput`.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter; nothing is queued then.
@@ -152,36 +198,24 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        requests = [
-            check_request(prompt, params, self.config, self.tokenizer)
-            for prompt, params in list_requests(prompts, sampling_params)
-        ]
-        results: dict[int, Result] = {}
-        ids = range(0)
+        admission.check_unsupported({"lora_request": lora_request})
+        checked = admission.check_requests(
+            prompts, sampling_params, self.config, self.tokenizer, self.default_sampling_params, prompt_token_ids
+        )
+        results: dict[int, RequestOutput] = {}
+        ids: list[int] = []
         try:
             with self._turn():
-                ids = range(self.num_requests, self.num_requests + len(requests))
-                for token_ids, params in requests:
-                    self._add(token_ids, params, results)
-            start, num_prefilled, num_decoded = time.perf_counter(), self.num_prefilled, self.num_decoded
-            num_finished = len(results)
-            with tqdm(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                while num_finished < len(ids):
-                    with self._turn(second_breaks=True):
-                        if len(results) < len(ids):  # else another thread's step was the last one needed
-                            self._advance()
-                    num_shown, num_finished = num_finished, len(results)
-                    if num_finished > num_shown:
-                        seconds = time.perf_counter() - start
-                        prefill = (self.num_prefilled - num_prefilled) / seconds
-                        decode = (self.num_decoded - num_decoded) / seconds
-                        bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
-                        bar.update(num_finished - num_shown)
+                self.intake.check_structures(checked)
+                for request in checked:
+                    ids.append(self.intake.num_seqs)  # before it is queued, lest an interrupt leave it behind
+                    self._add(request, results)
+            self._complete(ids, results, use_tqdm)
         finally:
             self._drop(ids)
         ordered = [results[request_id] for request_id in ids]
         for result in ordered:
-            if result["finish_reason"] == "error":
+            if "error" in result:
                 raise RequestError(result["error"], ordered)
         return ordered
 
@@ -213,6 +247,27 @@ class LLMEngine:
             finally:
                 self._drop_asked()
 
+    def _complete(self, ids: list[int], results: dict[int, RequestOutput], use_tqdm: bool | Callable) -> None:
+        """Makes steps until all of some requests have their results."""
+        start, num_prefilled, num_decoded = time.perf_counter(), self.num_prefilled, self.num_decoded
+        num_finished = len(results)
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        with make_bar(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            shown = start
+            while num_finished < len(ids):
+                with self._turn(second_breaks=True):
+                    if len(results) < len(ids):  # else another thread's step was the last one needed
+                        self._advance()
+                num_shown, num_finished = num_finished, len(results)
+                now = time.perf_counter()
+                if use_tqdm and (num_finished > num_shown or now - shown > SHOW_SECONDS):
+                    shown, num_tokens = now, self.num_decoded - num_decoded
+                    prefill, decode = ((n / (now - start)) for n in (self.num_prefilled - num_prefilled, num_tokens))
+                    rates = f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s"
+                    bar.set_postfix_str(rates if num_finished else f"{rates}, {num_tokens} tokens", refresh=False)
+                    bar.update(num_finished - num_shown)
+                    bar.refresh()
+
     def _advance(self) -> None:
         """Launches the next step, then takes in the tokens of the one before. For whoever has the turn."""
         # The current step is launched before the tokens of the previous one are seen: it was chosen from lengths
@@ -233,68 +288,82 @@ class LLMEngine:
 
     def _launch(self) -> LaunchedStep | None:
         """Starts the next step on all ranks; None if there is nothing to compute."""
+        for request in self.intake.queue_compiled(self.scheduler.is_finished() and self.in_flight is None):
+            self._finish(request)
         batch = self.scheduler.schedule()
         if not batch.seqs:
             return None
-        return LaunchedStep(batch, self.ranks.call("run", build_step_input(batch)))
+        step = build_step_input(batch, self.config.model_config.vocab_size)
+        return LaunchedStep(batch, self.ranks.call("run", step))
 
     def _take_in(self, step: LaunchedStep) -> None:
         """Waits for a step's tokens, gives them to their sequences, and puts down the results of those that ended."""
-        batch, (tokens, event) = step
-        if event is not None:
-            while self.config.tensor_parallel_size > 1 and not event.query():
+        batch, output = step
+        if output.event is not None:
+            while self.config.tensor_parallel_size > 1 and not output.event.query():
                 self.ranks.check()  # a rank that died would leave the others waiting for ever
                 time.sleep(POLL_SECONDS)
-            event.synchronize()
-        token_by_row = tokens.tolist()
+            output.event.synchronize()
+        take_in_logprobs(batch, output.logprobs, output.prompt_logprobs)
+        token_by_row = output.tokens.tolist()
         finished = self.scheduler.postprocess(batch, [token_by_row[row] for row in batch.rows[: batch.num_samples]])
         num_decodes = batch.num_tokens.count(1)
         self.num_prefilled += sum(batch.num_tokens) - num_decodes
         self.num_decoded += num_decodes
         for seq in finished:
-            del self.requests[seq.seq_id]
-            seq.results[seq.seq_id] = self._result(seq)
+            request = self.requests.get(seq.request_id)
+            if request is not None and seq.finish_reason == "error":
+                request.error = self._explain(seq)
+            if request is not None and request.is_finished:
+                self._finish(request)
+        for seq in batch.seqs[: batch.num_samples]:
+            request = self.requests.get(seq.request_id)
+            if request is not None and request.reports_progress:
+                self.progressed[seq.request_id] = request
         if not self.requests:
             self.in_flight = None  # only surplus tokens
 
-    def _result(self, seq: Sequence) -> Result:
-        """What a request that has ended gives back."""
-        token_ids = seq.completion_token_ids
-        if seq.detokenizer is not None:
-            text = seq.detokenizer.text
-        elif self.tokenizer is not None:
-            # Without stop strings, "stop" means that the last token is one that ends the text.
-            ids = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
-            text = self.tokenizer.decode(ids).rstrip(REPLACEMENT)
-        else:
-            text = ""
-        result = {
-            "text": text,
-            "token_ids": token_ids,
-            "finish_reason": seq.finish_reason,
-            "num_cached_tokens": seq.num_cached_tokens,
-        }
-        if seq.finish_reason == "error":
-            result["error"] = (
-                f"request {seq.seq_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
-                f"{len(token_ids)} more, the logits hold no finite maximum; check dtype={self.config.dtype!r}, as "
-                f"float16 overflows where others do not, and the weights in {self.config.model!r}, which may hold NaN"
-            )
-        return result
+    def _finish(self, request: Request) -> None:
+        """Puts down the result of a request whose samples have ended."""
+        self.requests.pop(request.number, None)
+        self.progressed.pop(request.number, None)
+        request.results[request.number] = request.output(self.tokenizer)
+
+    def _explain(self, seq: Sequence) -> str:
+        """Why a sequence ended by an error."""
+        return (
+            f"request {seq.request_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
+            f"{len(seq.completion_token_ids)} more, the logits hold no finite maximum; check "
+            f"dtype={self.config.dtype!r}, as float16 overflows where others do not, and the weights in "
+            f"{self.config.model!r}, which may hold NaN"
+        )
+
+    def _check_one(self, prompt: Prompt, params: SamplingParams | None) -> admission.Request:
+        """The request of one prompt; raises if it cannot be completed."""
+        checked = admission.check_request(prompt, params, self.config, self.tokenizer, self.default_sampling_params)
+        with self._turn():
+            self.intake.check_structures([checked])
+        return checked
 
     def _add(
-        self, token_ids: list[int], params: SamplingParams, results: dict[int, Result], is_streamed: bool = False
-    ) -> Sequence:
+        self,
+        checked: admission.Request,
+        results: dict[int, RequestOutput],
+        request_id: str | None = None,
+        reports_progress: bool = False,
+        is_streamed: bool = False,
+    ) -> Request:
         """Queues a request whose result is to be put into `results`. For whoever has the turn."""
-        seed = self.config.seed * SEED_STRIDE + self.num_requests if params.seed is None else params.seed
-        seq = Sequence(self.num_requests, token_ids, params, seed)
-        seq.results = results
-        if is_streamed or params.stop:
-            seq.detokenizer = Detokenizer(self.tokenizer, params.stop)
-        self.num_requests += 1
-        self.requests[seq.seq_id] = seq
-        self.scheduler.add(seq)
-        return seq
+        request = self.intake.make(checked, results, request_id, reports_progress, is_streamed)
+        self.requests[request.number] = request
+        self.intake.queue(request)
+        return request
+
+    def _find(self, request_id: int | str) -> Request | None:
+        """The unfinished request of an id."""
+        if isinstance(request_id, int):
+            return self.requests.get(request_id)
+        return next((r for r in self.requests.values() if r.request_id == request_id), None)
 
     def _drop(self, request_ids: Items[int]) -> None:
         """Forgets the unfinished of some requests, of a call that has ended."""
@@ -308,11 +377,12 @@ class LLMEngine:
         while self.dropped:
             self._drop_now(self.dropped.pop())
 
-    def _drop_now(self, request_id: int) -> None:
+    def _drop_now(self, number: int, finish_reason: str | None = None) -> None:
         """Ends a request without a result if it has not finished."""
-        seq = self.requests.pop(request_id, None)
-        if seq is not None and self.failure is None:
-            self.scheduler.finish(seq)
+        request = self.requests.pop(number, None)
+        self.progressed.pop(number, None)
+        if request is not None and self.failure is None:
+            self.intake.withdraw(request, finish_reason)
 
     def _eos_token_ids(self) -> frozenset[int]:
         """What ends a text by the model's files or by the tokenizer's: fine-tunes may change the latter alone."""

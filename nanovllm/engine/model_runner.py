@@ -19,35 +19,28 @@ from nanovllm.engine.cuda_graphs import GRAPH_TOKENS, CudaGraphs, StepShape
 from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
+from nanovllm.layers.layernorm import rows_of
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.utils.context import Context
+from nanovllm.sampling.device import AdjustedSampler
+from nanovllm.utils.context import Context, StepTensors
 
 
 class StepOutput(NamedTuple):
-    """Where a launched step's tokens will be: host memory, int64 [rows], -1 for none; and the event that says when."""
-
-    tokens: Tensor
-    event: torch.cuda.Event | None  # None: they are there
-
-
-class StepTensors(NamedTuple):
-    """What the model and the sampler read of a step, of N tokens in S sequences.
+    """Where what a launched step gives will be, in the host's memory; and the event that says when.
 
     Attributes:
-        input_ids: [N] int64.
-        positions: [N] int32.
-        context: what attention must know of them.
-        rows: [S] int64, the row of each sequence.
-        sample_rows: [S] int64, the row that gets its sampled token.
+        tokens: int64 [rows], -1 for none.
+        logprobs: of the tokens, int32 [rows, ...], packed; None if nobody asked for any.
+        prompt_logprobs: of the tokens of prompts, in the order of the step's targets, packed; or None.
+        event: None if all is there.
     """
 
-    input_ids: Tensor
-    positions: Tensor
-    context: Context
-    rows: Tensor
-    sample_rows: Tensor
+    tokens: Tensor
+    logprobs: Tensor | None
+    prompt_logprobs: Tensor | None
+    event: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -67,6 +60,7 @@ class ModelRunner:
         self.sampler = Sampler(tp, config.sampler_backend)
         self.graphs = CudaGraphs(config, tp.stream)
         self.rows = DeviceRows(config, self.device, max(config.max_num_batched_tokens, GRAPH_TOKENS[-1]))
+        self.adjusted_sampler = AdjustedSampler(tp, self.sampler, self.rows, config.model_config.vocab_size)
         self.counts = torch.arange(config.max_num_seqs + 2, dtype=torch.int32, device=self.device)
 
     # ---- start-up -------------------------------------------------------------------------------------------------
@@ -123,18 +117,34 @@ class ModelRunner:
     def run(self, step: StepInput) -> StepOutput:
         """Launches a step; does not wait for a GPU."""
         self.rows.apply_changes(step)
-        shape = StepShape(len(step.decode_rows), len(step.prompts), len(step.token_ids), step.is_filtered)
-        padded_shape = self.graphs.padded_shape(shape)
+        shape = StepShape(
+            num_decodes=len(step.decode_rows),
+            num_prompts=len(step.prompts),
+            num_tokens=len(step.token_ids),
+            is_filtered=step.is_filtered,
+            adjusting=step.adjusting,
+            num_logprobs=step.num_logprobs,
+        )
+        if not shape.is_plain:
+            self.adjusted_sampler.prepare(shape, step.table_changes)
+        has_targets = len(step.prompt_targets) > 0
+        padded_shape = self.graphs.padded_shape(shape) if not has_targets else None
         if shape.num_prompts:
             num_padded_tokens = (padded_shape or shape).num_tokens
             self.rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, num_padded_tokens)
-        if padded_shape is None:
+        prompt_logprobs = None
+        if has_targets:
+            prompt_logprobs = self._forward_with_prompt_logprobs(shape, step)
+        elif padded_shape is None:
             part_lens = step.prompts[:, 2]
             self._forward(shape, max_seqlen_q=int(part_lens.max(initial=0)))
         else:
             self.graphs.replay(padded_shape, self._forward)
+        logprobs = None
+        if shape.num_logprobs:
+            logprobs = self.adjusted_sampler.fetch_logprobs(shape.num_logprobs, self.rows.step_count)
         event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        return StepOutput(self.rows.count_step(), event)
+        return StepOutput(self.rows.count_step(), logprobs, prompt_logprobs, event)
 
     def _forward(self, shape: StepShape, max_seqlen_q: int | None = None) -> None:
         """Computes and samples a step.
@@ -142,14 +152,33 @@ class ModelRunner:
         Reads and writes only what outlives the step, so that it can be captured: parameters, KV cache, rows.
         `max_seqlen_q` bounds the tokens of one prompt's part; None: by those of all.
         """
-        rows = self.rows
         step = self._lay_out(shape, shape.num_tokens if max_seqlen_q is None else max_seqlen_q)
         hidden_states = self.model(step.input_ids, step.positions, step.context)
-        logits = self.model.compute_logits(hidden_states)
-        # A token's draw depends on its position, which is the context length.
-        context_lens = step.context.context_lens
-        packed = self.sampler(logits, step.rows, rows.row_ints, rows.row_floats, context_lens, shape.is_filtered)
+        self._sample(self.model.compute_logits(hidden_states), step, shape)
+
+    def _sample(self, logits: Tensor, step: StepTensors, shape: StepShape) -> None:
+        """Draws the step's tokens of this rank's logits [S, vocab / ranks], and stores them."""
+        rows = self.rows
+        if shape.is_plain:
+            # A token's draw depends on its position, which is the context length.
+            positions = step.context.context_lens
+            packed = self.sampler(logits, step.rows, rows.row_ints, rows.row_floats, positions, shape.is_filtered)
+        else:
+            packed = self.adjusted_sampler.sample(logits, step, shape)
         store_tokens(packed, step.sample_rows, rows.last_tokens, rows.token_ring, rows.device_step_count)
+
+    def _forward_with_prompt_logprobs(self, shape: StepShape, step_input: StepInput) -> Tensor:
+        """`_forward` of a step that also tells the logprobs of prompts' tokens; returns where they will be."""
+        step = self._lay_out(shape, shape.num_tokens)
+        indices, targets = self.rows.to_device(step_input.prompt_targets).unbind(1)
+        sampled = step.context.logits_indices
+        context = step.context._replace(logits_indices=torch.cat([sampled, shape.num_decodes + indices]))
+        hidden_states = self.model(step.input_ids, step.positions, context)
+        self._sample(self.model.compute_logits(rows_of(hidden_states, 0, len(sampled))), step, shape)
+        hidden_states = rows_of(hidden_states, len(sampled), len(sampled) + len(targets))
+        return self.adjusted_sampler.prompt_logprobs(
+            self.model, hidden_states, targets, step_input.num_prompt_logprobs
+        )
 
     def _lay_out(self, shape: StepShape, max_seqlen_q: int) -> StepTensors:
         """Lays out a step: one token of each row that decodes, then the prompts' parts, one behind the other.
@@ -198,7 +227,7 @@ class ModelRunner:
     def exit(self) -> None:
         """Frees the rank's memory."""
         self.graphs.clear()
-        del self.model, self.sampler
+        del self.model, self.sampler, self.adjusted_sampler
         gc.collect()
         if self.device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()

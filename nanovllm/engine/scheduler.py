@@ -35,6 +35,11 @@ class Batch:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in block table, block)
 
     @property
+    def joined(self) -> list[Sequence]:
+        """The sequences that were just admitted."""
+        return self.seqs[len(self.seqs) - self.num_joined :]
+
+    @property
     def is_last_partial(self) -> bool:
         """Whether the last sequence does not reach its end, so that it samples nothing."""
         return self.num_samples < len(self.seqs)
@@ -69,7 +74,7 @@ class Scheduler:
         batch = Batch(self.config.max_num_batched_tokens)
         num_running = len(self.running)
         for seq in self.running:  # which a preemption shortens from its end
-            if self._end_is_due(seq):
+            if seq.waits_for_host or self._end_is_due(seq):
                 continue
             while not self.block_manager.can_append(seq):
                 self.preempt(self.running[-1])
@@ -85,6 +90,7 @@ class Scheduler:
             seq = self.waiting.popleft()
             self.block_manager.allocate(seq)
             seq.status = SequenceStatus.RUNNING
+            seq.first_scheduled_time = seq.first_scheduled_time or time.time()
             seq.row = self.free_rows.pop()
             self.running.append(seq)
             batch.num_joined += 1
@@ -112,11 +118,7 @@ class Scheduler:
                 seq.finish_reason = "error"
             else:
                 self._append(seq, token_id)
-                is_stopped = self._ends_text(seq, token_id)
-                # The text of a token that ends a text is no part of it.
-                if seq.detokenizer is not None and not is_stopped:
-                    is_stopped = seq.detokenizer.push([token_id])
-                if is_stopped:
+                if self._ends_text(seq, token_id):
                     seq.finish_reason = "stop"
                 elif len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq):
                     seq.finish_reason = "length"
@@ -131,7 +133,7 @@ class Scheduler:
             self._release(seq)
         else:
             self.waiting.remove(seq)
-        seq.status = SequenceStatus.FINISHED
+        seq.end(seq.finish_reason)
 
     def _compute(self, batch: Batch, seq: Sequence) -> None:
         """Adds to the batch as many of the sequence's tokens as its budget holds."""
@@ -152,17 +154,31 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_id: int) -> None:
         """Takes in a token that was unseen; now that the ones before it are known, their block can be named."""
-        seq.first_token_time = seq.first_token_time or time.perf_counter()
+        seq.first_token_time = seq.first_token_time or time.time()
         seq.token_ids.append(token_id)
         num_computed = len(seq.token_ids) - 1
         if num_computed % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
             self.block_manager.name_blocks(seq, num_computed - 1, num_computed)
 
     def _ends_text(self, seq: Sequence, token_id: int) -> bool:
-        """Whether the token is one that ends the sequence's text, by the model or by the request."""
+        """Whether the new token ends the sequence's text: by the model, by the request, or by a constraint."""
         params = seq.sampling_params
         is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        return is_eos or token_id in params.stop_token_ids
+        if is_eos or token_id in params.stop_token_ids:
+            seq.has_end_token, seq.stop_reason = True, None if is_eos else token_id
+            # The text of such a token is no part of the sequence's, unless that is asked for.
+            if seq.detokenizer is not None and params.include_stop_str_in_output:
+                seq.detokenizer.push([token_id], finds_stops=False)
+            return True
+        if seq.detokenizer is not None:
+            has_least_tokens = len(seq.token_ids) - seq.num_prompt_tokens > params.min_tokens
+            seq.stop_reason = seq.detokenizer.push([token_id], has_least_tokens)
+            if seq.stop_reason is not None:
+                return True
+        if seq.constraint is None:
+            return False
+        seq.constraint.accept(token_id)
+        return seq.constraint.is_finished
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -1,13 +1,16 @@
-"""One request's state on the host: its tokens, and how far they got.
+"""The state of one request, or of one of its samples, on the host: its tokens, and how far they got.
 
-Nothing here knows of devices or other requests; of text it only keeps who makes it.
+Nothing here knows of devices or other requests; of text, logprobs and constraints it only keeps who deals with them.
 """
 
+import time
 from enum import Enum, auto
 from typing import NamedTuple
 
-from nanovllm.outputs import Result
+from nanovllm.sampling.adjustments import Adjustment
+from nanovllm.sampling.logprobs import LogprobRecord
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured import Constraint
 from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -36,7 +39,7 @@ class Sequence:
 
     def __init__(self, seq_id: int, token_ids: list[int], sampling_params: SamplingParams, seed: int) -> None:
         """`seed` is what the draws of the request depend on, besides positions."""
-        self.seq_id = seq_id
+        self.seq_id = self.request_id = seq_id  # a request's further samples have the id of its first one
         self.sampling_params = sampling_params
         self.seed = seed
         self.status = SequenceStatus.WAITING
@@ -47,10 +50,19 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_names: list[BlockName] = []  # of its first full blocks, as far as they were needed
         self.row = -1  # row of the device's decode batch while running
+        self.is_filtered = sampling_params.is_filtered
         self.finish_reason: str | None = None
-        self.results: dict[int, Result] = {}  # where its result is to be put, by its id
+        self.stop_reason: str | int | None = None
+        self.has_end_token = False  # whether the last token is one that ends the text
         self.detokenizer: Detokenizer | None = None
-        self.first_token_time: float | None = None  # time.perf_counter() when the first token was seen
+        self.adjustment: Adjustment | None = None  # of its logits
+        self.logprobs: LogprobRecord | None = None
+        # Samples of one prompt share its blocks, if need be under names that no other request can have.
+        self.cache_salt: int | None = None
+        self.num_handed_out = 0  # generated tokens, of a request that hands out each once
+        self.first_scheduled_time: float | None = None  # these in seconds of time.time()
+        self.first_token_time: float | None = None  # when the first token was seen
+        self.finished_time: float | None = None
 
     @property
     def num_completion_tokens(self) -> int:
@@ -61,6 +73,31 @@ class Sequence:
     def completion_token_ids(self) -> list[int]:
         """Generated tokens that the host has seen."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def end(self, finish_reason: str | None) -> None:
+        """Ends it; what it holds elsewhere has been given back."""
+        self.finish_reason = finish_reason
+        self.status = SequenceStatus.FINISHED
+        self.finished_time = time.time()
+
+    def prompt_targets(self, start: int, num_tokens: int) -> list[int]:
+        """The tokens of the prompt that the logits of so many tokens from `start` on are about."""
+        return self.token_ids[start + 1 : min(start + num_tokens + 1, self.num_prompt_tokens)]
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What says which tokens may come next; None: nothing does."""
+        return self.adjustment.constraint if self.adjustment is not None else None
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether its next token cannot be drawn before the last one is seen, as a constraint depends on that."""
+        return len(self.token_ids) < self.num_tokens and self.constraint is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether all tokens of the prompt must be computed for the sake of their logprobs."""
+        return self.logprobs is not None and self.logprobs.prompt_logprobs is not None
 
     @property
     def is_finished(self) -> bool:

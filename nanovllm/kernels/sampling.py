@@ -292,7 +292,7 @@ def sample(
     is_filtered: bool,
 ) -> Tensor:
     """The draws, packed, int64 [B], of B rows of logits; see `layers.sampler.sample`."""
-    top_k, seeds = row_ints
-    temperature, top_p, min_p = row_floats
+    top_k, seeds = row_ints[:2]
+    temperature, top_p, min_p = row_floats[:3]
     low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None
     return draw(logits, rows, temperature, seeds, positions, start, low)

@@ -33,3 +33,10 @@ class RMSNorm(nn.Module):
         if isinstance(x, PendingSum):
             return x.add_and_normalise(self.weight, self.eps)
         return Normalised(x, self.weight, self.eps)
+
+
+def rows_of(x: Normalised | Tensor, start: int, end: int) -> Normalised | Tensor:
+    """The rows from start to end of normalised rows, computed or not."""
+    if isinstance(x, Normalised):
+        return x._replace(x=x.x[start:end])
+    return x[start:end]

@@ -46,8 +46,8 @@ class Sampler(nn.Module):
     ) -> Tensor:
         """Of R requests' sampling parameters, those of rows count, int64 [B].
 
-        row_ints: int64 [2, R], top_k and seed. row_floats: float32 [3, R], temperature, top_p and min_p. positions:
-        int32 or int64 [B]. is_filtered: whether some row asks for top-k, top-p or min-p.
+        row_ints: int64 [2 or more, R], top_k and seed first. row_floats: float32 [3 or more, R], temperature, top_p
+        and min_p first. positions: int32 or int64 [B]. is_filtered: whether some row asks for top-k, top-p or min-p.
         """
         if self.sample is None:
             self.sample = self._choose(logits)
@@ -64,6 +64,17 @@ class Sampler(nn.Module):
         # Each rank offers its best candidate.
         start = self.tp.rank * logits.size(1)
         return self.tp.max(self.sample(logits, rows, row_ints, row_floats, positions, start, False))
+
+    def sample_whole(
+        self, logits: Tensor, rows: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor, is_filtered: bool
+    ) -> Tensor:
+        """`forward` of logits [B, vocab] that every rank has: each draws alike.
+
+        Never compiled: these logits are of a dtype of their own, and would be further cases.
+        """
+        function = self._choose(logits)
+        function = sample if function is compiled_sample else function
+        return function(logits, rows, row_ints, row_floats, positions, 0, is_filtered)
 
     def _choose(self, logits: Tensor) -> Callable[..., Tensor]:
         if self.backend == "triton" or (self.backend == "auto" and use_triton(logits)):
@@ -86,8 +97,8 @@ def sample(
     With is_compiled, the draw is. The filters are not: beside the sort, there is a running sum that torch 2.11 fails
     to compile for rows so long.
     """
-    top_k, seeds = row_ints
-    temperature, top_p, min_p = row_floats
+    top_k, seeds = row_ints[:2]
+    temperature, top_p, min_p = row_floats[:3]
     low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None
     make_draws = compiled_draw if is_compiled else draw
     return make_draws(logits, rows, temperature, seeds, positions, start, low)

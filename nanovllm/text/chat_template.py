@@ -1,14 +1,16 @@
-"""Conversations to prompts, through the model's chat template. Rendering is left to transformers, imported for it."""
+"""Conversations to prompts, through a chat template. Rendering is left to transformers, imported for it."""
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 Message = dict[str, Any]
+ContentFormat = Literal["auto", "string", "openai"]
 PROBE = "nanovllmprobe"
 
 
 class ChatTemplate:
-    """The chat template of a model folder.
+    """The chat template of a model folder, or another in its place.
 
     Attributes:
         tokenizer: transformers' tokenizer of the folder.
@@ -16,52 +18,120 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._takes_parts: dict[str, bool] = {}  # by role
+        self._shown: dict[tuple[str, str, bool], bool] = {}  # what `_shows` has found out
 
     @classmethod
-    def from_folder(cls, folder: str) -> "ChatTemplate | None":
-        """The template of a folder, None if it has none."""
+    def from_folder(cls, folder: str) -> "ChatTemplate":
+        """The template of a folder that has a tokenizer."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(tokenizer) if tokenizer.chat_template else None
+        return cls(AutoTokenizer.from_pretrained(folder))
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that asks for the answer to a conversation.
+    def render(
+        self,
+        messages: Sequence[Message],
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation: what transformers' `apply_chat_template` makes of it.
 
-        A message's content is a string, or a list of parts {"type": "text", "text": ...} as OpenAI's API has them.
-        Parts are handed on to a template that loops over them, and joined by line breaks for one that does not.
+        A message's content is a string, or a list of parts {"type": "text", "text": ...} as OpenAI's API has them. The
+        arguments of an assistant's tool calls may be JSON, as they are there: templates get the objects.
+
+        Args:
+            messages: the conversation.
+            chat_template: a template's text, or the name of one where the model has several; the model's if None.
+            chat_template_content_format: "string" joins parts by line breaks, "openai" makes a part of a string;
+                "auto" leaves a content as it is, unless the template takes it in the other form only.
+            add_generation_prompt: end with what asks for an answer.
+            continue_final_message: end within the last message, for the model to go on with it.
+            tools: functions that the model may call, as JSON schemas or as what transformers makes them of.
+            chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
 
         Raises:
-            TypeError, ValueError: no messages, a part that is no text, or what the template refuses, naming it.
+            TypeError, ValueError: a bad argument, no messages, a part that is no text, no template, or what the
+                template refuses, naming it.
         """
-        return self._apply([self._spell(message) for message in check_messages(messages)])
+        if chat_template_content_format not in get_args(ContentFormat):
+            choices = ", ".join(map(repr, get_args(ContentFormat)))
+            raise ValueError(
+                f"chat_template_content_format must be one of {choices}, got {chat_template_content_format!r}"
+            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("continue_final_message=True needs add_generation_prompt=False, got True for both")
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise TypeError(f"tools must be a list, got {tools!r:.200}")
+        if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, dict):
+            raise TypeError(f"chat_template_kwargs must be a dict, got {chat_template_kwargs!r:.200}")
+        source = self._source(chat_template, tools)
+        conversation = [
+            self._spell(source, parse_arguments(message), chat_template_content_format)
+            for message in check_messages(messages)
+        ]
+        return self._apply(
+            source,
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **chat_template_kwargs or {},
+        )
 
-    def _spell(self, message: Message) -> Message:
+    def takes_parts(self, message: Message, source: str) -> bool:
+        """Whether a template loops over the parts of such a message's content; if it takes a string too, as it is."""
+        shows_parts = self._shows(source, message["role"], True)
+        return shows_parts and (
+            isinstance(message["content"], list) or not self._shows(source, message["role"], False)
+        )
+
+    def _source(self, chat_template: str | None, tools: Sequence[Any] | None) -> str:
+        """The text of the template to use."""
+        own = self.tokenizer.chat_template  # of several: a dict by name
+        if chat_template is None and not own:
+            raise ValueError("the model has no chat template: pass one as chat_template")
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise TypeError(f"chat_template must be a string, got {chat_template!r:.200}")
+        if chat_template is not None and "{" not in chat_template and chat_template not in (own or ()):
+            raise ValueError(
+                f"chat_template must be a Jinja template, not the name of a file, got {chat_template!r:.200}"
+            )
+        return self.tokenizer.get_chat_template(chat_template, tools)
+
+    def _spell(self, source: str, message: Message, content_format: ContentFormat) -> Message:
         """The message as the template expects it."""
         content = message.get("content")
-        if not isinstance(content, list) or self.takes_parts(message["role"]):
+        if content is None:
             return message
-        return message | {"content": "\n".join(part["text"] for part in content)}
+        in_parts = self.takes_parts(message, source) if content_format == "auto" else content_format == "openai"
+        if in_parts and isinstance(content, str):
+            return message | {"content": [{"type": "text", "text": content}]}
+        if not in_parts and isinstance(content, list):
+            return message | {"content": "\n".join(part["text"] for part in content)}
+        return message
 
-    def takes_parts(self, role: str) -> bool:
-        """Whether the template loops over the parts of a content, found out by having it render one."""
-        if role not in self._takes_parts:
-            probed = {"role": role, "content": [{"type": "text", "text": PROBE}]}
+    def _shows(self, source: str, role: str, in_parts: bool) -> bool:
+        """Whether the template shows the text of such a role's content, found out by having it render one."""
+        key = (source, role, in_parts)
+        if key not in self._shown:
+            probed = {"role": role, "content": [{"type": "text", "text": PROBE}] if in_parts else PROBE}
             question = {"role": "user", "content": "?"}
             conversation = {"user": [probed], "system": [probed, question], "developer": [probed, question]}
             try:
-                text = self._apply(conversation.get(role, [question, probed]))
+                text = self._apply(source, conversation.get(role, [question, probed]), add_generation_prompt=True)
             except ValueError:
                 text = ""
             # A template that expects a string prints the list as Python or JSON would, or leaves it out.
-            is_printed = any(f"{quote}type{quote}" in text for quote in ("'", '"'))
-            self._takes_parts[role] = PROBE in text and not is_printed
-        return self._takes_parts[role]
+            is_printed = in_parts and any(f"{quote}type{quote}" in text for quote in ("'", '"'))
+            self._shown[key] = PROBE in text and not is_printed
+        return self._shown[key]
 
-    def _apply(self, conversation: list[Message]) -> str:
+    def _apply(self, source: str, conversation: list[Message], /, **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(conversation, chat_template=source, tokenize=False, **options)
         except Exception as error:  # a template may fail in any way
             raise ValueError(f"the chat template cannot render messages={conversation!r:.500}: {error}") from error
 
@@ -89,3 +159,28 @@ def check_messages(messages: Sequence[Message]) -> Sequence[Message]:
                     f"the model takes text only: a part must be of type 'text' and have one, got {part!r}"
                 )
     return messages
+
+
+def parse_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as objects, where they are JSON or missing.
+
+    Raises:
+        ValueError: arguments that are not JSON.
+    """
+    if not isinstance(message.get("tool_calls"), (list, tuple)):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            arguments = function.get("arguments") or {}
+            if isinstance(arguments, str):
+                try:
+                    arguments = json.loads(arguments)
+                except ValueError as error:
+                    raise ValueError(
+                        f"a tool call's arguments must be JSON, got {arguments!r:.200}: {error}"
+                    ) from error
+            call = call | {"function": function | {"arguments": arguments}}
+        calls.append(call)
+    return message | {"tool_calls": calls}

@@ -20,9 +20,18 @@ class Detokenizer:
     bytes, its tokens are settled: only the last of them is decoded again, for the sake of those behind it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        keeps_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """With keeps_stop, the text ends behind the stop string."""
         self.tokenizer = tokenizer
         self.stop = stop
+        self.keeps_stop = keeps_stop
+        self.skip_special_tokens = skip_special_tokens
         self.text = ""
         self._settled_text = ""
         self._uncleaned = ""  # the end of the settled text as it was decoded, while a clean-up may change it
@@ -32,9 +41,9 @@ class Detokenizer:
         self._num_final = 0  # characters of the text that no later token changes
         self._num_taken = 0
 
-    def push(self, token_ids: Sequence[int]) -> bool:
-        """Appends tokens; returns whether the text has reached a stop string, where it then ends."""
-        self._pending += filter(self.tokenizer.is_visible, token_ids)
+    def push(self, token_ids: Sequence[int], finds_stops: bool = True) -> str | None:
+        """Appends tokens; returns the first stop string that the text has reached and ends with or before, if any."""
+        self._pending += [i for i in token_ids if self.tokenizer.is_visible(i, self.skip_special_tokens)]
         decoded = self._decode_pending(len(self._pending))
         num_final_before = self._num_final
         whole = decoded.rstrip(REPLACEMENT)
@@ -50,13 +59,16 @@ class Detokenizer:
         if not is_in_run and len(whole) == len(decoded):
             self._settled_text, self._uncleaned = final_text, final[num_clean:]
             self._context = (self._context + self._pending)[-1:]
-            self._context_chars = len(self.tokenizer.backend.decode(self._context))
+            self._context_chars = len(self._decode(self._context))
             self._pending = []
         # Only a stop string that ends behind the text that was final before can be new.
-        found = [self.text.find(stop, max(0, num_final_before - len(stop) + 1)) for stop in self.stop]
-        stop_index = min((index for index in found if index >= 0), default=None)
-        self.text = self.text[:stop_index]
-        return stop_index is not None
+        if not finds_stops:
+            return None
+        found = [(self.text.find(stop, max(0, num_final_before - len(stop) + 1)), stop) for stop in self.stop]
+        index, stop = min(((index, stop) for index, stop in found if index >= 0), default=(None, None))
+        if stop is not None:
+            self.text = self.text[: index + len(stop) * self.keeps_stop]
+        return stop
 
     def take(self, finished: bool) -> str:
         """The text not taken yet that will not change, without what may become a stop string unless it has ended."""
@@ -68,4 +80,7 @@ class Detokenizer:
 
     def _decode_pending(self, end: int) -> str:
         """What the first `end` pending tokens add to the settled ones, before a clean-up."""
-        return self.tokenizer.backend.decode(self._context + self._pending[:end])[self._context_chars :]
+        return self._decode(self._context + self._pending[:end])[self._context_chars :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.backend.decode(token_ids, skip_special_tokens=self.skip_special_tokens)

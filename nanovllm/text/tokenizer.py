@@ -51,15 +51,23 @@ class Tokenizer:
         self.cleans_up = cleans_up
         added = backend.get_added_tokens_decoder()
         self._special_ids = {token_id for token_id, token in added.items() if token.special}
+        self._texts: dict[int, str] = {}  # of single tokens, as far as they were asked for
         self._has_byte_fallback = "ByteFallback" in str(backend.decoder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids without special tokens; U+FFFD stands for bytes that are no character."""
-        return self.clean_up(self.backend.decode(token_ids, skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; U+FFFD stands for bytes that are no character."""
+        return self.clean_up(self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token alone, special or not; "" for one outside of the vocabulary."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.backend.decode([token_id], skip_special_tokens=False)
+        return text
 
     def clean_up(self, text: str) -> str:
         """A decoded text as `clean_up_tokenization_spaces` asks."""
@@ -68,9 +76,10 @@ class Tokenizer:
                 text = text.replace(old, new)
         return text
 
-    def is_visible(self, token_id: int) -> bool:
-        """Whether a token is decoded at all: it is not special, and of this vocabulary, which a model's may exceed."""
-        return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
+    def is_visible(self, token_id: int, skip_special_tokens: bool = True) -> bool:
+        """Whether a token is decoded at all: of this vocabulary, which a model's may exceed, and not skipped."""
+        is_skipped = skip_special_tokens and token_id in self._special_ids
+        return not is_skipped and self.backend.id_to_token(token_id) is not None
 
     def is_byte(self, token_id: int) -> bool:
         """Whether a token is a byte of a byte fallback.
@@ -80,12 +89,14 @@ class Tokenizer:
         return self._has_byte_fallback and BYTE_TOKEN.fullmatch(self.backend.id_to_token(token_id)) is not None
 
 
-def load_tokenizer(folder: str) -> Tokenizer | None:
-    """The tokenizer of a model folder, None if it has none.
+def load_tokenizer(folder: str | None) -> Tokenizer | None:
+    """The tokenizer of a folder, None if it has none or no folder is given.
 
     Raises:
         ValueError: the files cannot be used, naming the folder.
     """
+    if folder is None:
+        return None
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         try:

@@ -1,4 +1,4 @@
-"""What attention must know of a step, handed down with the tokens."""
+"""The tensors of a step: its tokens, and what attention must know of them."""
 
 from typing import NamedTuple
 
@@ -28,3 +28,21 @@ class Context(NamedTuple):
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     logits_indices: torch.Tensor | None
+
+
+class StepTensors(NamedTuple):
+    """What the model and the sampler read of a step, of N tokens in S sequences.
+
+    Attributes:
+        input_ids: [N] int64.
+        positions: [N] int32.
+        context: what attention must know of them.
+        rows: [S] int64, the row of each sequence.
+        sample_rows: [S] int64, the row that gets its sampled token.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    context: Context
+    rows: torch.Tensor
+    sample_rows: torch.Tensor

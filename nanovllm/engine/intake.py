@@ -1,0 +1,137 @@
+"""Checked requests become sequences: their samples, seeds and texts, and what is compiled before they can be queued.
+
+Nothing here knows of steps; a request that is handed to the scheduler is its business.
+"""
+
+import functools
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from nanovllm.config import Config
+from nanovllm.engine import admission
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling.adjustments import Adjustment, bad_word_tokens
+from nanovllm.sampling.logprobs import LogprobRecord
+from nanovllm.structured import GrammarCompiler, make_constraint
+from nanovllm.text.detokenizer import Detokenizer
+from nanovllm.text.tokenizer import Tokenizer
+
+COMPILE_POLL_SECONDS = 0.05
+SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
+
+
+class Intake:
+    """Makes requests and hands them to the scheduler, those with a grammar once it is compiled.
+
+    Attributes:
+        num_seqs: samples made so far, each of which has its number for an id.
+        compiling: requests whose grammar is yet to be compiled.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer | None, scheduler: Scheduler) -> None:
+        """`scheduler` gets what is made here."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.num_seqs = 0
+        self.compiling: dict[Request, Future[Any]] = {}
+
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What compiles grammars; made when the first one is asked for, as it reads the whole vocabulary."""
+        facts = self.config.model_config
+        return GrammarCompiler(self.config.tokenizer, self.tokenizer, facts.vocab_size, self.scheduler.eos_token_ids)
+
+    def check_structures(self, requests: list[admission.Request]) -> None:
+        """Raises ValueError for a structure of a request that cannot be compiled, as far as that is seen at once."""
+        for structure in {id(request.params): request.params.structured_outputs for request in requests}.values():
+            if structure is not None:
+                self.grammars.validate(structure)
+
+    def make(
+        self,
+        checked: admission.Request,
+        results: dict[int, RequestOutput],
+        request_id: str | None,
+        reports_progress: bool,
+        is_streamed: bool,
+    ) -> Request:
+        """A request whose result is to be put into `results`; not queued yet."""
+        number, params = self.num_seqs, checked.params
+        request_id = str(number) if request_id is None else request_id
+        request = Request(request_id, checked.prompt, params, results, reports_progress)
+        has_text = self.tokenizer is not None and params.detokenize
+        for index in range(params.n):
+            default_seed = self.config.seed * SEED_STRIDE + number + index
+            seed = default_seed if params.seed is None else params.seed + index
+            seq = Sequence(number + index, checked.token_ids, params, seed)
+            seq.request_id = number
+            if params.n > 1 and not self.config.enable_prefix_caching:
+                seq.cache_salt = number
+            num_prompt_top = params.prompt_logprobs if index == 0 else None
+            if params.logprobs is not None or num_prompt_top is not None:
+                prompt_len = len(checked.token_ids)
+                seq.logprobs = LogprobRecord(params.logprobs, num_prompt_top, prompt_len, self.tokenizer)
+            if is_streamed or params.stop or (reports_progress and has_text):
+                seq.detokenizer = Detokenizer(
+                    self.tokenizer, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
+                )
+            request.seqs.append(seq)
+        self.num_seqs += params.n
+        return request
+
+    def queue(self, request: Request) -> None:
+        """Hands a request to the scheduler, or has its grammar compiled first, which stops no other request."""
+        structure = request.params.structured_outputs
+        if structure is None:
+            self._hand_on(request, None)
+        else:
+            self.compiling[request] = self.grammars.compile(structure)
+
+    def queue_compiled(self, may_wait: bool) -> list[Request]:
+        """Hands on the requests whose grammars are compiled; returns those whose grammars failed.
+
+        `may_wait`: there is nothing else to do until one is there.
+        """
+        if may_wait and self.compiling:
+            wait(self.compiling.values(), COMPILE_POLL_SECONDS, FIRST_COMPLETED)
+        failed = []
+        for request, grammar in list(self.compiling.items()):
+            if not grammar.done():
+                continue
+            del self.compiling[request]
+            if grammar.exception() is None:
+                self._hand_on(request, grammar.result())
+                continue
+            request.error = (
+                f"request {request.request_id} failed: its structured_outputs do not compile: {grammar.exception()}"
+            )
+            for seq in request.seqs:
+                seq.end("error")
+            failed.append(request)
+        return failed
+
+    def withdraw(self, request: Request, finish_reason: str | None) -> None:
+        """Ends the unfinished samples of a request, wherever they stand."""
+        is_queued = self.compiling.pop(request, None) is None
+        for seq in request.seqs:
+            if not seq.is_finished:
+                seq.finish_reason = finish_reason
+                if is_queued:
+                    self.scheduler.finish(seq)
+                else:
+                    seq.end(finish_reason)
+
+    def _hand_on(self, request: Request, grammar: Any) -> None:
+        """Queues a request, now that its compiled grammar, if it has one, is there."""
+        params, vocab_size = request.params, self.config.model_config.vocab_size
+        bad_words = bad_word_tokens(params.bad_words, self.tokenizer)
+        end_token_ids = self.scheduler.eos_token_ids.union(params.stop_token_ids)
+        for seq in request.seqs:
+            if params.is_adjusted:
+                constraint = make_constraint(grammar, bad_words, vocab_size)
+                seq.adjustment = Adjustment(params, seq.token_ids, end_token_ids, bad_words, vocab_size, constraint)
+            self.scheduler.add(seq)

@@ -1,0 +1,413 @@
+"""Random requests, batched in engines of every kind, give what each of them gives alone.
+
+    python tests/params_fuzz.py --requests 5000 --seed 1 --device cuda --no-structured
+
+Any parameter meets any other, in batches that preempt each other, cut prompts to pieces, hit cached prefixes, run on
+one or two ranks, are generated at once or driven step by step. Alone means an engine of one row that does nothing of
+that. Float32 sums depend on a batch's shape in their last bits, which may decide between two tokens: such a draw is
+told from a wrong one by shaking the logits a little. Prints a summary; the exit status is 1 after a difference, which
+it names, or where rounding decided more often than is credible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from engines import Trace, check_idle
+from sampling_oracle import random_params
+from thread_fuzz import VOCAB_SIZE, make_checkpoint
+
+from nanovllm import LLM, RequestError, SamplingParams
+from nanovllm.kernels.sampling import unpack_token_ids
+from nanovllm.layers.sampler import sample
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.text.tokenizer import Tokenizer
+
+Entries = Sequence[dict[int, Logprob] | None] | None
+MAX_LEN = 160
+TOLERANCE = {"cpu": 1e-4, "cuda": 5e-4}  # of logprobs
+MOST_ROUNDED = 0.002  # of the samples
+NUM_SHAKES = 256
+REQUESTS_OF_AN_ENGINE = 125
+TWO_RANKS_SHARE = 5  # one engine in so many has two ranks, as these take seconds to start
+ENDS = [1, 2, 40, 43]  # some of the tokens that end a text: by the checkpoint's files, and by the tokenizer's
+STRUCTURES = [
+    {"choice": ["yes", "no", "the end", "there"]},
+    {"regex": r"[a-e]{2,6}"},
+    {"regex": r"\d{1,3}(-\d\d)?"},
+    {"json": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
+    {"json": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}, "disable_any_whitespace": True},
+    {"json_object": True},
+]
+
+
+class Case(NamedTuple):
+    """A request, and the number that the engine gave its first sample."""
+
+    prompt: str | list[int]
+    params: SamplingParams
+    number: int
+
+
+class Drawer:
+    """Draws requests and engines."""
+
+    def __init__(self, seed: str, tokenizer: Tokenizer, has_structures: bool) -> None:
+        self.rng = random.Random(seed)
+        self.tokenizer = tokenizer
+        self.has_structures = has_structures
+        self.bases = [self._tokens(120) for _ in range(3)]
+
+    def options(self) -> list[dict[str, Any]]:
+        """Options of engines, in an order that brings all combinations of one rank, and with them some of two."""
+        one_rank = [
+            {
+                "async_scheduling": is_async,
+                "enable_prefix_caching": has_cache,
+                "num_kvcache_blocks": self.rng.choice([12, 16]) if has_few_blocks else 400,
+                "max_num_batched_tokens": self.rng.choice([20, 48]) if has_small_steps else 4096,
+                "max_num_seqs": self.rng.choice([2, 5]) if has_few_rows else 24,
+            }
+            for is_async, has_cache, has_few_blocks, has_small_steps, has_few_rows in itertools.product(
+                [True, False], repeat=5
+            )
+        ]
+        self.rng.shuffle(one_rank)
+        two_ranks = [options | {"tensor_parallel_size": 2} for options in one_rank[3::TWO_RANKS_SHARE]]
+        groups = itertools.zip_longest(
+            *(one_rank[i :: TWO_RANKS_SHARE - 1] for i in range(TWO_RANKS_SHARE - 1)), two_ranks
+        )
+        return [options for group in groups for options in group if options is not None]
+
+    def prompt(self) -> str | list[int]:
+        """Some share their beginning with others, some are text, and some nearly as long as the model takes."""
+        rng = self.rng
+        shared = rng.choice(self.bases)[: rng.choice([0, 0, 16, 32, 48, 80, 112])]
+        prompt = shared + self._tokens(rng.choice([1, 2, 5, 16, 20, 37]))
+        if rng.random() < 0.15:
+            return self.tokenizer.decode(prompt)
+        return prompt[: MAX_LEN - 1]
+
+    def params(self) -> SamplingParams:
+        """Anything that can be asked for; at times of a few tokens only, so that words and stops really come up."""
+        rng = self.rng
+        params = random_params(rng, rng.choice([3, 8, 8, 30]))
+        tokens = self._tokens(6)
+        if rng.random() < 0.3:
+            params.allowed_token_ids = [*tokens, rng.choice(ENDS)]
+        elif rng.random() < 0.3:
+            params.logit_bias = {token_id: rng.uniform(4, 30) for token_id in [*tokens, rng.choice(ENDS)]}
+        if params.temperature > 0 and rng.random() < 0.2:
+            params.n = rng.choice([2, 3])
+        if rng.random() < 0.15:
+            params.seed = None
+        if rng.random() < 0.3:
+            params.bad_words = [self._words(tokens, rng.randint(1, 3)) for _ in range(rng.randint(1, 3))]
+        if rng.random() < 0.3:
+            params.stop = [self._piece(self._words(tokens, 2)) for _ in range(rng.randint(1, 3))]
+        elif rng.random() < 0.1:
+            params.detokenize = False
+        if self.has_structures and rng.random() < 0.15:
+            params.structured_outputs = rng.choice(STRUCTURES)
+            params.allowed_token_ids = params.allowed_token_ids if rng.random() < 0.1 else None
+        params.include_stop_str_in_output = rng.random() < 0.3
+        params.skip_special_tokens = rng.random() < 0.7
+        params.spaces_between_special_tokens = rng.random() < 0.7
+        params.output_kind = rng.choice(list(RequestOutputKind))
+        params.truncate_prompt_tokens = rng.choice([None, None, None, None, -1, 3, 40])
+        if rng.random() < 0.02:
+            params.max_tokens = None
+        params.check()
+        return params
+
+    def _tokens(self, number: int) -> list[int]:
+        return [self.rng.randrange(2, VOCAB_SIZE) for _ in range(number)]
+
+    def _words(self, tokens: list[int], number: int) -> str:
+        """The text of some of the tokens; never empty."""
+        return self.tokenizer.decode([self.rng.choice(tokens) for _ in range(number)]) or "e"
+
+    def _piece(self, text: str) -> str:
+        """A few characters out of a text."""
+        start = self.rng.randrange(len(text))
+        return text[start : start + self.rng.randint(1, 4)]
+
+
+def make_engine(folder: str, device: str, **options: Any) -> LLM:
+    """A float32 engine; on a GPU as its users have it, with CUDA graphs."""
+    options = {"device": device, "dtype": "float32", "kvcache_block_size": 16, "max_model_len": MAX_LEN} | options
+    return LLM(folder, gpu_memory_utilization=0.3, **options)
+
+
+# ---- batched ------------------------------------------------------------------------------------------------------
+
+
+def generate(llm: LLM, prompts: list[str | list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+    """`LLM.generate`; the results of requests that fail are among the others'."""
+    try:
+        return llm.generate(prompts, params, use_tqdm=False)
+    except RequestError as error:
+        return error.results
+
+
+def answer_at_once(llm: LLM, drawer: Drawer, number: int) -> list[tuple[Case, RequestOutput]]:
+    """So many requests of one call, and their results."""
+    cases, num_seqs = [], llm.num_seqs
+    for _ in range(number):
+        cases.append(Case(drawer.prompt(), drawer.params(), num_seqs))
+        num_seqs += cases[-1].params.n
+    results = generate(llm, [case.prompt for case in cases], [case.params for case in cases])
+    return list(zip(cases, results, strict=True))
+
+
+def answer_by_steps(llm: LLM, drawer: Drawer, number: int) -> list[tuple[Case, RequestOutput]]:
+    """So many requests that come one after the other, and what `step` hands out of them; some are dropped."""
+    rng, name = drawer.rng, 0
+    cases: dict[str, Case] = {}
+    outputs: dict[str, list[RequestOutput]] = {}
+    aborted = set()
+    while name < number or llm.has_unfinished_requests():
+        for _ in range(rng.choice([0, 1, 1, 2, 6])):
+            if name < number:
+                case = cases[str(name)] = Case(drawer.prompt(), drawer.params(), llm.num_seqs)
+                outputs[str(name)] = []
+                llm.add_request(str(name), case.prompt, case.params)
+                name += 1
+        if rng.random() < 0.05:
+            aborted.add(str(rng.randrange(name)) if name else "0")
+            llm.abort_request(list(aborted))
+        for output in llm.step():
+            outputs[output.request_id].append(output)
+    finished = [key for key, parts in outputs.items() if parts and parts[-1].finished]
+    if not set(outputs) - set(finished) <= aborted:
+        raise AssertionError(f"no results of requests {set(outputs) - set(finished) - aborted}")
+    return [(cases[key], joined(outputs[key], cases[key].params)) for key in finished]
+
+
+def joined(parts: list[RequestOutput], params: SamplingParams) -> RequestOutput:
+    """The result that the parts of a request make up, which were handed out one after the other."""
+    last = parts[-1]
+    if any(part.finished for part in parts[:-1]):
+        raise AssertionError(f"{parts} are handed out behind the end")
+    if params.output_kind is RequestOutputKind.FINAL_ONLY and len(parts) > 1:
+        raise AssertionError(f"{parts} are handed out before the end")
+    for index, completion in enumerate(last.outputs):
+        samples = [part.outputs[index] for part in parts]
+        if params.output_kind is RequestOutputKind.DELTA:
+            completion.text = "".join(sample.text for sample in samples)
+            completion.token_ids = [token_id for sample in samples for token_id in sample.token_ids]
+            if params.logprobs is not None:
+                completion.logprobs = [entry for sample in samples for entry in sample.logprobs]
+        for sample in samples if params.output_kind is RequestOutputKind.CUMULATIVE else []:
+            if sample.token_ids != completion.token_ids[: len(sample.token_ids)]:
+                raise AssertionError(f"{sample} is no beginning of {completion}")
+    last.text, last.token_ids = last.outputs[0].text, last.outputs[0].token_ids
+    return last
+
+
+# ---- alone --------------------------------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """The arguments of `Sampler.sample_whole` in a step of one row."""
+
+    logits: torch.Tensor
+    rows: torch.Tensor
+    row_ints: torch.Tensor
+    row_floats: torch.Tensor
+    positions: torch.Tensor
+    is_filtered: bool
+
+    def may_give(self, token_id: int, tolerance: float) -> bool:
+        """Whether this token might be drawn if the logits, or where a filter cuts, were a little different."""
+        generator = torch.Generator(self.logits.device).manual_seed(0)
+
+        def shaken(values: torch.Tensor, how_much: float) -> torch.Tensor:
+            noise = torch.rand(values.shape, generator=generator, device=values.device)
+            return values + how_much * (2 * noise - 1)
+
+        ints, floats = (
+            table[:, self.rows].repeat(1, NUM_SHAKES).contiguous() for table in (self.row_ints, self.row_floats)
+        )
+        is_inside = (floats[1:3] > 0) & (floats[1:3] < 1)  # a filter that is not used must not be
+        floats[1:3] = torch.where(is_inside, shaken(floats[1:3], tolerance / 10), floats[1:3]).clamp(min=0)
+        logits = shaken(self.logits.float().repeat(NUM_SHAKES, 1), tolerance)
+        rows = torch.arange(NUM_SHAKES, device=logits.device)
+        packed = sample(logits, rows, ints, floats, self.positions.repeat(NUM_SHAKES), 0, self.is_filtered)
+        return bool((unpack_token_ids(packed) == token_id).any())
+
+
+class Alone:
+    """An engine of one row, which answers one sample after the other, and can say how near a draw was to another."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        self.tolerance = TOLERANCE[device]
+        self.llm = make_engine(
+            folder,
+            device,
+            max_num_seqs=1,
+            max_num_batched_tokens=4096,
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            max_logprobs=-1,
+            num_kvcache_blocks=20,
+        )
+
+    def answer(self, case: Case, index: int, **changes: int | None) -> RequestOutput:
+        """What one sample of a request is alone, where its seed is what it is among the others."""
+        params = case.params.clone()
+        params.n = 1
+        if index > 0:
+            params.prompt_logprobs = None
+        if params.seed is not None:
+            params.seed += index
+        for name, value in changes.items():
+            setattr(params, name, value)
+        self.llm.num_seqs = case.number + index  # of which the seed is made otherwise
+        return generate(self.llm, [case.prompt], [params])[0]
+
+    def recount(self, case: Case, index: int) -> tuple[RequestOutput, list[Draw]]:
+        """The same once more, with the logprobs of the whole vocabulary where any are asked for, and its draws."""
+        draws: list[Draw] = []
+        sampler = self.llm.ranks.runner.sampler
+
+        def recorded(*arguments: Any) -> torch.Tensor:
+            draws.append(Draw(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)))
+            return type(sampler).sample_whole(sampler, *arguments)
+
+        sampler.sample_whole = recorded
+        prompt_logprobs = -1 if index == 0 and case.params.prompt_logprobs is not None else None
+        result = self.answer(case, index, logprobs=-1, prompt_logprobs=prompt_logprobs)
+        del sampler.sample_whole
+        return result, draws
+
+
+# ---- comparison ---------------------------------------------------------------------------------------------------
+
+
+def same_entries(got: Entries, want: Entries, tolerance: float) -> bool:
+    """Whether logprobs have the same ids, ranks and texts in the same order, and nearly the same values."""
+    if got is None or want is None:
+        return got is want
+    return len(got) == len(want) and all(
+        x is y
+        if x is None or y is None
+        else list(x) == list(y)
+        and all(
+            abs(a.logprob - b.logprob) <= tolerance and a[1:] == b[1:]
+            for a, b in zip(x.values(), y.values(), strict=True)
+        )
+        for x, y in zip(got, want, strict=True)
+    )
+
+
+def find_difference(got: RequestOutput, want: RequestOutput, index: int, tolerance: float) -> str | None:
+    """In what one sample of a request is not what it is alone."""
+    a, b = got.outputs[index], want.outputs[0]
+    for name in ("token_ids", "finish_reason", "stop_reason", "text"):
+        if a[name] != b[name]:
+            return f"{name} {a[name]!r}, not {b[name]!r}"
+    if not same_entries(a.logprobs, b.logprobs, tolerance):
+        return f"logprobs {a.logprobs}, not {b.logprobs}"
+    if index == 0 and not same_entries(got.prompt_logprobs, want.prompt_logprobs, tolerance):
+        return f"prompt_logprobs {got.prompt_logprobs}, not {want.prompt_logprobs}"
+    if (a.cumulative_logprob is None) != (b.cumulative_logprob is None) or (
+        a.logprobs and abs(a.cumulative_logprob - b.cumulative_logprob) > tolerance * len(a.logprobs)
+    ):
+        return f"cumulative_logprob {a.cumulative_logprob}, not {b.cumulative_logprob}"
+    if index == 0 and (got.prompt_token_ids, got.prompt) != (want.prompt_token_ids, want.prompt):
+        return f"prompt {got.prompt_token_ids}, not {want.prompt_token_ids}"
+    return None
+
+
+def is_near(entry: dict[int, Logprob], token_id: int, num_top: int, every: dict[int, Logprob], far: float) -> bool:
+    """Whether logprobs are those of a token and the most likely ones, if values of `every` token may be a bit off."""
+    values = torch.tensor([every[i].logprob for i in range(len(every))])
+    own, best = values[token_id], values.topk(num_top).values.tolist()
+    ranks = range(1 + int((values > own + far).sum()), 2 + int((values > own - far).sum()))
+    others = list(entry.items())[1:]
+    return (
+        next(iter(entry)) == token_id
+        and entry[token_id].rank in ranks
+        and num_top <= len(entry) <= num_top + 1
+        and all(abs(logprob.logprob - values[i]) <= far for i, logprob in entry.items())
+        and all(abs(logprob.logprob - best[logprob.rank - 1]) <= 2 * far for _, logprob in others)
+        and [logprob.rank for _, logprob in others] == sorted({logprob.rank for _, logprob in others})
+        and all(logprob.decoded_token == every[i].decoded_token for i, logprob in entry.items())
+    )
+
+
+def is_rounding(alone: Alone, case: Case, got: RequestOutput, want: RequestOutput, index: int) -> bool:
+    """Whether the last bits of logits explain that one sample of a request is not what it is alone."""
+    every, draws = alone.recount(case, index)
+    a, b, params = got.outputs[index], want.outputs[0], case.params
+    num_alike = next(
+        (i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)) if x != y), len(b.token_ids)
+    )
+    if a.token_ids == b.token_ids:
+        if any(a[name] != b[name] for name in ("text", "finish_reason", "stop_reason")):
+            return False
+    elif num_alike >= min(len(a.token_ids), len(b.token_ids)):
+        return False  # only the end is another
+    elif not draws[num_alike].may_give(a.token_ids[num_alike], alone.tolerance):
+        return False
+    if every.outputs[0].token_ids != b.token_ids:
+        return False
+    known = list(zip(a.logprobs or [], a.token_ids, every.outputs[0].logprobs, strict=False))[: num_alike + 1]
+    if not all(is_near(x, i, params.logprobs, y, alone.tolerance) for x, i, y in known):
+        return False
+    if index > 0 or params.prompt_logprobs is None:
+        return True
+    known = zip(got.prompt_logprobs, got.prompt_token_ids, every.prompt_logprobs, strict=True)
+    return all(
+        x is y is None or is_near(x, i, params.prompt_logprobs, y, alone.tolerance) for x, i, y in known
+    )
+
+
+def find_nonsense(llm: LLM, case: Case, sample: CompletionOutput) -> str | None:
+    """In what a sample is not what its parameters say, as far as its tokens and its text alone show that."""
+    params, ids, text, tokenizer = case.params, sample.token_ids, sample.text, llm.tokenizer
+    if sample.finish_reason == "error":
+        return None
+    ends = {*params.stop_token_ids} | (set() if params.ignore_eos else llm.scheduler.eos_token_ids)
+    has_end_token = bool(ids) and ids[-1] in ends
+    stop = sample.stop_reason if isinstance(sample.stop_reason, str) else None
+    if ends.intersection(ids[:-1]):
+        return "a token that ends the text is inside"
+    if sample.finish_reason == "stop" and params.structured_outputs is None:
+        if len(ids) <= params.min_tokens:
+            return "it ends before min_tokens"
+        if not has_end_token and stop is None:
+            return "nothing stopped it"
+    if sample.finish_reason == "length" and len(ids) != params.max_tokens and len(ids) < MAX_LEN - MAX_LEN:
+        return "it is too short"
+    if params.allowed_token_ids is not None and not set(ids) <= set(params.allowed_token_ids):
+        return "it has tokens that are not allowed"
+    for word in bad_word_tokens(params.bad_words, tokenizer):
+        if any(tuple(ids[i : i + len(word)]) == word for i in range(len(ids))):
+            return f"it has the tokens {word} of a bad word"
+    if not params.detokenize:
+        return "it has a text" if text else None
+    if stop is None:
+        shown = ids[:-1] if has_end_token and not params.include_stop_str_in_output else ids
+        whole = tokenizer.decode(shown, params.skip_special_tokens).rstrip(REPLACEMENT)
+        if text != whole:
+            return f"its text is not {whole!r}"
+    if stop is not None and text.endswith(stop) != params.include_stop_str_in_output:
+        return f"its text does not end with the stop string, or does {stop!r}"
+    if not params.min_tokens and any(string in text.removesuffix(stop or "") for string in params.stop):
+        return "it has a stop string inside"
+    return None

@@ -1,0 +1,533 @@
+"""Engine options as vLLM spells them: honoured, passed over where they ask for nothing, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CONFIGS, MAX_POSITIONS, SHAPE, random_prompt
+from engines import GREEDY, engine, generate
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import nanovllm.demo
+from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoint.generation_config import default_sampling_params
+from nanovllm.checkpoint.model_config import ModelConfig
+from nanovllm.compat.engine_options import OTHER_NAMES, translate
+from nanovllm.compat.vllm_options import ACCEPTED
+from nanovllm.config import Config
+from nanovllm.text.tokenizer import load_tokenizer
+
+DEMO = str(Path(nanovllm.demo.__file__).parent)
+PROMPT = random_prompt(5, 40)
+
+
+class Other:
+    """A value that no option takes."""
+
+    def __repr__(self) -> str:
+        return "Other()"
+
+
+@pytest.fixture
+def config(checkpoint):
+    """A Config of the Qwen3 checkpoint, made as LLM makes it."""
+
+    def make(model: str = checkpoint("qwen3").path, **options) -> Config:
+        return Config.create(model, {"device": "cpu"} | options)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder without weights, of which files can be written."""
+
+    def make(generation: object = None, **changes) -> str:
+        facts = CONFIGS["qwen3"]().to_dict() | {"architectures": ["Qwen3ForCausalLM"]} | changes
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return str(tmp_path)
+
+    return make
+
+
+# ---- names and values of vLLM ---------------------------------------------------------------------------------------
+
+ASK_FOR_NOTHING = {
+    "trust_remote_code": False,
+    "tokenizer_mode": "auto",
+    "swap_space": 4,
+    "cpu_offload_gb": 0,
+    "enable_chunked_prefill": True,
+    "disable_log_stats": True,
+    "quantization": None,
+    "disable_custom_all_reduce": True,
+    "max_seq_len_to_capture": 8192,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "enable_lora": False,
+    "max_lora_rank": 16,
+    "limit_mm_per_prompt": {},
+    "kv_cache_dtype": "auto",
+    "speculative_config": None,
+    "distributed_executor_backend": "mp",
+    "enable_expert_parallel": False,
+    "compilation_config": None,
+    "task": "generate",
+    "runner": "generate",
+    "convert": "none",
+    "guided_decoding_backend": "xgrammar",
+    "ignore_patterns": ["original/**/*"],
+    "scheduling_policy": "fcfs",
+    "served_model_name": "model",
+}
+ASK_FOR_SOMETHING = [
+    ("trust_remote_code", True, "no code of a checkpoint"),
+    ("tokenizer_mode", "slow", "tokenizers package"),
+    ("tokenizer_mode", "mistral", "tokenizers package"),
+    ("swap_space", -1, "at least 0"),
+    ("swap_space", True, "at least 0"),
+    ("cpu_offload_gb", 4, "stay on their device"),
+    ("cpu_offload_gb", False, "stay on their device"),
+    ("enable_chunked_prefill", False, "in chunks"),
+    ("disable_log_stats", "no", "logged"),
+    ("quantization", "fp8", "quantised"),
+    ("pipeline_parallel_size", 2, "tensor_parallel_size"),
+    ("pipeline_parallel_size", True, "tensor_parallel_size"),
+    ("data_parallel_size", 2, "replica"),
+    ("enable_lora", True, "LoRA"),
+    ("limit_mm_per_prompt", {"image": 1}, "images"),
+    ("kv_cache_dtype", "fp8", "dtype of the model"),
+    ("speculative_config", {"method": "ngram"}, "speculative"),
+    ("distributed_executor_backend", "ray", "one host"),
+    ("enable_expert_parallel", True, "experts"),
+    ("compilation_config", 3, "kernels"),
+    ("compilation_config", {"mode": 3}, "kernels"),
+    ("task", "embed", "only text"),
+    ("runner", "pooling", "only text"),
+    ("logprobs_mode", "processed_logprobs", "model's own logits"),
+    ("scheduling_policy", "priority", "order"),
+    ("enable_sleep_mode", True, "stay on their device"),
+    ("rope_scaling", {"rope_type": "yarn"}, "hf_overrides"),
+    ("override_generation_config", {"temperature": 0.5}, "generation_config"),
+    ("kv_cache_memory_bytes", 2**30, "num_kvcache_blocks"),
+    ("kv_transfer_config", Other(), "handed"),
+]
+
+
+def test_what_asks_for_nothing_is_passed_over(config):
+    assert config(**ASK_FOR_NOTHING) == config()
+    for value in (0, 0.5, 4, None):
+        assert config(swap_space=value) == config()
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), ASK_FOR_SOMETHING, ids=str)
+def test_what_is_not_here_is_refused_with_a_reason(config, name, value, reason):
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} is not supported: .*{reason}"):
+        config(**{name: value})
+
+
+def test_every_option_of_the_table():
+    """Each refuses what it does not know by name and value, and has a reason; none is one of ours."""
+    ours = Config.__dataclass_fields__
+    assert not ACCEPTED.keys() & (ours.keys() | OTHER_NAMES.keys())
+    for name, (values, reason) in ACCEPTED.items():
+        assert len(reason) > 20, name
+        for value in values:
+            if not callable(value):
+                assert translate({name: value}, ours) == {}
+        if values != (object,):
+            with pytest.raises(ValueError, match=rf"^{name}=Other\(\) is not supported: {re.escape(reason)}$"):
+                translate({name: Other()}, ours)
+
+
+def test_long_values_are_cut_short(config):
+    with pytest.raises(ValueError) as caught:
+        config(quantization="x" * 10_000)
+    assert len(str(caught.value)) < 400
+
+
+def test_other_names(config):
+    assert config(block_size=32) == config(kvcache_block_size=32)
+    assert config(num_gpu_blocks_override=40) == config(num_kvcache_blocks=40)
+    assert config(block_size=None, num_gpu_blocks_override=None) == config()
+    with pytest.raises(ValueError, match="kvcache_block_size must be a power of two, got 48"):
+        config(block_size=48)
+
+
+def test_one_option_by_two_names(checkpoint):
+    with pytest.raises(ValueError, match="block_size=16 and kvcache_block_size=32 are two names"):
+        LLM(checkpoint("qwen3").path, device="cpu", block_size=16, kvcache_block_size=32)
+    with LLM(checkpoint("qwen3").path, device="cpu", block_size=16, max_model_len=64) as llm:
+        assert llm.config.kvcache_block_size == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("tensor_paralel_size", "tensor_parallel_size"),
+        ("max_num_sequences", "max_num_seqs"),
+        ("num_gpu_block_override", "num_gpu_blocks_override"),
+        ("quantisation", "quantization"),
+        ("frobnicate", None),
+        ("temperature", None),
+        ("x", None),
+    ],
+)
+def test_unknown_options(config, name, suggestion):
+    with pytest.raises(TypeError) as caught:
+        config(**{name: 1})
+    ending = f"; did you mean {suggestion!r}?" if suggestion else ""
+    assert str(caught.value) == f"unknown option {name!r}{ending}"
+
+
+def test_none_is_the_default(config):
+    names = ("max_num_batched_tokens", "max_num_seqs", "enforce_eager", "enable_prefix_caching", "async_scheduling")
+    assert config(**dict.fromkeys((*names, "seed", "attention_backend"))) == config()
+    assert (config(seed=None).seed, config(enable_prefix_caching=None).enable_prefix_caching) == (0, True)
+    with pytest.raises(TypeError, match=r"tensor_parallel_size.*None"):
+        config(tensor_parallel_size=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ("half", "float16"),
+        ("float", "float32"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.half, "float16"),
+        (torch.float32, "float32"),
+        ("auto", "float32"),
+    ],
+    ids=str,
+)
+def test_spellings_of_dtypes(config, given, resolved):
+    made = config(dtype=given)
+    assert (made.dtype, made.torch_dtype) == (resolved, getattr(torch, resolved))
+
+
+@pytest.mark.parametrize("value", ["double", torch.int8, torch.float64, 16, None, ["half"]], ids=str)
+def test_other_dtypes(config, value):
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32.*got .*"):
+        config(dtype=value)
+
+
+def test_load_formats(checkpoint, folder, config):
+    assert config(load_format="safetensors").load_format == "safetensors"
+    with engine(checkpoint("qwen3").path, load_format="safetensors") as llm:
+        assert generate(llm, [PROMPT])[0]["token_ids"] == checkpoint("qwen3").greedy(PROMPT, GREEDY.max_tokens)[0]
+    for name in ("pt", "gguf", "bitsandbytes"):
+        with pytest.raises(ValueError, match=f"load_format must be one of auto, safetensors, dummy, got '{name}'"):
+            config(load_format=name)
+
+
+def test_vllm_names_of_attention_backends(config):
+    with pytest.raises(ValueError, match="attention_backend='flash_attn' needs device='cuda'"):
+        config(attention_backend="FLASH_ATTN")
+    assert config(attention_backend="TORCH_SDPA") == config(attention_backend="torch")
+    with pytest.raises(ValueError, match=r"attention_backend must be one of auto, .*'FLASHINFER'"):
+        config(attention_backend="FLASHINFER")
+
+
+def test_max_logprobs(config):
+    assert [config().max_logprobs, config(max_logprobs=-1).max_logprobs] == [20, -1]
+    with pytest.raises(ValueError, match=r"max_logprobs.*-1.*-2"):
+        config(max_logprobs=-2)
+    with pytest.raises(TypeError, match=r"max_logprobs.*None"):
+        config(max_logprobs=None)
+
+
+# ---- lengths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, -1, "auto"], ids=str)
+def test_the_length_of_the_model(config, folder, value):
+    made = config(max_model_len=value)
+    assert (made.max_model_len, made.lowers_max_model_len) == (MAX_POSITIONS, True)
+    path = folder(max_position_embeddings=40_960)
+    made = config(path, load_format="dummy", max_model_len=value)
+    assert (made.max_model_len, made.lowers_max_model_len) == (40_960, True)
+
+
+def test_a_length_that_is_given(config, folder):
+    path = folder(max_position_embeddings=40_960)
+    for options, length in (({}, 4096), ({"max_model_len": 5000}, 5000), ({"max_model_len": 50_000}, 40_960)):
+        made = config(path, load_format="dummy", **options)
+        assert (made.max_model_len, made.lowers_max_model_len) == (length, False)
+    for value in ("64", "4k", 64.0, True):
+        with pytest.raises(TypeError, match="max_model_len must be of type int"):
+            config(max_model_len=value)
+    for value in (0, 1, -2):
+        with pytest.raises(ValueError, match=f"max_model_len.*at least 2, got {value}"):
+            config(max_model_len=value)
+
+
+def test_the_length_of_a_model_with_a_window(config, folder):
+    """It ends where the window would take effect."""
+    slides = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 0, "layer_types": None}
+    path = folder(**slides)
+    assert config(path, load_format="dummy", max_model_len=None).max_model_len == 100
+    with pytest.raises(ValueError, match=r"sliding_window=100.*max_model_len=512"):
+        config(path, load_format="dummy")
+
+
+# ---- hf_overrides --------------------------------------------------------------------------------------------------
+
+
+def test_overridden_keys_are_computed_with(checkpoint):
+    qwen3 = checkpoint("qwen3")
+    overridden = AutoConfig.from_pretrained(qwen3.path)
+    if hasattr(overridden, "rope_parameters"):
+        overridden.rope_parameters["rope_theta"] = 50.0
+    else:
+        overridden.rope_theta = 50.0
+    model = AutoModelForCausalLM.from_config(overridden).float().eval()
+    model.load_state_dict(qwen3.model.state_dict())
+    logits = model(torch.tensor([PROMPT])).logits[0, -1]
+    assert int(logits.argmax()) != qwen3.greedy(PROMPT, 1)[0][0]
+    with engine(qwen3.path, hf_overrides={"rope_theta": 50.0}) as llm:
+        result = generate(llm, [PROMPT], SamplingParams(temperature=0, max_tokens=1))[0]
+    assert result["token_ids"] == [int(logits.argmax())]
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "overrides", "facts"),
+    [
+        ({}, {"max_position_embeddings": 1000}, {"max_position_embeddings": 1000}),
+        ({"dtype": "float16"}, {"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"rope_theta": 5.0}, {"rope_theta": 6}, {"rope_theta": 6}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 6}, {"rope_theta": 6}),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+            {"rope_scaling": LLAMA3},
+            {"rope_theta": 5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"rope_theta": 5.0}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            {"rope_theta": 7, "rope_scaling": {}},
+        ),
+        ({"rope_scaling": LLAMA3, "rope_theta": 5.0}, {"rope_scaling": None}, {"rope_theta": 5, "rope_scaling": {}}),
+        ({"eos_token_id": 1}, {"eos_token_id": [2, 3]}, {"eos_token_ids": {2, 3}}),
+        ({"eos_token_id": 1}, {}, {"eos_token_ids": {1}}),
+    ],
+)
+def test_overridden_facts(tmp_path, raw, overrides, facts):
+    """A key in one spelling takes the place of the other's."""
+    base = SHAPE | {"architectures": ["Qwen2ForCausalLM"]} | raw
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    read = ModelConfig.from_folder(str(tmp_path), overrides)
+    assert {name: getattr(read, name) for name in facts} == facts
+    unchanged = ModelConfig.from_folder(str(tmp_path))
+    assert all(getattr(read, name) == getattr(unchanged, name) for name in vars(read) if name not in facts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "match"),
+    [
+        ({"hidden_act": "gelu"}, ValueError, "hidden_act='gelu'.*hf_overrides.*gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ValueError, "yarn.*hf_overrides"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, ValueError, "Classification.*not supported"),
+        ({"num_attention_heads": 3}, ValueError, "num_key_value_heads=2 must divide.*hf_overrides"),
+        ({"vocab_size": None}, ValueError, "vocab_size.*None.*hf_overrides"),
+        (lambda config: config, ValueError, "hf_overrides must be a dict.*function.*config.json is read"),
+        ([("a", 1)], TypeError, "hf_overrides must be a dict"),
+        ({1: 2}, TypeError, "hf_overrides must be a dict.*1"),
+    ],
+    ids=str,
+)
+def test_bad_overrides(config, overrides, error, match):
+    with pytest.raises(error, match=match):
+        config(hf_overrides=overrides)
+
+
+# ---- folders and the hub -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, checkpoint):
+    """A hub with the Qwen3 checkpoint and the demo's tokenizer; gives what was asked of it."""
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options.pop("allow_patterns"), options))
+        return {"org/model": checkpoint("qwen3").path, "org/tokenizer": DEMO}[name]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def test_what_the_hub_is_asked_for(config, hub, tmp_path):
+    cache = {"download_dir": tmp_path, "hf_token": "secret"}
+    made = config("org/model", revision="v2", tokenizer="org/tokenizer", tokenizer_revision="v3", **cache)
+    given = {"cache_dir": tmp_path, "token": "secret"}
+    assert [(name, options) for name, _, options in hub] == [
+        ("org/model", given | {"revision": "v2"}),
+        ("org/tokenizer", given | {"revision": "v3"}),
+    ]
+    assert "*.safetensors" in hub[0][1] and "*.safetensors" not in hub[1][1]
+    assert made.tokenizer == DEMO
+    assert "secret" not in repr(made)
+    pickle.loads(pickle.dumps(made))  # as it goes to the ranks
+
+
+def test_the_tokenizer_of_another_revision(config, hub):
+    """Without one of its own, the tokenizer is that of the model's revision."""
+    config("org/model", revision="v2")
+    assert [options["revision"] for _, _, options in hub] == ["v2"]
+    with pytest.raises(ValueError, match=r"tokenizer='org/model' has no tokenizer\.json"):
+        config("org/model", revision="v2", tokenizer_revision="v3")  # the checkpoint has none
+    assert [options["revision"] for _, _, options in hub] == ["v2", "v2", "v3"]
+
+
+def test_what_the_hub_does_not_give(config, hub):
+    with pytest.raises(ValueError, match="model='org/x' of revision='v2' is neither a folder nor a model the hub"):
+        config("org/x", revision="v2")
+    with pytest.raises(ValueError, match="tokenizer='org/x' is neither"):
+        config("org/model", tokenizer="org/x")
+    with pytest.raises(ValueError, match="generation_config='org/x' is neither"):
+        config("org/model", generation_config="org/x")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"revision": 7}, "^revision must be a string, got 7"),
+        ({"tokenizer": DEMO, "tokenizer_revision": 7}, "tokenizer_revision must be a string, got 7"),
+        ({"download_dir": 7}, "download_dir must be a folder, got 7"),
+        ({"hf_token": b"secret"}, "hf_token must be a string or a bool, got a bytes$"),
+        ({"tokenizer": 7}, "tokenizer must be a folder or a hub name, got 7"),
+        ({"tokenizer": ""}, "tokenizer must be a folder or a hub name, got ''"),
+        ({"generation_config": 7}, "generation_config must be a folder or a hub name, got 7"),
+        ({"skip_tokenizer_init": None}, "skip_tokenizer_init must be of type bool, got None"),
+    ],
+    ids=str,
+)
+def test_names_of_other_types(config, options, match):
+    with pytest.raises(TypeError, match=match):
+        config(**options)
+
+
+def test_a_folder_is_of_any_revision(config):
+    assert config(revision="v2", download_dir="cache", hf_token=True).model == config().model
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_of_another_folder(checkpoint):
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(checkpoint("qwen3").path, device="cpu", max_model_len=128, tokenizer=Path(DEMO)) as llm:
+        assert llm.config.tokenizer == DEMO
+        result = llm.generate("a b", greedy, use_tqdm=False)[0]
+    tokenizer = load_tokenizer(DEMO)
+    token_ids, _ = checkpoint("qwen3").greedy(tuple(tokenizer.encode("a b")), 4, True)
+    assert (result["token_ids"], result["text"]) == (token_ids, tokenizer.decode(token_ids).rstrip("\ufffd"))
+
+
+def test_no_tokenizer():
+    with LLM(DEMO, device="cpu", max_model_len=128, kvcache_block_size=16, skip_tokenizer_init=True) as llm:
+        assert llm.config.tokenizer is None and llm.tokenizer is None
+        with pytest.raises(ValueError, match=r"token ids.*'How"):
+            llm.generate("How are you?", use_tqdm=False)
+        result = llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0]
+        assert len(result["token_ids"]) == 4 and result["text"] == ""
+
+
+def test_the_models_own_tokenizer(config, checkpoint):
+    assert config().tokenizer == config().model
+    assert load_tokenizer(config().tokenizer) is None and load_tokenizer(None) is None
+    with pytest.raises(ValueError, match=r"tokenizer=.* has no tokenizer\.json or tokenizer_config\.json"):
+        config(tokenizer=checkpoint("qwen3").path)
+
+
+# ---- generation_config ---------------------------------------------------------------------------------------------
+
+RECOMMENDED = {
+    "do_sample": False,
+    "repetition_penalty": 1.1,
+    "temperature": 0.6,
+    "top_k": 50,
+    "top_p": 0.95,
+    "min_p": 0.1,
+    "max_new_tokens": 7,
+    "max_length": 20,
+    "bos_token_id": 0,
+}
+
+
+def test_recommended_parameters(config, folder):
+    path = folder(RECOMMENDED)
+    params, taken, file = default_sampling_params(config(path, load_format="dummy"))
+    assert taken == {
+        "repetition_penalty": 1.1,
+        "temperature": 0.6,
+        "top_k": 50,
+        "top_p": 0.95,
+        "min_p": 0.1,
+        "max_tokens": 7,
+    }
+    assert params == SamplingParams(**taken)
+    assert file == str(Path(path, "generation_config.json"))
+
+
+@pytest.mark.parametrize(
+    "generation", [None, {}, {"eos_token_id": 1, "do_sample": True}, {"temperature": None}], ids=str
+)
+def test_nothing_is_recommended(config, folder, generation):
+    params, taken, _ = default_sampling_params(config(folder(generation), load_format="dummy"))
+    assert taken == {} and params == SamplingParams()
+
+
+def test_whose_recommendation_counts(config, folder, tmp_path):
+    """Of what ends a text, the model's file counts unless there is another one."""
+    path = folder(RECOMMENDED | {"eos_token_id": 5}, eos_token_id=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "generation_config.json").write_text('{"temperature": 0.1, "eos_token_id": [6]}')
+    made = config(path, load_format="dummy", generation_config=tmp_path / "other")
+    assert default_sampling_params(made).taken == {"temperature": 0.1}
+    assert made.model_config.eos_token_ids == {1, 6}
+    for value in ("vllm", None):
+        made = config(path, load_format="dummy", generation_config=value)
+        assert made.generation_config == "vllm"
+        assert default_sampling_params(made)[:2] == (SamplingParams(), {})
+        assert made.model_config.eos_token_ids == {1, 5}
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"generation_config=.*other'.* has no generation_config\.json"):
+        config(path, load_format="dummy", generation_config=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1),
+        ("top_p", 0),
+        ("top_k", 1.5),
+        ("min_p", "a"),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_bad_recommendations(config, folder, key, value):
+    made = config(folder({key: value}), load_format="dummy")
+    name = "max_tokens" if key == "max_new_tokens" else key
+    with pytest.raises(ValueError, match=rf"{name}.*{value}.*generation_config\.json"):
+        default_sampling_params(made)
