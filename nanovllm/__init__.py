@@ -2,11 +2,23 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
-from nanovllm.outputs import RequestError
+from nanovllm.outputs import CompletionOutput, RequestError, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "RequestError", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "LLMEngine",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
 
 try:
     __version__ = version("nano-vllm")

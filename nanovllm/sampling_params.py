@@ -230,7 +230,7 @@ class BeamSearchParams(Options):
         beam_width: number of beams kept and of texts returned.
         max_tokens: most tokens to generate.
         ignore_eos: do not end a beam at the model's end-of-sequence tokens.
-        temperature: divides the logits of which a beam's score sums the log-probabilities; 0 leaves them as they are.
+        temperature: 0 or 1, which both leave the logits as they are; a search refuses others.
         length_penalty: a finished beam's score is divided by its length to this power.
         include_stop_str_in_output: keep the end-of-sequence token's text.
 

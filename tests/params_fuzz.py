@@ -18,8 +18,9 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,18 +31,21 @@ from thread_fuzz import VOCAB_SIZE, make_checkpoint
 
 from nanovllm import LLM, RequestError, SamplingParams
 from nanovllm.kernels.sampling import unpack_token_ids
-from nanovllm.layers.sampler import sample
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.layers.sampler import sample as draw_tokens
+from nanovllm.outputs import Logprob, RequestOutput
+from nanovllm.sampling.adjustments import bad_word_tokens
 from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.text.detokenizer import REPLACEMENT
 from nanovllm.text.tokenizer import Tokenizer
 
 Entries = Sequence[dict[int, Logprob] | None] | None
-MAX_LEN = 160
+MAX_LEN = 112
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-4}  # of logprobs
 MOST_ROUNDED = 0.002  # of the samples
 NUM_SHAKES = 256
-REQUESTS_OF_AN_ENGINE = 125
-TWO_RANKS_SHARE = 5  # one engine in so many has two ranks, as these take seconds to start
+REQUESTS_OF_AN_ENGINE = 60
+TWO_RANKS_AFTER = 8  # engines of one rank there is one of two, which take seconds to start
+TWO_RANKS_REQUESTS = 3  # times as many has such an engine
 ENDS = [1, 2, 40, 43]  # some of the tokens that end a text: by the checkpoint's files, and by the tokenizer's
 STRUCTURES = [
     {"choice": ["yes", "no", "the end", "there"]},
@@ -68,42 +72,53 @@ class Drawer:
         self.rng = random.Random(seed)
         self.tokenizer = tokenizer
         self.has_structures = has_structures
-        self.bases = [self._tokens(120) for _ in range(3)]
+        self.bases = [self._tokens(80) for _ in range(3)]
+        self.change_mood()
 
-    def options(self) -> list[dict[str, Any]]:
-        """Options of engines, in an order that brings all combinations of one rank, and with them some of two."""
-        one_rank = [
-            {
-                "async_scheduling": is_async,
-                "enable_prefix_caching": has_cache,
-                "num_kvcache_blocks": self.rng.choice([12, 16]) if has_few_blocks else 400,
-                "max_num_batched_tokens": self.rng.choice([20, 48]) if has_small_steps else 4096,
-                "max_num_seqs": self.rng.choice([2, 5]) if has_few_rows else 24,
-            }
-            for is_async, has_cache, has_few_blocks, has_small_steps, has_few_rows in itertools.product(
-                [True, False], repeat=5
-            )
-        ]
-        self.rng.shuffle(one_rank)
-        two_ranks = [options | {"tensor_parallel_size": 2} for options in one_rank[3::TWO_RANKS_SHARE]]
-        groups = itertools.zip_longest(
-            *(one_rank[i :: TWO_RANKS_SHARE - 1] for i in range(TWO_RANKS_SHARE - 1)), two_ranks
-        )
-        return [options for group in groups for options in group if options is not None]
+    def options(self) -> Iterator[dict[str, Any]]:
+        """Options of engines without end: all combinations of one rank, and now and then one of two ranks."""
+        while True:
+            combinations = list(itertools.product([True, False], repeat=5))
+            self.rng.shuffle(combinations)
+            for number, (is_async, has_cache, has_few_blocks, has_small_steps, has_few_rows) in enumerate(
+                combinations
+            ):
+                options = {
+                    "async_scheduling": is_async,
+                    "enable_prefix_caching": has_cache,
+                    "num_kvcache_blocks": self.rng.choice([7, 10]) if has_few_blocks else 400,
+                    "max_num_batched_tokens": self.rng.choice([6, 12, 40]) if has_small_steps else 4096,
+                    "max_num_seqs": self.rng.choice([2, 5]) if has_few_rows else 24,
+                }
+                yield options
+                if number % TWO_RANKS_AFTER == TWO_RANKS_AFTER - 1:
+                    yield options | {"tensor_parallel_size": 2}
+
+    def change_mood(self) -> None:
+        """What the requests of a batch have in common, as evenly mixed ones rarely meet a batch of their own kind."""
+        self.is_short = self.rng.random() < 0.5
+        self.share_plain = self.rng.choice([0.0, 0.0, 0.3, 0.9])
+        self.share_bound = self.rng.choice([0.0, 0.1, 0.5, 0.5])
 
     def prompt(self) -> str | list[int]:
         """Some share their beginning with others, some are text, and some nearly as long as the model takes."""
         rng = self.rng
-        shared = rng.choice(self.bases)[: rng.choice([0, 0, 16, 32, 48, 80, 112])]
+        if self.is_short:
+            return self._tokens(rng.randint(1, 3))
+        shared = rng.choice(self.bases)[: rng.choice([0, 0, 16, 32, 48, 64, 80])]
         prompt = shared + self._tokens(rng.choice([1, 2, 5, 16, 20, 37]))
         if rng.random() < 0.15:
-            return self.tokenizer.decode(prompt)
+            return self.tokenizer.decode(prompt[:50])  # tokens that are no characters become three each
         return prompt[: MAX_LEN - 1]
 
     def params(self) -> SamplingParams:
         """Anything that can be asked for; at times of a few tokens only, so that words and stops really come up."""
         rng = self.rng
-        params = random_params(rng, rng.choice([3, 8, 8, 30]))
+        params = random_params(rng, rng.choice([3, 8, 8, 24, 40]))
+        if rng.random() < self.share_plain:
+            plain = SamplingParams(temperature=params.temperature, seed=params.seed, max_tokens=params.max_tokens)
+            plain.top_k = rng.choice([-1, -1, params.top_k])
+            return plain
         tokens = self._tokens(6)
         if rng.random() < 0.3:
             params.allowed_token_ids = [*tokens, rng.choice(ENDS)]
@@ -114,14 +129,10 @@ class Drawer:
         if rng.random() < 0.15:
             params.seed = None
         if rng.random() < 0.3:
-            params.bad_words = [self._words(tokens, rng.randint(1, 3)) for _ in range(rng.randint(1, 3))]
-        if rng.random() < 0.3:
             params.stop = [self._piece(self._words(tokens, 2)) for _ in range(rng.randint(1, 3))]
         elif rng.random() < 0.1:
             params.detokenize = False
-        if self.has_structures and rng.random() < 0.15:
-            params.structured_outputs = rng.choice(STRUCTURES)
-            params.allowed_token_ids = params.allowed_token_ids if rng.random() < 0.1 else None
+        self._bind(params, tokens)
         params.include_stop_str_in_output = rng.random() < 0.3
         params.skip_special_tokens = rng.random() < 0.7
         params.spaces_between_special_tokens = rng.random() < 0.7
@@ -131,6 +142,17 @@ class Drawer:
             params.max_tokens = None
         params.check()
         return params
+
+    def _bind(self, params: SamplingParams, tokens: list[int]) -> None:
+        """Lets the next token depend on those before it: by bad words and structures. Few rule each other out."""
+        rng = self.rng
+        if rng.random() < 0.1:
+            params.bad_words = [self._words(tokens, 1) for _ in range(rng.randint(1, 3))]
+        if rng.random() < self.share_bound:
+            params.bad_words = [self._words(tokens, rng.randint(1, 3)) for _ in range(rng.randint(1, 3))]
+        if self.has_structures and rng.random() < self.share_bound:
+            params.structured_outputs = rng.choice(STRUCTURES)
+            params.allowed_token_ids = params.allowed_token_ids if rng.random() < 0.1 else None
 
     def _tokens(self, number: int) -> list[int]:
         return [self.rng.randrange(2, VOCAB_SIZE) for _ in range(number)]
@@ -245,7 +267,7 @@ class Draw(NamedTuple):
         floats[1:3] = torch.where(is_inside, shaken(floats[1:3], tolerance / 10), floats[1:3]).clamp(min=0)
         logits = shaken(self.logits.float().repeat(NUM_SHAKES, 1), tolerance)
         rows = torch.arange(NUM_SHAKES, device=logits.device)
-        packed = sample(logits, rows, ints, floats, self.positions.repeat(NUM_SHAKES), 0, self.is_filtered)
+        packed = draw_tokens(logits, rows, ints, floats, self.positions.repeat(NUM_SHAKES), 0, self.is_filtered)
         return bool((unpack_token_ids(packed) == token_id).any())
 
 
@@ -263,7 +285,7 @@ class Alone:
             enable_prefix_caching=False,
             enforce_eager=True,
             max_logprobs=-1,
-            num_kvcache_blocks=20,
+            num_kvcache_blocks=8,
         )
 
     def answer(self, case: Case, index: int, **changes: int | None) -> RequestOutput:
@@ -276,7 +298,7 @@ class Alone:
             params.seed += index
         for name, value in changes.items():
             setattr(params, name, value)
-        self.llm.num_seqs = case.number + index  # of which the seed is made otherwise
+        self.llm.intake.num_seqs = case.number + index  # of which the seed is made otherwise
         return generate(self.llm, [case.prompt], [params])[0]
 
     def recount(self, case: Case, index: int) -> tuple[RequestOutput, list[Draw]]:
@@ -372,42 +394,131 @@ def is_rounding(alone: Alone, case: Case, got: RequestOutput, want: RequestOutpu
     if index > 0 or params.prompt_logprobs is None:
         return True
     known = zip(got.prompt_logprobs, got.prompt_token_ids, every.prompt_logprobs, strict=True)
-    return all(
-        x is y is None or is_near(x, i, params.prompt_logprobs, y, alone.tolerance) for x, i, y in known
-    )
+    return all(x is y is None or is_near(x, i, params.prompt_logprobs, y, alone.tolerance) for x, i, y in known)
 
 
-def find_nonsense(llm: LLM, case: Case, sample: CompletionOutput) -> str | None:
+def find_nonsense(llm: LLM, case: Case, result: RequestOutput, index: int) -> str | None:
     """In what a sample is not what its parameters say, as far as its tokens and its text alone show that."""
-    params, ids, text, tokenizer = case.params, sample.token_ids, sample.text, llm.tokenizer
-    if sample.finish_reason == "error":
-        return None
+    params, sample, tokenizer = case.params, result.outputs[index], llm.tokenizer
+    ids, text, reason = sample.token_ids, sample.text, sample.finish_reason
+    stop = sample.stop_reason if isinstance(sample.stop_reason, str) else None
     ends = {*params.stop_token_ids} | (set() if params.ignore_eos else llm.scheduler.eos_token_ids)
     has_end_token = bool(ids) and ids[-1] in ends
-    stop = sample.stop_reason if isinstance(sample.stop_reason, str) else None
-    if ends.intersection(ids[:-1]):
-        return "a token that ends the text is inside"
-    if sample.finish_reason == "stop" and params.structured_outputs is None:
-        if len(ids) <= params.min_tokens:
-            return "it ends before min_tokens"
-        if not has_end_token and stop is None:
-            return "nothing stopped it"
-    if sample.finish_reason == "length" and len(ids) != params.max_tokens and len(ids) < MAX_LEN - MAX_LEN:
-        return "it is too short"
-    if params.allowed_token_ids is not None and not set(ids) <= set(params.allowed_token_ids):
-        return "it has tokens that are not allowed"
-    for word in bad_word_tokens(params.bad_words, tokenizer):
-        if any(tuple(ids[i : i + len(word)]) == word for i in range(len(ids))):
-            return f"it has the tokens {word} of a bad word"
-    if not params.detokenize:
-        return "it has a text" if text else None
-    if stop is None:
-        shown = ids[:-1] if has_end_token and not params.include_stop_str_in_output else ids
-        whole = tokenizer.decode(shown, params.skip_special_tokens).rstrip(REPLACEMENT)
-        if text != whole:
-            return f"its text is not {whole!r}"
-    if stop is not None and text.endswith(stop) != params.include_stop_str_in_output:
-        return f"its text does not end with the stop string, or does {stop!r}"
-    if not params.min_tokens and any(string in text.removesuffix(stop or "") for string in params.stop):
-        return "it has a stop string inside"
-    return None
+    is_full = len(ids) == params.max_tokens or len(result.prompt_token_ids) + len(ids) == MAX_LEN
+    shown = ids[:-1] if has_end_token and not params.include_stop_str_in_output else ids
+    whole = tokenizer.decode(shown, params.skip_special_tokens).rstrip(REPLACEMENT) if params.detokenize else ""
+    words = [tuple(ids[i:j]) for i in range(len(ids)) for j in range(i + 1, len(ids) + 1)]
+    is_free = params.structured_outputs is None
+    wrong = {
+        "a token that ends the text is inside": ends.intersection(ids[:-1]),
+        "it ends before min_tokens": reason == "stop" and is_free and len(ids) <= params.min_tokens,
+        "nothing stopped it": reason == "stop" and is_free and not has_end_token and stop is None,
+        "it ends too early or late": reason == "length" and not is_full,
+        "a token is not allowed": not set(ids) <= set(params.allowed_token_ids or ids),
+        "there is a bad word": set(bad_word_tokens(params.bad_words, tokenizer)) & set(words),
+        f"the text of its tokens is {whole!r}": stop is None and text != whole,
+        "it keeps or lacks the stop string": stop
+        and not params.min_tokens
+        and text.endswith(stop) != params.include_stop_str_in_output,
+        "a stop string is inside": not params.min_tokens
+        and not has_end_token
+        and any(s in text.removesuffix(stop or "") for s in params.stop),
+    }
+    return next((message for message, is_so in wrong.items() if is_so), None)
+
+
+# ---- the fuzz -----------------------------------------------------------------------------------------------------
+
+
+def check_result(alone: Alone, case: Case, got: RequestOutput) -> tuple[Counter[str], list[str]]:
+    """Compares the samples of a request with what they are alone: counts of what there was, and what was wrong."""
+    counts, wrong = Counter(requests=1, hits=got.num_cached_tokens > 0), []
+    if not got.finished or [sample.index for sample in got.outputs] != list(range(case.params.n)):
+        wrong.append(f"its samples are {got.outputs}")
+    for index, sample in enumerate(got.outputs):
+        end = "stopped by words" if isinstance(sample.stop_reason, str) else sample.finish_reason
+        counts += Counter({"samples": 1, end: 1, "tokens": len(sample.token_ids)})
+        want = alone.answer(case, index)
+        difference = find_difference(got, want, index, alone.tolerance)
+        if difference is not None and is_rounding(alone, case, got, want, index):
+            is_token = sample.token_ids != want.outputs[0].token_ids
+            counts["decided by rounding" if is_token else "equal but for ties"] += 1
+        elif difference is not None:
+            wrong.append(f"sample {index} has {difference}")
+        nonsense = find_nonsense(alone.llm, case, got, index)
+        if nonsense is not None:
+            wrong.append(f"sample {index}: {nonsense}; {sample}")
+    return counts, wrong
+
+
+def fuzz_engine(alone: Alone, drawer: Drawer, llm: LLM, num_requests: int) -> tuple[Counter[str], list[str]]:
+    """Batches of random requests through one engine, which is idle before and after each."""
+    trace, counts, wrong = Trace(llm), Counter(), []
+    while counts["requests"] < num_requests:
+        answer = drawer.rng.choice([answer_at_once, answer_by_steps])
+        number = min(drawer.rng.choice([3, 20, 40]), num_requests - counts["requests"])
+        drawer.change_mood()
+        try:
+            answered = answer(llm, drawer, number)
+            check_idle(llm)
+        except (AssertionError, RuntimeError):
+            wrong.append(f"{answer.__name__}: {traceback.format_exc()}")
+            break  # what such an engine goes on with says nothing
+        for case, result in answered:
+            more_counts, more_wrong = check_result(alone, case, result)
+            counts += more_counts
+            wrong += [f"{answer.__name__}, {case}: {message}" for message in more_wrong]
+    return counts + Counter(preemptions=trace.num_preemptions, chunks=trace.num_chunks), wrong
+
+
+def fuzz(
+    num_requests: int,
+    seed: int,
+    device: str = "cpu",
+    has_structures: bool = True,
+    requests_of_an_engine: int = REQUESTS_OF_AN_ENGINE,
+) -> tuple[Counter[str], list[str]]:
+    """Engines after each other until so many requests were made: what happened how often, and what was wrong."""
+    counts, wrong = Counter(), []
+    num_gpus = torch.cuda.device_count()
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder))
+        alone = Alone(folder, device)
+        with alone.llm:
+            drawer = Drawer(str(seed), alone.llm.tokenizer, has_structures)
+            for options in drawer.options():
+                num_left, num_ranks = num_requests - counts["requests"], options.get("tensor_parallel_size", 1)
+                if num_left <= 0:
+                    break
+                if device == "cuda" and num_ranks > num_gpus:
+                    continue
+                number = requests_of_an_engine * (TWO_RANKS_REQUESTS if num_ranks > 1 else 1)
+                with make_engine(folder, device, **options) as llm:
+                    more_counts, more_wrong = fuzz_engine(alone, drawer, llm, min(number, num_left))
+                counts += more_counts + Counter(engines=1)
+                wrong += [f"{options}: {message}" for message in more_wrong]
+            check_idle(alone.llm)
+    return counts, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-structured", action="store_true", help="without structured outputs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    has_structures = not arguments.no_structured and importlib.util.find_spec("xgrammar") is not None
+    start = time.monotonic()
+    counts, wrong = fuzz(arguments.requests, arguments.seed, arguments.device, has_structures)
+    print(*wrong[:10], sep="\n", end="\n" * bool(wrong))
+    rounded = counts["decided by rounding"]
+    print(f"{arguments.requests} requests on {arguments.device} in {time.monotonic() - start:.0f} s:", end=" ")
+    print(f"{len(wrong)} differences, {rounded} samples decided by rounding;", end=" ")
+    print(", ".join(f"{number} {name}" for name, number in counts.items() if name != "decided by rounding"))
+    return bool(wrong) or rounded > MOST_ROUNDED * counts["samples"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from integrity import check_integrity
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind
 
 VOCAB_SIZE = 2048  # the demo tokenizer's ids are among them
 STOPS = ["a", "e", "th", "\n", "zq", "�"]
@@ -110,8 +112,10 @@ class Soak:
 
     def draw_params(self) -> SamplingParams:
         pick = self.random.choice
+        temperature = pick([0, 0, 0.7, 1.0, 5.0])
         return SamplingParams(
-            temperature=pick([0, 0, 0.7, 1.0, 5.0]),
+            temperature=temperature,
+            n=pick([1, 1, 2, 3]) if temperature else 1,
             top_k=pick([-1, -1, 1, 20]),
             top_p=pick([1.0, 1.0, 0.9]),
             min_p=pick([0.0, 0.0, 0.1]),
@@ -120,6 +124,8 @@ class Soak:
             seed=pick([None, 1, 2]),
             stop=pick([None, None, pick(STOPS), STOPS[:3]]),
             stop_token_ids=pick([None, None, [5, 6, 7]]),
+            logprobs=pick([None, None, None, 0, 3]),
+            output_kind=pick(list(RequestOutputKind)),
         )
 
     def draw_requests(self, most: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -127,9 +133,17 @@ class Soak:
         self.counts["requests"] += number
         return [self.draw_prompt() for _ in range(number)], [self.draw_params() for _ in range(number)]
 
-    def check_result(self, prompt: list[int], params: SamplingParams, result: dict) -> None:
+    def check_samples(self, prompt: list[int], params: SamplingParams, samples: list[dict]) -> None:
+        require(len(samples) == params.n, f"{params.n} samples, not {len(samples)}")
+        for sample in samples:
+            self.check_sample(prompt, params, sample)
+        self.counts["finished"] += 1
+
+    def check_sample(self, prompt: list[int], params: SamplingParams, result: dict) -> None:
         tokens, room = result["token_ids"], self.options["max_model_len"] - len(prompt)
         require(result["finish_reason"] in ("stop", "length"), f"a finish reason, not {result['finish_reason']!r}")
+        if params.logprobs is not None:
+            require([next(iter(entry)) for entry in result["logprobs"]] == tokens, "a logprob of each token")
         require(1 <= len(tokens) <= min(params.max_tokens, room), f"1 to {params.max_tokens} tokens, not {tokens}")
         if result["finish_reason"] == "length":
             require(len(tokens) == min(params.max_tokens, room), f"all tokens up to the limit, not {tokens}")
@@ -137,7 +151,6 @@ class Soak:
         if params.temperature == 0:  # what was computed in between must not show
             key = (tuple(prompt), params.max_tokens, room, params.ignore_eos, params.stop, params.stop_token_ids)
             require(self.answers.setdefault(key, tokens) == tokens, f"{self.answers[key]} again, not {tokens}")
-        self.counts["finished"] += 1
 
     # ---- rounds ---------------------------------------------------------------------------------------------------
 
@@ -150,11 +163,12 @@ class Soak:
         except KeyboardInterrupt:
             self.counts["interrupts"] += 1
             self.counts["aborted"] += len(prompts)
-            left = [i for i in (*llm.requests, *llm.results) if i >= first]
+            left = [i for i in (*llm.requests, *llm.results, *llm.progressed) if i >= first]
             require(llm.failure is not None or not left, f"nothing left of an interrupted call, not {left}")
             return
         for prompt, param, result in zip(prompts, params, results, strict=True):
-            self.check_result(prompt, param, result)
+            require(result["finished"] and "error" not in result, f"a result, not {result}")
+            self.check_samples(prompt, param, result["outputs"])
 
     def refuse(self, llm: LLM) -> None:
         prompts, params = self.draw_requests(most=4)
@@ -172,7 +186,7 @@ class Soak:
     def drive(self, llm: LLM) -> None:
         """Requests that come and go between steps."""
         prompts, params = self.draw_requests(most=20)
-        todo, asked, ended = list(zip(prompts, params, strict=True)), {}, set()
+        todo, asked, ended, so_far = list(zip(prompts, params, strict=True)), {}, set(), {}
         while todo or not llm.is_finished():
             for _ in range(self.random.choice([0, 0, 1, 3])):
                 if todo:
@@ -184,22 +198,45 @@ class Soak:
                     ended.add(request_id)
                     self.counts["aborted"] += 1
                 llm.abort_request(request_id)
-            for request_id, result in llm.step():
-                require(request_id in asked and request_id not in ended, f"one end of request {request_id}, not two")
-                ended.add(request_id)
-                self.check_result(*asked[request_id], result)
+            self.step(llm, asked, ended, so_far)
             check_integrity(llm.scheduler)
         require(ended == set(asked), f"an end of {set(asked) - ended}")
+
+    def step(
+        self, llm: LLM, asked: dict[int, tuple[list[int], SamplingParams]], ended: set[int], so_far: dict[int, list]
+    ) -> None:
+        """Makes a step and checks what it hands out of the requests `asked`; `ended` and `so_far` grow by it.
+
+        `ended` has the requests that finished or were aborted, `so_far` the samples of each as they were before.
+        """
+        for output in llm.step():
+            request_id = int(output["request_id"])
+            require(request_id in asked and request_id not in ended, f"one end of request {request_id}, not two")
+            prompt, params = asked[request_id]
+            is_finished = all(sample["finish_reason"] is not None for sample in output["outputs"])
+            require(output["finished"] == is_finished and "error" not in output, f"a result, not {output}")
+            require(is_finished or params.output_kind is not RequestOutputKind.FINAL_ONLY, "the end only")
+            before = so_far.get(request_id, [{"token_ids": [], "text": "", "logprobs": []}] * params.n)
+            so_far[request_id] = [dict(sample) for sample in output["outputs"]]
+            for old, new in zip(before, so_far[request_id], strict=True):
+                if params.output_kind is RequestOutputKind.DELTA:
+                    new |= {name: old[name] + new[name] for name in old if new[name] is not None}
+                require(new["token_ids"][: len(old["token_ids"])] == old["token_ids"], "tokens that stay")
+                # What is the beginning of a stop string is text until the rest has come.
+                require(bool(params.stop) or new["text"].startswith(old["text"]), "text that stays")
+            if is_finished:
+                ended.add(request_id)
+                self.check_samples(prompt, params, so_far[request_id])
 
     def stream(self, llm: LLM) -> None:
         """A stream beside queued requests, read to its end, given up or interrupted."""
         self.counts["requests"] += 1
         others, params = self.draw_requests(most=4)
-        ids = [llm.add_request(prompt, param) for prompt, param in zip(others, params, strict=True)]
+        asked = {llm.add_request(*request): request for request in zip(others, params, strict=True)}
         most = self.random.choice([1, 3, 10**6])
         try:
             with self.interrupted(0.3):
-                pieces = llm.stream(self.draw_prompt(), self.draw_params())
+                pieces = llm.stream(self.draw_prompt(), replace(self.draw_params(), n=1))
                 is_over = all(number < most for number, _ in enumerate(pieces, start=1))
                 pieces.close()
             self.counts["finished" if is_over else "aborted"] += 1
@@ -208,19 +245,17 @@ class Soak:
             self.counts["aborted"] += 1
         pieces = None  # ends one that was interrupted outside of the engine
         if llm.failure is not None:
-            self.counts["aborted"] += len(ids)
+            self.counts["aborted"] += len(asked)
             return
-        results = {}
+        ended, so_far = set(), {}
         while not llm.is_finished():
-            results.update(llm.step())
-        require(sorted(results) == ids, f"results of {ids}, not {sorted(results)}")
-        for request_id, prompt, param in zip(ids, others, params, strict=True):
-            self.check_result(prompt, param, results[request_id])
+            self.step(llm, asked, ended, so_far)
+        require(ended == set(asked), f"results of {set(asked)}, not {ended}")
 
     def check_idle(self, llm: LLM) -> None:
         manager = llm.scheduler.block_manager
         check_integrity(llm.scheduler)
-        require(llm.is_finished() and llm.scheduler.is_finished(), "no request left")
+        require(llm.is_finished() and llm.scheduler.is_finished() and not llm.progressed, "no request left")
         require(len(manager.free_block_ids) == len(manager.blocks), "all blocks free")
         require(len(llm.scheduler.free_rows) == llm.config.max_num_seqs, "all rows free")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from checkpoints import VOCAB_SIZE, random_prompt
 from engines import check_idle
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind
 
 PROMPT = list(random_prompt(1, 20))
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -39,7 +41,7 @@ BAD_PARAMS = [
     ({"max_tokens": -3}, ValueError, "max_tokens.*1.*-3"),
     ({"max_tokens": 1.5}, TypeError, r"max_tokens.*1\.5"),
     ({"max_tokens": True}, TypeError, "max_tokens.*True"),
-    ({"max_tokens": None}, TypeError, "max_tokens.*None"),
+    ({"max_tokens": "3"}, TypeError, "max_tokens.*3"),
     ({"temperature": -0.1}, ValueError, r"temperature.*0.*-0\.1"),
     ({"temperature": math.nan}, ValueError, "temperature.*nan"),
     ({"temperature": math.inf}, ValueError, "temperature.*inf"),
@@ -75,10 +77,33 @@ def test_bad_sampling_params(options, error, match):
 
 def test_sampling_params_at_their_limits():
     for options in ({"temperature": 0}, {"top_p": 1}, {"top_p": 1e-6}, {"min_p": 0}, {"min_p": 1}, {"top_k": -1},
-                    {"top_k": 0}, {"max_tokens": 1}, {"seed": 0}, {"stop": "x"}, {"stop_token_ids": [0]}):  # fmt: skip
+                    {"top_k": 0}, {"max_tokens": 1}, {"max_tokens": None}, {"seed": 0}, {"stop": "x"},
+                    {"stop_token_ids": [0]}):  # fmt: skip
         SamplingParams(**options)
-    with pytest.raises(AttributeError):
-        SamplingParams().temperature = 2.0
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD_PARAMS, ids=lambda value: str(value)[:30])
+def test_sampling_params_are_checked_again_when_used(unharmed, options, error, match):
+    params = SamplingParams(temperature=0)
+    for name, value in options.items():
+        setattr(params, name, value)
+    for call in (
+        lambda: unharmed.generate([PROMPT, PROMPT], [GREEDY, params], use_tqdm=False),
+        lambda: unharmed.add_request(PROMPT, params),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_a_queued_request_keeps_its_sampling_params(checkpoint, llm):
+    """Whatever is assigned to them once it is queued."""
+    params = replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY)
+    llm.add_request(PROMPT, params)
+    params.temperature, params.max_tokens, params.ignore_eos = 100.0, 1, False
+    results = []
+    while not llm.is_finished():
+        results += llm.step()
+    assert [result["token_ids"] for result in results] == [checkpoint("qwen3").greedy(tuple(PROMPT), 8, True)[0]]
 
 
 BAD_PROMPTS = [
@@ -97,7 +122,9 @@ BAD_PROMPTS = [
     ("text", ValueError, "tokenizer.*text"),  # this model has none
     (None, TypeError, "None"),
     (1.5, TypeError, r"1\.5"),
-    ({"prompt": "x"}, TypeError, "prompt"),
+    ({"prompt": "text"}, ValueError, "tokenizer.*text"),
+    ({"prompt": [1, 2]}, TypeError, r"prompt.*\[1, 2\]"),
+    ({"text": "x"}, TypeError, "prompt.*text"),
 ]
 
 
@@ -143,13 +170,13 @@ def test_stop_strings_need_a_tokenizer(unharmed):
 
 
 def test_a_refused_call_leaves_queued_requests_alone(checkpoint, llm):
-    request_id = llm.add_request(PROMPT, GREEDY)
+    request_id = llm.add_request(PROMPT, replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY))
     llm.step()
     with pytest.raises(ValueError, match="-1"):
         llm.generate([PROMPT, [-1]], GREEDY, use_tqdm=False)
     results = {}
     while not llm.is_finished():
-        results.update(llm.step())
+        results.update({int(result["request_id"]): result for result in llm.step()})
     assert list(results) == [request_id]
     assert results[request_id]["token_ids"] == checkpoint("qwen3").greedy(tuple(PROMPT), 8, True)[0]
 
@@ -197,7 +224,7 @@ def test_the_longest_prompt(llm):
         ({"num_kvcache_blocks": -2}, ValueError, "num_kvcache_blocks.*-2"),
         ({"enforce_eager": 1}, TypeError, "enforce_eager.*1"),
         ({"enable_prefix_caching": "yes"}, TypeError, "enable_prefix_caching.*yes"),
-        ({"async_scheduling": None}, TypeError, "async_scheduling.*None"),
+        ({"async_scheduling": 2}, TypeError, "async_scheduling.*2"),
         ({"dtype": "int8"}, ValueError, "dtype.*float32.*int8"),
         ({"device": "tpu"}, ValueError, "device.*cpu.*tpu"),
         ({"attention_backend": "magic"}, ValueError, "attention_backend.*triton.*magic"),
@@ -207,7 +234,8 @@ def test_the_longest_prompt(llm):
         ({"seed": -1}, ValueError, "seed.*-1"),
         ({"seed": 2**63}, ValueError, f"seed.*{2**63}"),
         ({"max_num_sequences": 4}, TypeError, "max_num_sequences.*max_num_seqs"),
-        ({"block_size": 16}, TypeError, "block_size.*kvcache_block_size"),
+        ({"block_size": 8}, ValueError, "block_size.*16.*8"),
+        ({"kvcache_blocksize": 16}, TypeError, "kvcache_blocksize.*kvcache_block_size"),
         ({"tensor_paralel_size": 2}, TypeError, "tensor_paralel_size.*tensor_parallel_size"),
     ],
     ids=lambda value: str(value)[:40],

@@ -27,7 +27,7 @@ DEFAULT = {"num_seqs": 256, "input_len": (100, 1024), "output_len": (100, 1024),
 
 
 def draw(options: dict, vocab_size: int, repeat: int = 0) -> list[bench.Request]:
-    return bench.draw_requests(argparse.Namespace(**options), vocab_size, repeat)
+    return bench.draw_requests(argparse.Namespace(**{"params": {}, "params_every": 1} | options), vocab_size, repeat)
 
 
 def run(script: str, *arguments: str) -> str:
@@ -47,12 +47,15 @@ def run_tiny(folder: Path, *arguments: str) -> dict:
 def test_figures_are_consistent(tmp_path):
     trace = tmp_path / "trace.json"
     engine_options = ("--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "16")
-    result = run_tiny(tmp_path, "--repeats", "2", "--profile", str(trace), *engine_options)
-    requests = draw(TINY, vocab_size=2048)
+    own = {"n": 2, "presence_penalty": 0.5}
+    sampling = ("--params", json.dumps(own), "--params-every", "3")
+    result = run_tiny(tmp_path, "--repeats", "2", "--profile", str(trace), *engine_options, *sampling)
+    requests = draw(TINY | {"params": own, "params_every": 3}, vocab_size=2048)
+    assert [request.params for request in requests] == [own, {}, {}, own]
     assert result["prompt_tokens"] == sum(len(request.prompt) for request in requests)
     assert len(result["runs"]) == 2
     for figures in result["runs"]:
-        assert figures["output_tokens"] == sum(request.max_tokens for request in requests)
+        assert figures["output_tokens"] == sum(request.max_tokens * request.params.get("n", 1) for request in requests)
         assert figures["tokens_per_second"] == pytest.approx(figures["output_tokens"] / figures["seconds"])
         assert 0 < figures["time_to_first_token"] < figures["seconds"]
         # The longest output has at most 40 tokens.

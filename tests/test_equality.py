@@ -21,6 +21,7 @@ from engines import (
 from integrity import check_integrity
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -130,15 +131,17 @@ def test_abort_in_the_middle(checkpoint, async_scheduling):
     """Aborts a waiting, a partly computed, a decoding and a preempted request; the others do not notice."""
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
     options = {"num_kvcache_blocks": 19, "max_num_batched_tokens": 24, "async_scheduling": async_scheduling}
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+    )
     with engine(checkpoint.path, **options) as llm:
         trace = Trace(llm)
         ids = [llm.add_request(list(prompt), params) for prompt in prompts]
-        seqs = dict(llm.requests)
+        seqs = {request_id: request.seqs[0] for request_id, request in llm.requests.items()}
         results, aborted = {}, {}
         while not llm.is_finished():
-            results.update(llm.step())
-            for request_id, seq in list(llm.requests.items()):
+            results.update({int(result["request_id"]): result for result in llm.step()})
+            for request_id, seq in [(request_id, request.seqs[0]) for request_id, request in llm.requests.items()]:
                 kind = (
                     "preempted" if seq.status.name == "WAITING" and seq.num_cached_tokens >= 0
                     else "waiting" if seq.status.name == "WAITING"
@@ -238,12 +241,13 @@ def test_two_ranks(checkpoint, family, options):
         assert ("max_num_batched_tokens" in options) == (trace.num_chunks > 0)
         assert [result["token_ids"] for result in generate(llm, prompts, SAMPLED)] == alone
         llm.reset_prefix_cache()
-        ids = [llm.add_request(list(prompt), GREEDY) for prompt in prompts]
+        params = replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY)
+        ids = [llm.add_request(list(prompt), params) for prompt in prompts]
         for _ in range(3):
             llm.step()
         llm.abort_request(ids[0])
         results = {}
         while not llm.is_finished():
-            results.update(llm.step())
+            results.update({int(result["request_id"]): result for result in llm.step()})
         check_idle(llm)
         assert tokens(results[request_id] for request_id in ids[1:]) == expected(checkpoint, prompts)[1:]

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import loader
 from nanovllm.engine import llm_engine, model_runner
 from nanovllm.parallel import ranks as worker
+from nanovllm.sampling_params import RequestOutputKind
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -247,7 +249,8 @@ def test_ctrl_c_in_generate(request, path, want, ranks):
                 llm.generate(PROMPTS, ENDLESS, use_tqdm=False)
         timer.join()
         check_idle(llm)
-    kept = llm.add_request(PROMPTS[0], GREEDY)  # what a call did not bring is none of its business
+    # What a call did not bring is none of its business.
+    kept = llm.add_request(PROMPTS[0], replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY))
     interrupt_after(0.1)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, ENDLESS, use_tqdm=False)
@@ -255,7 +258,7 @@ def test_ctrl_c_in_generate(request, path, want, ranks):
     assert list(llm.requests) + list(llm.results) == [kept]
     while not (results := llm.step()):
         pass
-    assert [(i, result["token_ids"]) for i, result in results] == [(kept, want[0])]
+    assert [(int(result["request_id"]), result["token_ids"]) for result in results] == [(kept, want[0])]
     assert tokens(llm) == want
     if ranks == 1:
         llm.close()

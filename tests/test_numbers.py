@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from thread_fuzz import make_checkpoint
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.outputs import RequestError
+from nanovllm.sampling_params import RequestOutputKind
 
 BAD = 7  # the token whose embedding is no number
 GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
@@ -126,10 +128,11 @@ def test_a_token_that_makes_the_next_step_fail(damaged):
     want = damaged.want(prompt)[: damaged.want(prompt).index(BAD) + 1]
     good = damaged.good_prompts()[0]
     with engine(damaged.path, dtype="float32") as llm:
-        ids = [llm.add_request(list(p), GREEDY) for p in (prompt, good)]
+        params = replace(GREEDY, output_kind=RequestOutputKind.FINAL_ONLY)
+        ids = [llm.add_request(list(p), params) for p in (prompt, good)]
         results = {}
         while not llm.is_finished():
-            results.update(llm.step())
+            results.update({int(result["request_id"]): result for result in llm.step()})
         assert (results[ids[0]]["token_ids"], results[ids[0]]["finish_reason"]) == (want, "error")
         assert f"request {ids[0]} failed" in results[ids[0]]["error"]
         assert results[ids[1]]["token_ids"] == damaged.want(good) and "error" not in results[ids[1]]

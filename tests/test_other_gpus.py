@@ -20,8 +20,10 @@ import nanovllm.kernels
 import nanovllm.parallel
 from nanovllm.kernels import HAS_TRITON, tuning
 from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.adjust_logits import LogitTables, adjust_logits
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.kernels.linear import linear
+from nanovllm.kernels.logprobs import top_logprobs
 from nanovllm.kernels.paged_attention import _compiled_for, paged_decode, paged_prefill
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.sampling import draw, filter_thresholds
@@ -160,6 +162,19 @@ def launch_rows(dtype: torch.dtype) -> None:
     store_tokens(packed, longs, longs, empty(4, 4, dtype=I64), empty(1, dtype=I64))
 
 
+def launch_adjustments(dtype: torch.dtype) -> None:
+    """What draws from adjusted logits, with each set of tables, and tells logprobs, of one token and of several."""
+    logits, longs = empty(4, VOCAB_SIZE, dtype=dtype), empty(4, dtype=I64)
+    tokens, bias = empty(4, VOCAB_SIZE, dtype=I32), empty(4, VOCAB_SIZE, dtype=F32)
+    mask = empty(4, VOCAB_SIZE // 32, dtype=I32)
+    for tables in ((tokens,), (tokens, bias), (tokens, None, mask), (tokens, bias, mask)):
+        adjust_logits(
+            logits, longs, empty(4, dtype=I32), empty(4, 4, dtype=I64), empty(6, 4, dtype=F32), LogitTables(*tables)
+        )
+    for num_top in (0, 1, 20):
+        top_logprobs(logits, longs, num_top)
+
+
 def launch_sums(dtype: torch.dtype, ranks: int) -> None:
     """Sums over ranks in each of their forms."""
     buffers = [empty(2**24, dtype=torch.uint8)] * ranks
@@ -219,6 +234,13 @@ def test_rows(compile_for, capability, dtype):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, BF16)]))
+def test_adjustments(compile_for, capability, dtype):
+    compiled = compile_for(capability)
+    launch_adjustments(dtype)
+    assert_fits(compiled, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, BF16)]))
 def test_sums_over_ranks(compile_for, capability, dtype):
     compiled = compile_for(capability)
     for ranks in (2, 8):
@@ -238,6 +260,7 @@ def test_no_kernel_is_left_out(launch_on):
     launch_rope(BF16, 128)
     launch_linear(BF16, 1)
     launch_rows(BF16)
+    launch_adjustments(BF16)
     launch_sums(BF16, 2)
     assert launched == {name for name in kernels if name.endswith("_kernel")}
 

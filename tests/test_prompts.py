@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.admission import UNSUPPORTED, check_request, check_requests
-from nanovllm.prompts import TextPrompt, TokensPrompt
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.sampling_params import BeamSearchParams, GuidedDecodingParams, StructuredOutputsParams
 from nanovllm.text.tokenizer import Tokenizer
 
@@ -234,7 +234,6 @@ def test_max_tokens_of_none_is_what_fits():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"stop_token_ids": [1, 6]}, "stop_token_ids.*between 0 and 5, got 6"),
         ({"allowed_token_ids": [2**40]}, f"allowed_token_ids.*between 0 and 5, got {2**40}"),
         ({"logit_bias": {"7": 1.0}}, "logit_bias.*between 0 and 5, got 7"),
         ({"logprobs": 21}, r"logprobs=21.*max_logprobs=20.*LLM\(\.\.\., max_logprobs=21\)"),

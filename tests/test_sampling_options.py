@@ -73,7 +73,7 @@ def check_entry(
         assert logprob.rank == int((logprobs > logprobs[number]).sum()) + 1
 
 
-def check_prompt(result, checkpoint, prompt, params) -> None:
+def check_prompt(result, checkpoint, prompt, params, tolerance=1e-4) -> None:
     """A result's prompt_logprobs are what was asked for."""
     if params.prompt_logprobs is None:
         assert result.prompt_logprobs is None
@@ -83,7 +83,7 @@ def check_prompt(result, checkpoint, prompt, params) -> None:
     for token_id, entry, logprobs in zip(
         prompt[1:], entries, complete(checkpoint, prompt, params).prompt_logprobs, strict=True
     ):
-        check_entry(entry, token_id, params.prompt_logprobs, logprobs)
+        check_entry(entry, token_id, params.prompt_logprobs, logprobs, tolerance)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -272,18 +272,29 @@ def test_eos_ends_a_text_unless_told_otherwise(llm, checkpoint):
     assert as_stop.outputs[0].stop_reason == EOS_TOKEN_IDS[2]
 
 
+ON_GPUS = {
+    "plain": ("plain", {}),
+    "preempted": ("preempted", {}),
+    "torch": ("plain", {"sampler_backend": "torch"}),
+    "two_gpus": ("plain", {"tensor_parallel_size": 2}),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("sampler_backend", ["triton", "torch"])
-@pytest.mark.parametrize("scenario", ["plain", "preempted"])
-def test_mixed_on_a_gpu(checkpoint, scenario, sampler_backend):
+@pytest.mark.parametrize("case", ON_GPUS)
+def test_mixed_on_a_gpu(checkpoint, case):
     """In CUDA graphs, which are captured for the kinds of steps that come, and replayed."""
+    scenario, options = ON_GPUS[case]
+    if torch.cuda.device_count() < options.get("tensor_parallel_size", 1):
+        pytest.skip("needs two GPUs")
     prompts, params = mixed_requests(len(scenario))
-    checkpoint, options = checkpoint("qwen3"), scenario_options(scenario, 16)
-    with engine(checkpoint.path, device="cuda", sampler_backend=sampler_backend, **options) as llm:
+    checkpoint, options = checkpoint("qwen3"), scenario_options(scenario, 16) | options
+    with engine(checkpoint.path, device="cuda", **options) as llm:
         results = generate(llm, prompts, params)
         captured = llm.ranks.runner.graphs.captured
         assert any(shape.adjusting and shape.num_logprobs for shape in captured)
         again = generate(llm, prompts, params)
     for result, other, prompt, param in zip(results, again, prompts, params, strict=True):
         check_sample(result.outputs[0], checkpoint, prompt, param, tolerance=2e-3)
+        check_prompt(result, checkpoint, prompt, param, tolerance=2e-3)
         assert other.token_ids == result.token_ids

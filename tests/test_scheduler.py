@@ -163,7 +163,7 @@ class Driver:
         assert reaches_end[: batch.num_samples] == [True] * batch.num_samples
         assert reaches_end[batch.num_samples :] == [False] * batch.is_last_partial
         if batch.seqs:
-            step = build_step_input(batch, VOCAB_SIZE)
+            step = build_step_input(batch, self.device.vocab_size)
             assert step.is_last_partial == batch.is_last_partial
             assert len(step.decode_rows) + len(step.prompts) == len(batch.seqs)
             if step.is_last_partial:
@@ -319,9 +319,10 @@ def test_which_tokens_become_text(is_async, end):
     want = expected([1, 2, 3], SamplingParams(max_tokens=6, ignore_eos=True), 32, 1000)[0]
     pushed = []
 
-    def push(token_ids):
+    def push(token_ids, finds_stops):
+        assert finds_stops
         pushed.extend(token_ids)
-        return end == "stop string" and len(pushed) == 3
+        return "stop" if end == "stop string" and len(pushed) == 3 else None
 
     seq.detokenizer = SimpleNamespace(push=push)
     if end == "eos":
@@ -335,6 +336,8 @@ def test_which_tokens_become_text(is_async, end):
     assert seq.completion_token_ids == want[:num_tokens]
     assert pushed == want[: min(num_tokens, 3 if end in ("eos", "stop_token_ids") else 6)]
     assert seq.finish_reason == ("length" if end == "length" else "stop")
+    assert seq.stop_reason == {"stop_token_ids": want[3], "stop string": "stop"}.get(end)
+    assert seq.has_end_token == (end in ("eos", "stop_token_ids"))
 
 
 def test_rows_and_reuse():

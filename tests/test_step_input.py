@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import VOCAB_SIZE
 
 from nanovllm import SamplingParams
 from nanovllm.engine.device_rows import RING_SIZE, DeviceRows, PromptParts
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import COLDEST, build_step_input
+from nanovllm.kernels.adjust_logits import USES_TABLE
+from nanovllm.sampling.adjustments import Adjustment
 
 BUDGET, MAX_NUM_SEQS, MAX_BLOCKS = 20, 8, 16
 PADDING_ROW = MAX_NUM_SEQS
@@ -56,23 +59,29 @@ def mixed_batch(scheduler: Scheduler) -> tuple[list[Sequence], Batch]:
 
 def test_columns_of_rows_that_join(scheduler, rows):
     """One order: of the columns, of what the docstring of StepInput says, of the rows on the device."""
-    params = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125}
-    hot = add(scheduler, [3, 4, 5], seed=2**64 - 1, **params)
+    params = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125, "min_tokens": 6}
+    penalties = {"presence_penalty": 0.75, "frequency_penalty": -1.5, "repetition_penalty": 3.0}
+    hot = add(scheduler, [3, 4, 5], seed=2**64 - 1, **params, **penalties)
+    hot.adjustment = Adjustment(hot.sampling_params, hot.token_ids, frozenset(), [], VOCAB_SIZE, None)
     cold = add(scheduler, [6, 9], seed=5, temperature=COLDEST / 2)
-    step = build_step_input(scheduler.schedule())
+    step = build_step_input(scheduler.schedule(), VOCAB_SIZE)
     assert (step.joined_ints.dtype, step.joined_floats.dtype) == (np.int64, np.float32)
-    #                                     row, last token, context length, top_k, seed
-    assert step.joined_ints.tolist() == [[hot.row, 5, 0, 7, -1], [cold.row, 9, 0, cold.sampling_params.top_k, 5]]
-    #                                     temperature, top_p, min_p
-    assert step.joined_floats.tolist() == [[0.5, 0.25, 0.125], [0.0, 1.0, 0.0]]
-    assert step.is_filtered
+    assert step.joined_ints.tolist() == [
+        # row, last token, context length, top_k, seed, least length, flags
+        [hot.row, 5, 0, 7, -1, 9, USES_TABLE],
+        [cold.row, 9, 0, cold.sampling_params.top_k, 5, 0, 0],
+    ]
+    #                                     temperature, top_p, min_p, presence, frequency, repetition
+    assert step.joined_floats.tolist() == [[0.5, 0.25, 0.125, 0.75, -1.5, 3.0], [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]]
+    assert step.is_filtered and step.adjusting == USES_TABLE
+    assert step.table_changes.rows.tolist() == [hot.row]
     rows.apply_changes(step)
     assert rows.last_tokens[[hot.row, cold.row]].tolist() == [5, 9]
     assert rows.context_lens[[hot.row, cold.row]].tolist() == [0, 0]
-    top_k, seeds = rows.row_ints
-    assert (top_k[hot.row].item(), seeds[hot.row].item()) == (7, -1)
-    temperature, top_p, min_p = rows.row_floats
-    assert (temperature[hot.row].item(), top_p[hot.row].item(), min_p[hot.row].item()) == (0.5, 0.25, 0.125)
+    assert rows.row_ints[:, hot.row].tolist() == [7, -1, 9, USES_TABLE]
+    assert rows.row_ints[:, cold.row].tolist() == [cold.sampling_params.top_k, 5, 0, 0]
+    assert rows.row_floats[:, hot.row].tolist() == [0.5, 0.25, 0.125, 0.75, -1.5, 3.0]
+    assert rows.row_floats[:, cold.row].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_a_cached_prefix_is_the_context_of_a_row_that_joins(scheduler, rows):
@@ -100,6 +109,7 @@ def test_decodes_and_parts_of_prompts(scheduler, rows):
     assert batch.is_last_partial and batch.num_samples == len(batch.seqs) - 1
     step = build_step_input(batch, VOCAB_SIZE)
     assert step.is_last_partial and not step.is_filtered
+    assert (step.adjusting, step.num_logprobs, step.num_prompt_logprobs, step.table_changes) == (0, 0, 0, None)
     assert step.decode_rows.tolist() == [first.row, cached.row, single.row]
     #                                 row, first position, number of tokens
     assert step.prompts.tolist() == [[whole.row, 0, 3], [partial.row, 0, 14]]
@@ -117,9 +127,9 @@ def test_decodes_and_parts_of_prompts(scheduler, rows):
 def test_one_token_that_does_not_reach_the_end_is_no_decode(scheduler):
     scheduler.config.max_num_batched_tokens = 1
     seq = add(scheduler, [5, 6])
-    step = build_step_input(scheduler.schedule())
+    step = build_step_input(scheduler.schedule(), VOCAB_SIZE)
     assert step.is_last_partial and step.decode_rows.tolist() == [] and step.prompts.tolist() == [[seq.row, 0, 1]]
-    step = build_step_input(scheduler.schedule())
+    step = build_step_input(scheduler.schedule(), VOCAB_SIZE)
     assert not step.is_last_partial and step.decode_rows.tolist() == [seq.row] and len(step.prompts) == 0
 
 
@@ -153,7 +163,7 @@ def test_prompt_parts(rows, is_last_partial, num_padded_tokens):
 def test_nothing_is_allocated_anew(scheduler, rows):
     """CUDA graphs hold the addresses of all that a step reads."""
     addresses = {name: value.data_ptr() for name, value in vars(rows).items() if isinstance(value, torch.Tensor)}
-    step = build_step_input(mixed_batch(scheduler)[1])
+    step = build_step_input(mixed_batch(scheduler)[1], VOCAB_SIZE)
     rows.apply_changes(step)
     rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, len(step.token_ids))
     assert len(addresses) == 9

@@ -27,27 +27,36 @@ STOP_CHARACTERS = " the.,'n中👋\ufffd"
 class Oracle:
     """The texts of the first 1, 2, ... tokens, each by one whole `decode` of transformers."""
 
-    def __init__(self, tokenizer: Any, token_ids: list[int], stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, tokenizer: Any, token_ids: list[int], stop: tuple[str, ...], keeps_stop: bool, skips_special: bool
+    ) -> None:
         self.texts: list[str] = []
         self.stopped_by: str | None = None
         for end in range(1, len(token_ids) + 1):
-            text = tokenizer.decode(token_ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+            text = tokenizer.decode(token_ids[:end], skip_special_tokens=skips_special).rstrip("\ufffd")
             found = [(text.index(string), string) for string in stop if string in text]
             if found:
-                end, self.stopped_by = min(found)
-                text = text[:end]
+                length, self.stopped_by = min(found)
+                text = text[: length + len(self.stopped_by) * keeps_stop]
             self.texts.append(text)
             if found:
                 break
 
 
 def check_sequence(
-    ours: Tokenizer, theirs: Any, token_ids: list[int], stop: tuple[str, ...], takes: list[bool]
+    ours: Tokenizer,
+    theirs: Any,
+    token_ids: list[int],
+    stop: tuple[str, ...],
+    takes: list[bool],
+    keeps_stop: bool,
+    skips_special: bool,
 ) -> None:
     """Pushes tokens one by one, takes text where `takes` says so, and raises AssertionError at a difference."""
-    oracle = Oracle(theirs, token_ids, stop)
-    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
-    detokenizer, taken = Detokenizer(ours, stop), ""
+    oracle = Oracle(theirs, token_ids, stop, keeps_stop, skips_special)
+    whole = theirs.decode(token_ids, skip_special_tokens=skips_special)
+    assert ours.decode(token_ids, skips_special) == whole
+    detokenizer, taken = Detokenizer(ours, stop, keeps_stop, skips_special), ""
     for index, text in enumerate(oracle.texts):
         stopped_by = detokenizer.push(token_ids[index : index + 1])
         assert detokenizer.text == text, f"token {index}: {detokenizer.text!r}, not {text!r}"
@@ -58,9 +67,9 @@ def check_sequence(
             taken += detokenizer.take(is_last)
             assert oracle.texts[-1].startswith(taken), f"token {index}: {taken!r} taken of {oracle.texts[-1]!r}"
     assert not oracle.texts or taken == oracle.texts[-1], f"{taken!r} taken of {oracle.texts[-1]!r}"
-    at_once = Detokenizer(ours)
+    at_once = Detokenizer(ours, skip_special_tokens=skips_special)
     at_once.push(token_ids)
-    assert at_once.text == theirs.decode(token_ids, skip_special_tokens=True).rstrip("\ufffd")
+    assert at_once.text == whole.rstrip("\ufffd")
 
 
 class Kind:
@@ -93,10 +102,12 @@ class Kind:
         lengths = [draw.randint(1, 4) for _ in range(draw.choice([0, 0, 1, 3]))]
         stop = tuple("".join(draw.choice(STOP_CHARACTERS) for _ in range(length)) for length in lengths)
         takes = [draw.random() < 0.7 for _ in token_ids]
+        keeps_stop, skips_special = draw.random() < 0.3, draw.random() < 0.7
         try:
-            check_sequence(self.ours, self.theirs, token_ids, stop, takes)
+            check_sequence(self.ours, self.theirs, token_ids, stop, takes, keeps_stop, skips_special)
         except AssertionError as error:
-            raise AssertionError(f"{self.name} {token_ids} stop={stop} takes={takes}: {error}") from error
+            case = f"{self.name} {token_ids} {stop=} {takes=} {keeps_stop=} {skips_special=}"
+            raise AssertionError(f"{case}: {error}") from error
 
 
 def main() -> int:

@@ -25,10 +25,12 @@ from transformers import Qwen3Config
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind
 
 VOCAB_SIZE = 2048  # the demo tokenizer's ids are among them
 DEMO = Path(nanovllm.demo.__file__).parent
 STOPS = [None, None, None, "e", ["th", "a"]]
+KINDS = [RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY]
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -94,12 +96,18 @@ class Caller:
     def add(self, call: Call) -> Any:
         ids = [self.llm.add_request(prompt, param) for prompt, param in zip(call.prompts, call.params, strict=True)]
         while not all(request_id in self.handed_out for request_id in ids):
-            self.handed_out.update(self.llm.step())
+            self.step()
         return [answer(self.handed_out.pop(request_id)) for request_id in ids]
+
+    def step(self) -> None:
+        """Keeps the results of what has finished, of the other threads' requests too."""
+        for result in self.llm.step():
+            if result["finished"]:
+                self.handed_out[int(result["request_id"])] = result
 
     def abort(self, call: Call) -> Any:
         request_id = self.llm.add_request(call.prompts[0], call.params[0])
-        self.handed_out.update(self.llm.step())
+        self.step()
         self.llm.abort_request(request_id)
         assert request_id not in self.llm.requests
         self.handed_out.pop(request_id, None)  # it may have ended before
@@ -124,7 +132,8 @@ def draw_call(draw: random.Random, bases: list[list[int]]) -> Call:
             if draw.random() < 0.6
             else {"seed": draw.randrange(100), "top_k": draw.choice([-1, 20])}
         )
-        return SamplingParams(max_tokens=draw.randint(1, 20), ignore_eos=True, stop=draw.choice(STOPS), **how)
+        how |= {"stop": draw.choice(STOPS), "output_kind": draw.choice(KINDS)}
+        return SamplingParams(max_tokens=draw.randint(1, 20), ignore_eos=True, **how)
 
     kind = draw.choice(["generate", "generate", "chat", "stream", "abandon", "add", "abort", "refuse"])
     number = draw.randint(1, 4)
@@ -171,7 +180,7 @@ def find_differences(want: list[list[Any]], got: list[list[Any]], calls: list[li
 def check_nothing_left(llm: LLM) -> None:
     check_integrity(llm.scheduler)
     manager = llm.scheduler.block_manager
-    if not llm.is_finished() or llm.dropped or len(manager.free_block_ids) != len(manager.blocks):
+    if not llm.is_finished() or llm.progressed or llm.dropped or len(manager.free_block_ids) != len(manager.blocks):
         raise RuntimeError(f"requests {sorted(llm.requests)} are left, results {sorted(llm.results)}")
 
 

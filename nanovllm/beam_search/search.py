@@ -18,7 +18,7 @@ from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.prompts import Prompt
+    from nanovllm.inputs import Prompt
 
 MAX_EXPONENT = 126  # of two, in a float32
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanovllm.config import Config
-from nanovllm.prompts import Prompt
+from nanovllm.inputs import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
 
@@ -28,6 +28,8 @@ UNSUPPORTED = {  # what vLLM's calls and prompts may bring, and why it is not he
     "prompt_embeds": "a prompt's embeddings are looked up by its token ids",
     "cache_salt": "all requests share cached prefixes; enable_prefix_caching=False keeps them apart",
     "encoder_prompt": "the models have no encoder",
+    "priority": "requests are served in the order in which they come",
+    "tokenization_kwargs": "truncate_prompt_tokens of SamplingParams cuts prompts, and all else is the tokenizer's",
     "decoder_prompt": "the models have no encoder, so that a prompt has one part",
 }
 

@@ -20,10 +20,10 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import build_step_input
+from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.prompts import Prompt
 from nanovllm.sampling.logprobs import take_in_logprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.tokenizer import load_tokenizer
@@ -179,6 +179,8 @@ class LLMEngine:
         lora_request: None = None,
         *,
         prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
+        priority: None = None,
+        tokenization_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Completes prompts: strings, lists of token ids, dicts that have one of these, or a single one of all that.
 
@@ -186,7 +188,7 @@ class LLMEngine:
             prompts: what to complete.
             sampling_params: for all prompts, or a list with one for each; None: the model's defaults.
             use_tqdm: show a progress bar; or what makes one, as `tqdm.tqdm` does.
-            lora_request: not supported.
+            lora_request, priority, tokenization_kwargs: not supported.
             prompt_token_ids: the ids of the prompts, as older scripts give them.
 
         Returns:
@@ -198,7 +200,8 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        admission.check_unsupported({"lora_request": lora_request})
+        unsupported = {"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs}
+        admission.check_unsupported(unsupported)
         checked = admission.check_requests(
             prompts, sampling_params, self.config, self.tokenizer, self.default_sampling_params, prompt_token_ids
         )
@@ -335,7 +338,7 @@ class LLMEngine:
             f"request {seq.request_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
             f"{len(seq.completion_token_ids)} more, the logits hold no finite maximum; check "
             f"dtype={self.config.dtype!r}, as float16 overflows where others do not, and the weights in "
-            f"{self.config.model!r}, which may hold NaN"
+            f"{self.config.model!r}, which may hold NaN; or its parameters allow no token"
         )
 
     def _check_one(self, prompt: Prompt, params: SamplingParams | None) -> admission.Request:
