@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from nanovllm.compat.engine_args import EngineArgs
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
@@ -11,6 +12,7 @@ from nanovllm.sampling_params import SamplingParams
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "EngineArgs",
     "LLMEngine",
     "RequestError",
     "RequestOutput",

@@ -5,13 +5,14 @@ Nothing here knows how requests are computed.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partialmethod
+from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import torch
 from tqdm.auto import tqdm
 
 from nanovllm.beam_search.search import BeamSearchOutput, beam_search
+from nanovllm.compat.refused_methods import refused_method
 from nanovllm.config import Dtype
 from nanovllm.engine.admission import Params, Request, check_unsupported
 from nanovllm.engine.llm_engine import LLMEngine
@@ -19,16 +20,6 @@ from nanovllm.inputs import Prompt, TokensPrompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 from nanovllm.text.chat_template import ChatTemplate, ContentFormat, Message
-
-NO_POOLING = "models generate text here; their vectors, labels and scores are not read out"
-REFUSED = {  # methods of vLLM's LLM, and why they are not here
-    "encode": f"{NO_POOLING} (for token ids, there is `llm.tokenizer.encode`)",
-    "embed": NO_POOLING,
-    "classify": NO_POOLING,
-    "score": NO_POOLING,
-    "reward": NO_POOLING,
-    "set_tokenizer": "an engine keeps its tokenizer; LLM(..., tokenizer=...) starts one with another",
-}
 
 
 class LLM(LLMEngine):
@@ -220,16 +211,9 @@ class LLM(LLMEngine):
         check_unsupported({"lora_request": lora_request})
         return beam_search(self, prompts, params, use_tqdm)
 
-    def _refuse(self, method: str, /, *arguments: Any, **options: Any) -> NoReturn:
-        """Stands for a method of vLLM's LLM that is not here."""
-        raise ValueError(f"LLM.{method} is not supported: {REFUSED[method]}")
-
-    encode = partialmethod(_refuse, "encode")
-    embed = partialmethod(_refuse, "embed")
-    classify = partialmethod(_refuse, "classify")
-    score = partialmethod(_refuse, "score")
-    reward = partialmethod(_refuse, "reward")
-    set_tokenizer = partialmethod(_refuse, "set_tokenizer")
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        """vLLM's methods that are not here say why when they are called."""
+        return refused_method(self, name)
 
     def __enter__(self) -> "LLM":
         return self

@@ -68,6 +68,10 @@ class CompletionOutput(Record):
     finish_reason: str | None
     stop_reason: str | int | None
 
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
 
 class RequestOutput(Record):
     """A request's samples, and what is known of it.

@@ -43,7 +43,7 @@ MAX_LEN = 112
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-4}  # of logprobs
 MOST_ROUNDED = 0.002  # of the samples
 NUM_SHAKES = 256
-REQUESTS_OF_AN_ENGINE = 60
+REQUESTS_OF_AN_ENGINE = {"cpu": 90, "cuda": 600}  # on a GPU, engines capture graphs of each kind of step
 TWO_RANKS_AFTER = 8  # engines of one rank there is one of two, which take seconds to start
 TWO_RANKS_REQUESTS = 3  # times as many has such an engine
 ENDS = [1, 2, 40, 43]  # some of the tokens that end a text: by the checkpoint's files, and by the tokenizer's
@@ -87,7 +87,7 @@ class Drawer:
                     "async_scheduling": is_async,
                     "enable_prefix_caching": has_cache,
                     "num_kvcache_blocks": self.rng.choice([7, 10]) if has_few_blocks else 400,
-                    "max_num_batched_tokens": self.rng.choice([6, 12, 40]) if has_small_steps else 4096,
+                    "max_num_batched_tokens": self.rng.choice([6, 6, 12, 40]) if has_small_steps else 4096,
                     "max_num_seqs": self.rng.choice([2, 5]) if has_few_rows else 24,
                 }
                 yield options
@@ -98,7 +98,7 @@ class Drawer:
         """What the requests of a batch have in common, as evenly mixed ones rarely meet a batch of their own kind."""
         self.is_short = self.rng.random() < 0.5
         self.share_plain = self.rng.choice([0.0, 0.0, 0.3, 0.9])
-        self.share_bound = self.rng.choice([0.0, 0.1, 0.5, 0.5])
+        self.share_bound = self.rng.choice([0.0, 0.3, 0.3])
 
     def prompt(self) -> str | list[int]:
         """Some share their beginning with others, some are text, and some nearly as long as the model takes."""
@@ -456,8 +456,9 @@ def fuzz_engine(alone: Alone, drawer: Drawer, llm: LLM, num_requests: int) -> tu
     trace, counts, wrong = Trace(llm), Counter(), []
     while counts["requests"] < num_requests:
         answer = drawer.rng.choice([answer_at_once, answer_by_steps])
-        number = min(drawer.rng.choice([3, 20, 40]), num_requests - counts["requests"])
         drawer.change_mood()
+        number = 60 if drawer.is_short else drawer.rng.choice([3, 20, 40])
+        number = min(number, num_requests - counts["requests"])
         try:
             answered = answer(llm, drawer, number)
             check_idle(llm)
@@ -476,7 +477,7 @@ def fuzz(
     seed: int,
     device: str = "cpu",
     has_structures: bool = True,
-    requests_of_an_engine: int = REQUESTS_OF_AN_ENGINE,
+    requests_of_an_engine: int | None = None,
 ) -> tuple[Counter[str], list[str]]:
     """Engines after each other until so many requests were made: what happened how often, and what was wrong."""
     counts, wrong = Counter(), []
@@ -492,7 +493,9 @@ def fuzz(
                     break
                 if device == "cuda" and num_ranks > num_gpus:
                     continue
-                number = requests_of_an_engine * (TWO_RANKS_REQUESTS if num_ranks > 1 else 1)
+                number = (requests_of_an_engine or REQUESTS_OF_AN_ENGINE[device]) * (
+                    TWO_RANKS_REQUESTS if num_ranks > 1 else 1
+                )
                 with make_engine(folder, device, **options) as llm:
                     more_counts, more_wrong = fuzz_engine(alone, drawer, llm, min(number, num_left))
                 counts += more_counts + Counter(engines=1)

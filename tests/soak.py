@@ -31,6 +31,7 @@ from nanovllm.sampling_params import RequestOutputKind
 
 VOCAB_SIZE = 2048  # the demo tokenizer's ids are among them
 STOPS = ["a", "e", "th", "\n", "zq", "�"]
+PARTS = {"token_ids": [], "text": "", "logprobs": []}  # of a sample that may come piece by piece
 DEMO = Path(nanovllm.demo.__file__).parent
 
 
@@ -216,11 +217,11 @@ class Soak:
             is_finished = all(sample["finish_reason"] is not None for sample in output["outputs"])
             require(output["finished"] == is_finished and "error" not in output, f"a result, not {output}")
             require(is_finished or params.output_kind is not RequestOutputKind.FINAL_ONLY, "the end only")
-            before = so_far.get(request_id, [{"token_ids": [], "text": "", "logprobs": []}] * params.n)
+            before = so_far.get(request_id, [PARTS] * params.n)
             so_far[request_id] = [dict(sample) for sample in output["outputs"]]
             for old, new in zip(before, so_far[request_id], strict=True):
                 if params.output_kind is RequestOutputKind.DELTA:
-                    new |= {name: old[name] + new[name] for name in old if new[name] is not None}
+                    new |= {name: old[name] + new[name] for name in PARTS if new[name] is not None}
                 require(new["token_ids"][: len(old["token_ids"])] == old["token_ids"], "tokens that stay")
                 # What is the beginning of a stop string is text until the rest has come.
                 require(bool(params.stop) or new["text"].startswith(old["text"]), "text that stays")

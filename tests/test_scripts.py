@@ -370,7 +370,8 @@ def test_programs_run_on_both_and_are_compared(tmp_path):
         "class LLM(nanovllm.LLM):\n"
         "    def generate(self, *arguments, **options):\n"
         "        outputs = super().generate(*arguments, **options)\n"
-        "        outputs[0]['extra'] = 1\n"
+        "        for output in outputs:\n"
+        "            output['extra'] = 1\n"
         "        return outputs\n"
     )
     process = run_tool("demo", "basic", "beam_search", "guided_decoding", "streaming", path=str(tmp_path))

@@ -43,7 +43,7 @@ class Intake:
     def grammars(self) -> GrammarCompiler:
         """What compiles grammars; made when the first one is asked for, as it reads the whole vocabulary."""
         facts = self.config.model_config
-        return GrammarCompiler(self.config.tokenizer, self.tokenizer, facts.vocab_size, self.scheduler.eos_token_ids)
+        return GrammarCompiler(self.tokenizer, facts.vocab_size, self.scheduler.eos_token_ids)
 
     def check_structures(self, requests: list[admission.Request]) -> None:
         """Raises ValueError for a structure of a request that cannot be compiled, as far as that is seen at once."""
@@ -132,6 +132,6 @@ class Intake:
         end_token_ids = self.scheduler.eos_token_ids.union(params.stop_token_ids)
         for seq in request.seqs:
             if params.is_adjusted:
-                constraint = make_constraint(grammar, bad_words, vocab_size)
+                constraint = make_constraint(grammar, bad_words)
                 seq.adjustment = Adjustment(params, seq.token_ids, end_token_ids, bad_words, vocab_size, constraint)
             self.scheduler.add(seq)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from tqdm.auto import tqdm
 
 from nanovllm.checkpoint.generation_config import default_sampling_params
+from nanovllm.compat.engine_args import EngineArgs
 from nanovllm.config import Config
 from nanovllm.engine import admission
 from nanovllm.engine.intake import Intake
@@ -97,6 +98,11 @@ class LLMEngine:
         if defaults.taken:
             print(f"nano-vllm: default sampling parameters of {defaults.path}: {defaults.taken}", file=sys.stderr)
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
+        """An engine, as vLLM's scripts make one."""
+        return cls(engine_args.model, **engine_args.options)
+
     # ---- driving the engine ---------------------------------------------------------------------------------------
 
     def add_request(
@@ -155,6 +161,10 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to hand out."""
         return not self.is_finished()
+
+    def get_num_unfinished_requests(self) -> int:
+        """How many requests are unfinished, of any thread."""
+        return len(self.requests)
 
     def abort_request(self, request_id: int | str | Items[int | str]) -> None:
         """Drops a request, or several, and what they hold; does nothing about those that have finished.
@@ -222,10 +232,11 @@ class LLMEngine:
                 raise RequestError(result["error"], ordered)
         return ordered
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets all cached prefixes."""
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; returns whether it did, which is always so."""
         with self._turn():
             self.scheduler.block_manager.reset_prefix_cache()
+        return True
 
     def exit(self) -> None:
         """Ends the ranks and frees their memory. Can be called again, and from any thread.

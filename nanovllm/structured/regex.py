@@ -23,7 +23,7 @@ Item = tuple[Any, Any]  # of a parsed expression: what it is, and what belongs t
 Placed = tuple[Item, bool, bool]  # with whether it stands at the expression's start, and at its end
 Ranges = list[tuple[int, int]]  # first and last code points, both included, sorted and apart
 LAST = 0x10FFFF
-# Code points of one or two, three and four bytes. In one class, xgrammar's automata take bytes for UTF-8 that are none.
+# Code points of one or two, three and four bytes. In one class, xgrammar takes bytes for UTF-8 that are none.
 UTF8_LENGTHS = ((0, 0x7FF), (0x800, 0xFFFF), (0x10000, LAST))
 # With a higher count, xgrammar does not compute what an automaton allows before it is asked for.
 MOST_IN_AUTOMATON = 128

@@ -1,0 +1,37 @@
+"""The methods of vLLM's `LLM` that are not here, and why."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+NO_POOLING = "the models generate tokens; they have no head that pools hidden states"
+ONE_PROCESS = "there are no workers to be called: what a rank runs is the engine's own"
+REFUSED = {
+    "encode": f"{NO_POOLING} (for token ids, there is `llm.tokenizer.encode`)",
+    "embed": NO_POOLING,
+    "classify": NO_POOLING,
+    "score": NO_POOLING,
+    "reward": NO_POOLING,
+    "set_tokenizer": "an engine keeps its tokenizer; LLM(..., tokenizer=...) starts one with another",
+    "sleep": "an engine keeps its memory until `close`; starting another takes seconds",
+    "wake_up": "an engine never sleeps",
+    "start_profile": "`bench.py --profile` makes a trace, as torch.profiler around any calls does",
+    "stop_profile": "`bench.py --profile` makes a trace, as torch.profiler around any calls does",
+    "get_metrics": "each result has metrics of its own",
+    "collective_rpc": ONE_PROCESS,
+    "apply_model": ONE_PROCESS,
+}
+
+
+def refused_method(owner: object, name: str) -> Callable[..., NoReturn]:
+    """What stands for such a method: it raises ValueError when called, with the reason.
+
+    Raises:
+        AttributeError: another name.
+    """
+    if name not in REFUSED:
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
+
+    def refuse(*arguments: Any, **options: Any) -> NoReturn:
+        raise ValueError(f"LLM.{name} is not supported: {REFUSED[name]}")
+
+    return refuse
