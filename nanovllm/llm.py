@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from nanovllm.beam_search.search import BeamSearchOutput, beam_search
 from nanovllm.compat.refused_methods import refused_method
 from nanovllm.config import Dtype
-from nanovllm.engine.admission import Params, Request, check_unsupported
+from nanovllm.engine.admission import Params, Request, check_request, check_unsupported
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt, TokensPrompt
 from nanovllm.outputs import RequestError, RequestOutput
@@ -189,7 +189,9 @@ class LLM(LLMEngine):
             prompt = self._rendered(self.chat_template.render(prompt, **chat_options))
         elif chat_options:
             raise TypeError(f"{', '.join(chat_options)} must come with a conversation, got the prompt {prompt!r:.100}")
-        request = self._check_one(prompt, sampling_params)
+        request = check_request(prompt, sampling_params, self.config, self.tokenizer, self.default_sampling_params)
+        with self._turn():
+            self.intake.check_structures([request])
         if request.params.n > 1:
             raise ValueError(f"stream yields one text, got n={request.params.n}; `generate` returns several")
         if not request.params.detokenize:

@@ -132,8 +132,13 @@ class Options:
         raise NotImplementedError
 
     def clone(self: Self) -> Self:
-        """A copy that shares nothing that can change."""
-        return copy.deepcopy(self)
+        """A copy that shares nothing that can change; checked options have tuples only of what cannot."""
+        clone = copy.copy(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (type(None), int, float, str, tuple, Enum)):
+                setattr(clone, field.name, copy.deepcopy(value))
+        return clone
 
 
 @dataclass(repr=False, slots=True)

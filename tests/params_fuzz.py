@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ from nanovllm.kernels.sampling import unpack_token_ids
 from nanovllm.layers.sampler import sample as draw_tokens
 from nanovllm.outputs import Logprob, RequestOutput
 from nanovllm.sampling.adjustments import bad_word_tokens
-from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from nanovllm.text.detokenizer import REPLACEMENT
 from nanovllm.text.tokenizer import Tokenizer
 
@@ -397,6 +399,22 @@ def is_rounding(alone: Alone, case: Case, got: RequestOutput, want: RequestOutpu
     return all(x is y is None or is_near(x, i, params.prompt_logprobs, y, alone.tolerance) for x, i, y in known)
 
 
+def has_structure(text: str, structure: StructuredOutputsParams | None) -> bool:
+    """Whether a whole text has the form that it must have, as far as this is looked at here."""
+    if structure is None:
+        return True
+    if structure.choice is not None:
+        return text in structure.choice
+    if structure.regex is not None:
+        return re.fullmatch(structure.regex, text, re.ASCII) is not None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    kind = {"object": dict, "array": list}["object" if structure.json_object else structure.json["type"]]
+    return isinstance(value, kind)
+
+
 def find_nonsense(llm: LLM, case: Case, result: RequestOutput, index: int) -> str | None:
     """In what a sample is not what its parameters say, as far as its tokens and its text alone show that."""
     params, sample, tokenizer = case.params, result.outputs[index], llm.tokenizer
@@ -415,6 +433,9 @@ def find_nonsense(llm: LLM, case: Case, result: RequestOutput, index: int) -> st
         "nothing stopped it": reason == "stop" and is_free and not has_end_token and stop is None,
         "it ends too early or late": reason == "length" and not is_full,
         "a token is not allowed": not set(ids) <= set(params.allowed_token_ids or ids),
+        "it is not of its structure": sample.stop_reason is None
+        and reason == "stop"
+        and not has_structure(tokenizer.decode(ids[:-1]), params.structured_outputs),
         "there is a bad word": set(bad_word_tokens(params.bad_words, tokenizer)) & set(words),
         f"the text of its tokens is {whole!r}": stop is None and text != whole,
         "it keeps or lacks the stop string": stop

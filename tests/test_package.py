@@ -124,11 +124,12 @@ def test_what_is_imported_is_a_dependency():
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module)
-    packages = {module.split(".")[0].replace("_", "-") for module in modules - {"__future__"}}
-    optional = PROJECT["optional-dependencies"]["cuda"]
+    packages = {module.split(".")[0] for module in modules - {"__future__"}} - sys.stdlib_module_names
+    packages = {package.replace("_", "-") for package in packages}
+    optional = PROJECT["optional-dependencies"]["cuda"] + PROJECT["optional-dependencies"]["structured"]
     required = {re.match(r"[\w-]+", requirement).group() for requirement in PROJECT["dependencies"] + optional}
     assert {"torch", "safetensors"} <= packages
-    missing = packages - sys.stdlib_module_names - {"nanovllm"} - required
+    missing = packages - {"nanovllm"} - required
     assert not missing
 
 

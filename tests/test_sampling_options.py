@@ -6,6 +6,7 @@ Scenarios are those of tests/engines.py: whole prompts, chunks, preemption, few 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engines import SCENARIOS, Trace, check_idle, engine, generate, scenario_opt
 from sampling_oracle import complete, random_params
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.outputs import CompletionOutput, Logprob
+from nanovllm.outputs import CompletionOutput, Logprob, RequestError
 
 PROMPT = random_prompt(5, 40)
 OPTIONS = {
@@ -298,3 +299,39 @@ def test_mixed_on_a_gpu(checkpoint, case):
         check_sample(result.outputs[0], checkpoint, prompt, param, tolerance=2e-3)
         check_prompt(result, checkpoint, prompt, param, tolerance=2e-3)
         assert other.token_ids == result.token_ids
+
+
+def test_ids_that_look_like_numbers(llm):
+    """An id of a caller's is never another request's, whoever else is served."""
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    name = str(llm.num_seqs + 2)
+    assert llm.add_request(name, list(PROMPT), params) == name
+    generate_params = SamplingParams(max_tokens=1)
+    assert len(llm.generate([list(PROMPT)], generate_params, use_tqdm=False)) == 1
+    with pytest.raises(ValueError, match="request_id must be of no unfinished request"):
+        llm.add_request(list(PROMPT), params)  # which would be known by the same
+    with pytest.raises(TypeError, match="request_id must be a string, got 7"):
+        llm.add_request(7, list(PROMPT), params)
+    llm.abort_request(name)
+    assert isinstance(llm.add_request(list(PROMPT), params), int)
+    llm.abort_request(llm.num_seqs - 1)
+    assert llm.step() == []
+    check_idle(llm)
+
+
+def test_a_failed_sample_fails_its_request(checkpoint, tmp_path):
+    """Whichever of its samples failed; there are as many logprobs as tokens."""
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoint("qwen2").path
+    for file in ("config.json", "generation_config.json"):
+        (tmp_path / file).write_bytes((Path(path) / file).read_bytes())
+    tensors = load_file(f"{path}/model.safetensors")
+    tensors["model.embed_tokens.weight"][7] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    params = SamplingParams(n=3, seed=10, logit_bias={7: 5.0}, max_tokens=2, ignore_eos=True, logprobs=1)
+    with engine(str(tmp_path)) as llm, pytest.raises(RequestError, match="request 0 failed") as raised:
+        llm.generate([list(random_prompt(1, 40))], params, use_tqdm=False)
+    (result,) = raised.value.results
+    assert {sample.finish_reason for sample in result.outputs} == {"error", "length"}
+    assert all(len(sample.token_ids) == len(sample.logprobs) for sample in result.outputs)

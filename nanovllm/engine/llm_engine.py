@@ -84,6 +84,7 @@ class LLMEngine:
             self._die(error)
         self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
         self.requests: dict[int, Request] = {}  # unfinished, by the id of their first sequence
+        self.numbers: dict[str, int] = {}  # of those that callers gave an id or `add_request` did, by it
         self.results: dict[int, RequestOutput] = {}  # of finished requests that `step` has yet to hand out
         self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
         self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
@@ -123,14 +124,19 @@ class LLMEngine:
         """
         if prompt is None or isinstance(prompt, SamplingParams):
             request_id, prompt, params = None, request_id, prompt
+        elif not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string, got {request_id!r}")
         self._check_alive()
         params = sampling_params if params is None else params
-        checked = self._check_one(prompt, params)
+        checked = admission.check_request(prompt, params, self.config, self.tokenizer, self.default_sampling_params)
         with self._turn():
-            if request_id is not None and self._find(request_id) is not None:
-                raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
+            self.intake.check_structures([checked])
+            name = str(self.num_seqs) if request_id is None else request_id
+            if name in self.numbers:
+                raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
             reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self._add(checked, self.results, request_id, reports_progress)
+            request = self._add(checked, self.results, name, reports_progress)
+            self.numbers[name] = request.number
         return request.number if request_id is None else request_id
 
     def step(self) -> list[RequestOutput]:
@@ -318,17 +324,20 @@ class LLMEngine:
                 self.ranks.check()  # a rank that died would leave the others waiting for ever
                 time.sleep(POLL_SECONDS)
             output.event.synchronize()
-        take_in_logprobs(batch, output.logprobs, output.prompt_logprobs)
         token_by_row = output.tokens.tolist()
-        finished = self.scheduler.postprocess(batch, [token_by_row[row] for row in batch.rows[: batch.num_samples]])
+        token_ids = [token_by_row[row] for row in batch.rows[: batch.num_samples]]
+        take_in_logprobs(batch, token_ids, output.logprobs, output.prompt_logprobs)
+        finished = self.scheduler.postprocess(batch, token_ids)
         num_decodes = batch.num_tokens.count(1)
         self.num_prefilled += sum(batch.num_tokens) - num_decodes
         self.num_decoded += num_decodes
+        ended = dict.fromkeys(self.requests[seq.request_id] for seq in finished)
         for seq in finished:
-            request = self.requests.get(seq.request_id)
-            if request is not None and seq.finish_reason == "error":
-                request.error = self._explain(seq)
-            if request is not None and request.is_finished:
+            if seq.finish_reason == "error":
+                request = self.requests[seq.request_id]
+                request.error = self._explain(request, seq)
+        for request in ended:
+            if request.is_finished:
                 self._finish(request)
         for seq in batch.seqs[: batch.num_samples]:
             request = self.requests.get(seq.request_id)
@@ -339,25 +348,17 @@ class LLMEngine:
 
     def _finish(self, request: Request) -> None:
         """Puts down the result of a request whose samples have ended."""
-        self.requests.pop(request.number, None)
-        self.progressed.pop(request.number, None)
+        self._forget(request)
         request.results[request.number] = request.output(self.tokenizer)
 
-    def _explain(self, seq: Sequence) -> str:
+    def _explain(self, request: Request, seq: Sequence) -> str:
         """Why a sequence ended by an error."""
         return (
-            f"request {seq.request_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
+            f"request {request.request_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
             f"{len(seq.completion_token_ids)} more, the logits hold no finite maximum; check "
             f"dtype={self.config.dtype!r}, as float16 overflows where others do not, and the weights in "
             f"{self.config.model!r}, which may hold NaN; or its parameters allow no token"
         )
-
-    def _check_one(self, prompt: Prompt, params: SamplingParams | None) -> admission.Request:
-        """The request of one prompt; raises if it cannot be completed."""
-        checked = admission.check_request(prompt, params, self.config, self.tokenizer, self.default_sampling_params)
-        with self._turn():
-            self.intake.check_structures([checked])
-        return checked
 
     def _add(
         self,
@@ -373,11 +374,16 @@ class LLMEngine:
         self.intake.queue(request)
         return request
 
+    def _forget(self, request: Request) -> None:
+        """Takes a request out of the unfinished ones, if it is one of them."""
+        self.requests.pop(request.number, None)
+        self.progressed.pop(request.number, None)
+        if self.numbers.get(request.request_id) == request.number:
+            del self.numbers[request.request_id]
+
     def _find(self, request_id: int | str) -> Request | None:
         """The unfinished request of an id."""
-        if isinstance(request_id, int):
-            return self.requests.get(request_id)
-        return next((r for r in self.requests.values() if r.request_id == request_id), None)
+        return self.requests.get(self.numbers.get(request_id, -1) if isinstance(request_id, str) else request_id)
 
     def _drop(self, request_ids: Items[int]) -> None:
         """Forgets the unfinished of some requests, of a call that has ended."""
@@ -393,9 +399,9 @@ class LLMEngine:
 
     def _drop_now(self, number: int, finish_reason: str | None = None) -> None:
         """Ends a request without a result if it has not finished."""
-        request = self.requests.pop(number, None)
-        self.progressed.pop(number, None)
+        request = self.requests.get(number)
         if request is not None and self.failure is None:
+            self._forget(request)
             self.intake.withdraw(request, finish_reason)
 
     def _eos_token_ids(self) -> frozenset[int]:

@@ -95,7 +95,7 @@ class Request:
 
     def _text(self, seq: Sequence, token_ids: list[int], tokenizer: Tokenizer | None) -> str:
         if seq.detokenizer is not None:
-            return seq.detokenizer.text
+            return seq.detokenizer.final_text(seq.is_finished)
         if tokenizer is None or not self.params.detokenize:
             return ""
         if seq.has_end_token and not self.params.include_stop_str_in_output:

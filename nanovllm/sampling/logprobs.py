@@ -5,7 +5,6 @@ and of the k most likely ones, the logprobs' bits, and the token's rank.
 """
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,13 +39,23 @@ def num_logprobs_of(nums_top: Iterable[int | None], vocab_size: int) -> int:
     return 1 + min(next((size for size in TOP_SIZES if size >= most), most), vocab_size)
 
 
-def take_in_logprobs(batch: "Batch", logprobs: Tensor | None, prompt_logprobs: Tensor | None) -> None:
-    """Gives a step's logprobs to their sequences: those of the sampled tokens, by row, and those of prompts."""
+def take_in_logprobs(
+    batch: "Batch", token_ids: list[int], logprobs: Tensor | None, prompt_logprobs: Tensor | None
+) -> None:
+    """Gives a step's logprobs to their sequences: those of the sampled token_ids, by row, and those of prompts.
+
+    All rows at once, in each step: there is time for it while the device computes the next one, but not in the end.
+    """
     if logprobs is not None:
-        packed = logprobs.numpy().copy()  # later steps write there again
-        for seq, row in zip(batch.seqs[: batch.num_samples], batch.rows, strict=False):
-            if seq.logprobs is not None and not seq.is_finished:
-                seq.logprobs.push(packed[row])
+        told = [
+            (seq.logprobs, row)
+            for seq, row, token_id in zip(batch.seqs, batch.rows, token_ids, strict=False)
+            if seq.logprobs is not None and seq.logprobs.num_top is not None and token_id >= 0 and not seq.is_finished
+        ]
+        records, rows = [record for record, _ in told], [row for _, row in told]
+        entries = unpack(logprobs.numpy()[rows], [record.num_top for record in records], records)
+        for record, entry in zip(records, entries, strict=True):
+            record.push(entry)
     if prompt_logprobs is not None:
         packed = prompt_logprobs.numpy()
         for seq, start, num_tokens in zip(batch.seqs, batch.starts, batch.num_tokens, strict=True):
@@ -59,11 +68,10 @@ def take_in_logprobs(batch: "Batch", logprobs: Tensor | None, prompt_logprobs: T
 class LogprobRecord:
     """The logprobs of one sample, and for the first sample of a request those of its prompt.
 
-    Rows stay packed until somebody wants to see them: a step has no time to make objects of them.
-
     Attributes:
+        logprobs: one for each generated token, None if they were not asked for.
+        cumulative: the sum of the generated tokens' own.
         prompt_logprobs: one for each token of the prompt, as far as they were computed, None if not asked for.
-        cumulative: the sum of the own ones of the generated tokens that `logprobs` has given.
     """
 
     def __init__(
@@ -73,49 +81,34 @@ class LogprobRecord:
         self.num_top = num_top
         self.num_prompt_top = num_prompt_top
         self.tokenizer = tokenizer
-        self.prompt_logprobs: list[Logprobs | None] | None = None if num_prompt_top is None else [None] * prompt_len
+        self.logprobs: list[Logprobs] | None = None if num_top is None else []
         self.cumulative = 0.0
-        self._packed: list[np.ndarray] = []
-        self._unpacked: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs | None] | None = None if num_prompt_top is None else [None] * prompt_len
 
-    def push(self, packed: np.ndarray) -> None:
-        """Takes in the packed row of a generated token."""
-        self._packed.append(packed)
+    def push(self, entry: Logprobs) -> None:
+        """Takes in what is told of a generated token, its own logprob first."""
+        self.logprobs.append(entry)
+        self.cumulative += next(iter(entry.values())).logprob
 
     def push_prompt(self, start: int, packed: np.ndarray) -> None:
         """Takes in the packed rows of the prompt's tokens from position `start` on, [T, ...]; again if preempted."""
-        self.prompt_logprobs[start : start + len(packed)] = self._unpack(packed, self.num_prompt_top)
-
-    @property
-    def logprobs(self) -> list[Logprobs] | None:
-        """Those of each generated token, None if they were not asked for."""
-        if self.num_top is None:
-            return None
-        for packed in split_by_size(self._packed):
-            entries = self._unpack(np.stack(packed), self.num_top)
-            self.cumulative += sum(next(iter(entry.values())).logprob for entry in entries)
-            self._unpacked += entries
-        self._packed.clear()
-        return self._unpacked
-
-    def _unpack(self, packed: np.ndarray, num_top: int) -> list[Logprobs]:
-        """Of each of some tokens, its own logprob, then the best."""
-        size = packed.shape[1] // 2
-        num_entries = size if num_top == -1 else min(size, 1 + num_top)
-        ids = packed[:, :num_entries].tolist()
-        values = packed[:, size : size + num_entries].copy().view(np.float32).tolist()
-        own_ranks = packed[:, -1].tolist()
-        text = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
-        entries = []
-        for (own_id, *best_ids), (own_value, *best_values), own_rank in zip(ids, values, own_ranks, strict=True):
-            entry = {own_id: Logprob(own_value, own_rank, text(own_id))}
-            for rank, (token_id, value) in enumerate(zip(best_ids, best_values, strict=True), 1):
-                if token_id != own_id:
-                    entry[token_id] = Logprob(value, rank, text(token_id))
-            entries.append(entry)
-        return entries
+        count = len(packed)
+        self.prompt_logprobs[start : start + count] = unpack(packed, [self.num_prompt_top] * count, [self] * count)
 
 
-def split_by_size(rows: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """The rows in their order, those of one size together: steps tell as many logprobs as anyone asked for."""
-    return [list(group) for _, group in groupby(rows, key=len)]
+def unpack(packed: np.ndarray, nums_top: list[int], records: list[LogprobRecord]) -> list[Logprobs]:
+    """Of packed rows [T, 2 * k + 3], each token's own logprob, then as many of the best as its record wants."""
+    size = packed.shape[1] // 2
+    ids = packed[:, :size].tolist()
+    values = np.ascontiguousarray(packed[:, size : 2 * size]).view(np.float32).tolist()
+    own_ranks = packed[:, -1].tolist()
+    entries = []
+    for token_ids, logprobs, own_rank, num_top, record in zip(ids, values, own_ranks, nums_top, records, strict=True):
+        text = record.tokenizer.token_text if record.tokenizer is not None else lambda token_id: None
+        own_id, num_entries = token_ids[0], size if num_top == -1 else min(size, 1 + num_top)
+        entry = {own_id: Logprob(logprobs[0], own_rank, text(own_id))}
+        for rank in range(1, num_entries):
+            if token_ids[rank] != own_id:
+                entry[token_ids[rank]] = Logprob(logprobs[rank], rank, text(token_ids[rank]))
+        entries.append(entry)
+    return entries

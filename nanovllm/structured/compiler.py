@@ -9,8 +9,8 @@ from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.structured.expressions import regex_rule
 from nanovllm.structured.json_schema import honourable_schema, placeholder
-from nanovllm.structured.regex import regex_rule
 from nanovllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -72,11 +72,14 @@ class Detokenizer:
 
     def take(self, finished: bool) -> str:
         """The text not taken yet that will not change, without what may become a stop string unless it has ended."""
-        held_back = max(map(len, self.stop), default=1) - 1
-        end = len(self.text) if finished else max(0, self._num_final - held_back)
-        piece = self.text[self._num_taken : end]
+        piece = self.final_text(finished)[self._num_taken :]
         self._num_taken += len(piece)
         return piece
+
+    def final_text(self, finished: bool) -> str:
+        """All of the text that will not change, taken or not."""
+        held_back = max(map(len, self.stop), default=1) - 1
+        return self.text if finished else self.text[: max(0, self._num_final - held_back)]
 
     def _decode_pending(self, end: int) -> str:
         """What the first `end` pending tokens add to the settled ones, before a clean-up."""
