@@ -272,7 +272,7 @@ def test_logprobs_of_the_kernel(dtype, size, num_top, monkeypatch):
     monkeypatch.setattr(logprobs_module, "TILES", 4)
     torch.manual_seed(size + num_top)
     logits = random_logits(4, size, dtype)
-    token_ids = torch.tensor([7, -1, 1, size - 1], device=DEVICE)
+    token_ids = torch.tensor([[7, 0], [-1, 0], [1, 0], [size - 1, 0]], device=DEVICE)[:, 0]  # not side by side
     wider = torch.cat((logits, logits), dim=1)[:, :size]
     assert_equal_logprobs(top_logprobs(wider, token_ids, num_top), top_logprobs_torch(logits, token_ids, num_top))
 

@@ -165,7 +165,7 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tenso
     best = empty(num_parts, num_top, dtype=torch.int64)
     high, mass = (empty(num_parts, dtype=torch.float32) for _ in range(2))
     count = empty(num_parts, dtype=torch.int32)
-    given = logits, logits.stride(0), token_ids
+    given = logits, logits.stride(0), token_ids.contiguous()
     parts = best, high, mass, count
     results = empty(1 + num_top, dtype=torch.float32), empty(1 + num_top, dtype=torch.int64), empty(dtype=torch.int64)
     _part_kernel[(batch_size, num_parts)](
