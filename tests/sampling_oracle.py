@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from checkpoints import EOS_TOKEN_IDS, VOCAB_SIZE, Checkpoint
 
 from nanovllm import SamplingParams
 from nanovllm.kernels.sampling import unpack_token_ids
 from nanovllm.layers.sampler import sample
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 
 
 @dataclass
@@ -78,6 +80,46 @@ def complete(
             expected.finish_reason, expected.stop_reason = "stop", None if is_eos else token_id
             break
     return expected
+
+
+def check_sample(sample: CompletionOutput, checkpoint, prompt, params, seed=None, tolerance=1e-4) -> None:
+    """A sample is what the definitions say."""
+    want = complete(checkpoint, prompt, params, params.seed if seed is None else seed)
+    assert want.least_margin > 1e-4, "another prompt is needed: float32 decides"
+    assert (sample.token_ids, sample.finish_reason) == (want.token_ids, want.finish_reason)
+    assert sample.stop_reason == want.stop_reason
+    assert (sample.logprobs is None) == (params.logprobs is None)
+    for token_id, entry, logprobs in zip(want.token_ids, sample.logprobs or [], want.logprobs, strict=False):
+        check_entry(entry, token_id, params.logprobs, logprobs, tolerance)
+    if params.logprobs is not None:
+        total = sum(float(lp[i]) for lp, i in zip(want.logprobs, want.token_ids, strict=True))
+        assert len(sample.logprobs) == len(want.token_ids)
+        assert sample.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+def check_entry(
+    entry: dict[int, Logprob], token_id: int, num_top: int, logprobs: torch.Tensor, tolerance: float = 1e-4
+) -> None:
+    """The logprobs of one position: the token's own first, then the best, all of them in the order of their ranks."""
+    ordered = logprobs.sort(descending=True)
+    best = ordered.indices[:num_top].tolist()
+    assert list(entry) == [token_id, *(i for i in best if i != token_id)]
+    for number, logprob in entry.items():
+        assert logprob.logprob == pytest.approx(float(logprobs[number]), abs=tolerance)
+        assert logprob.rank == int((logprobs > logprobs[number]).sum()) + 1
+
+
+def check_prompt(result: RequestOutput, checkpoint, prompt, params, tolerance=1e-4) -> None:
+    """A result's prompt_logprobs are what was asked for."""
+    if params.prompt_logprobs is None:
+        assert result.prompt_logprobs is None
+        return
+    first, *entries = result.prompt_logprobs
+    assert first is None and len(entries) == len(prompt) - 1
+    for token_id, entry, logprobs in zip(
+        prompt[1:], entries, complete(checkpoint, prompt, params).prompt_logprobs, strict=True
+    ):
+        check_entry(entry, token_id, params.prompt_logprobs, logprobs, tolerance)
 
 
 def random_params(rng: random.Random, max_tokens: int = 12) -> SamplingParams:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from checkpoints import EOS_TOKEN_IDS, mixed_prompts, random_prompt
 from engines import SCENARIOS, Trace, check_idle, engine, generate, scenario_options
-from sampling_oracle import complete, random_params
+from sampling_oracle import check_prompt, check_sample, complete, random_params
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.outputs import CompletionOutput, Logprob, RequestError
+from nanovllm.outputs import RequestError
 
 PROMPT = random_prompt(5, 40)
 OPTIONS = {
@@ -45,46 +45,6 @@ OPTIONS = {
 def llm(checkpoint):
     with engine(checkpoint("qwen3").path) as llm:
         yield llm
-
-
-def check_sample(sample: CompletionOutput, checkpoint, prompt, params, seed=None, tolerance=1e-4) -> None:
-    """A sample is what the definitions say."""
-    want = complete(checkpoint, prompt, params, params.seed if seed is None else seed)
-    assert want.least_margin > 1e-4, "another prompt is needed: float32 decides"
-    assert (sample.token_ids, sample.finish_reason) == (want.token_ids, want.finish_reason)
-    assert sample.stop_reason == want.stop_reason
-    assert (sample.logprobs is None) == (params.logprobs is None)
-    for token_id, entry, logprobs in zip(want.token_ids, sample.logprobs or [], want.logprobs, strict=False):
-        check_entry(entry, token_id, params.logprobs, logprobs, tolerance)
-    if params.logprobs is not None:
-        total = sum(float(lp[i]) for lp, i in zip(want.logprobs, want.token_ids, strict=True))
-        assert len(sample.logprobs) == len(want.token_ids)
-        assert sample.cumulative_logprob == pytest.approx(total, abs=1e-3)
-
-
-def check_entry(
-    entry: dict[int, Logprob], token_id: int, num_top: int, logprobs: torch.Tensor, tolerance: float = 1e-4
-) -> None:
-    """The logprobs of one position: the token's own first, then the best, all of them in the order of their ranks."""
-    ordered = logprobs.sort(descending=True)
-    best = ordered.indices[:num_top].tolist()
-    assert list(entry) == [token_id, *(i for i in best if i != token_id)]
-    for number, logprob in entry.items():
-        assert logprob.logprob == pytest.approx(float(logprobs[number]), abs=tolerance)
-        assert logprob.rank == int((logprobs > logprobs[number]).sum()) + 1
-
-
-def check_prompt(result, checkpoint, prompt, params, tolerance=1e-4) -> None:
-    """A result's prompt_logprobs are what was asked for."""
-    if params.prompt_logprobs is None:
-        assert result.prompt_logprobs is None
-        return
-    first, *entries = result.prompt_logprobs
-    assert first is None and len(entries) == len(prompt) - 1
-    for token_id, entry, logprobs in zip(
-        prompt[1:], entries, complete(checkpoint, prompt, params).prompt_logprobs, strict=True
-    ):
-        check_entry(entry, token_id, params.prompt_logprobs, logprobs, tolerance)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -13,6 +13,7 @@ import pytest
 from checkpoints import Checkpoint, random_prompt
 from engines import Trace, engine, tokens
 from interpreter import run_in_interpreter
+from sampling_oracle import check_prompt, check_sample
 from shared_ranks import MAX_PART_ROWS, SharedFiles, SharingRank
 
 from nanovllm import SamplingParams
@@ -39,6 +40,22 @@ def check_greedy_tokens(checkpoint: Checkpoint, **options) -> None:
 def test_greedy_tokens_of_one_rank(checkpoint):
     """Decodes take the fused kernels for few rows, prompts the others."""
     check_greedy_tokens(checkpoint("qwen3"))
+
+
+@interpreted
+def test_options_of_one_rank(checkpoint):
+    """Adjusted logits, and logprobs of what is sampled and of a prompt, by the kernels."""
+    checkpoint = checkpoint("qwen3")
+    params = [
+        SamplingParams(seed=1, max_tokens=4, logprobs=2, prompt_logprobs=2, repetition_penalty=1.3, min_tokens=3),
+        SamplingParams(temperature=0, max_tokens=4, logit_bias={9: 3.0, 50: -4}, frequency_penalty=0.7, logprobs=0),
+        SamplingParams(seed=3, max_tokens=3, top_k=9, allowed_token_ids=list(range(100)), presence_penalty=-1.0),
+    ]
+    with engine(checkpoint.path, **OPTIONS) as llm:
+        results = llm.generate([list(prompt) for prompt in PROMPTS], params, use_tqdm=False)
+    for result, prompt, param in zip(results, PROMPTS, params, strict=True):
+        check_sample(result.outputs[0], checkpoint, prompt, param)
+        check_prompt(result, checkpoint, prompt, param)
 
 
 @interpreted
