@@ -64,7 +64,9 @@ def mixed_requests(seed: int) -> tuple[list[tuple[int, ...]], list[SamplingParam
     return prompts, [random_params(rng) for _ in prompts]
 
 
-@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize(
+    "async_scheduling", [pytest.param(True, id="async"), pytest.param(False, id="sync", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_mixed(checkpoint, scenario, async_scheduling):
     prompts, params = mixed_requests(len(scenario))
