@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import CONFIGS, MAX_POSITIONS, SHAPE, random_prompt
 from engines import GREEDY, engine, generate
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import nanovllm.demo
@@ -531,3 +532,42 @@ def test_bad_recommendations(config, folder, key, value):
     name = "max_tokens" if key == "max_new_tokens" else key
     with pytest.raises(ValueError, match=rf"{name}.*{value}.*generation_config\.json"):
         default_sampling_params(made)
+
+
+# ---- in an engine -------------------------------------------------------------------------------------------------
+
+
+def test_the_models_length_is_lowered_to_what_the_cache_holds(checkpoint, capsys):
+    with engine(checkpoint("qwen3").path, max_model_len=-1, num_kvcache_blocks=4) as llm:
+        assert llm.config.max_model_len == 64 and "max_model_len=64" in capsys.readouterr().err
+        assert len(llm.generate([[5] * 60], SamplingParams(max_tokens=None, ignore_eos=True), False)[0].token_ids) == 4
+        with pytest.raises(ValueError, match="fewer tokens than max_model_len=64, got 64"):
+            llm.generate([[5] * 64], use_tqdm=False)
+    with engine(checkpoint("qwen3").path, max_model_len=None) as llm:
+        assert llm.config.max_model_len == 512
+
+
+def test_default_parameters_are_the_models(checkpoint, tmp_path, capsys):
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 3, "top_k": 7}')
+    with engine(checkpoint("qwen3").path, generation_config=str(tmp_path)) as llm:
+        said = capsys.readouterr().err
+        assert f"default sampling parameters of {tmp_path}" in said and "'top_k': 7" in said
+        assert len(llm.generate([[5, 6, 7]], use_tqdm=False)[0].token_ids) <= 3
+        llm.get_default_sampling_params().max_tokens = 9  # of a copy
+        assert llm.get_default_sampling_params().max_tokens == 3
+
+
+def test_a_bar_of_ones_own(checkpoint):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options) -> None:
+            bars.append(self)
+            super().__init__(*args, **options | {"disable": True})
+
+        def update(self, n: int = 1) -> None:
+            self.done = getattr(self, "done", 0) + n
+
+    with engine(checkpoint("qwen3").path) as llm:
+        llm.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=2), use_tqdm=Bar)
+    assert [bar.done for bar in bars] == [3]

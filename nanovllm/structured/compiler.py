@@ -54,7 +54,7 @@ class GrammarCompiler:
 
     def compile(self, structure: "StructuredOutputsParams") -> "Future[Any]":
         """xgrammar's compiled grammar of a structure, once a thread has made it."""
-        return self.threads.submit(self.compiler.compile_grammar, self._grammar(structure))
+        return self.threads.submit(lambda: self.compiler.compile_grammar(self._grammar(structure)))
 
     def _grammar(self, structure: "StructuredOutputsParams") -> Any:
         """xgrammar's grammar of a structure."""
