@@ -25,7 +25,7 @@ from nanovllm.sampling_params import RequestOutputKind
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
-@pytest.mark.parametrize("block_size", [16, 64, 256])
+@pytest.mark.parametrize("block_size", [16, pytest.param(64, marks=pytest.mark.slow), 256])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(checkpoint, family, scenario, block_size, async_scheduling):
