@@ -116,7 +116,7 @@ class Drawer:
     def params(self) -> SamplingParams:
         """Anything that can be asked for; at times of a few tokens only, so that words and stops really come up."""
         rng = self.rng
-        params = random_params(rng, rng.choice([3, 8, 8, 24, 40]))
+        params = random_params(rng, rng.choice([3, 8, 8, 40, 70]))
         if rng.random() < self.share_plain:
             plain = SamplingParams(temperature=params.temperature, seed=params.seed, max_tokens=params.max_tokens)
             plain.top_k = rng.choice([-1, -1, params.top_k])
@@ -209,10 +209,12 @@ def answer_by_steps(llm: LLM, drawer: Drawer, number: int) -> list[tuple[Case, R
                 outputs[str(name)] = []
                 llm.add_request(str(name), case.prompt, case.params)
                 name += 1
-        if rng.random() < 0.05:
-            aborted.add(str(rng.randrange(name)) if name else "0")
+        if name and rng.random() < 0.05:
+            aborted.add(str(rng.randrange(name)))
             llm.abort_request(list(aborted))
         for output in llm.step():
+            if output.request_id in aborted:
+                raise AssertionError(f"{output} is handed out though it was aborted")
             outputs[output.request_id].append(output)
     finished = [key for key, parts in outputs.items() if parts and parts[-1].finished]
     if not set(outputs) - set(finished) <= aborted:
@@ -235,7 +237,8 @@ def joined(parts: list[RequestOutput], params: SamplingParams) -> RequestOutput:
             if params.logprobs is not None:
                 completion.logprobs = [entry for sample in samples for entry in sample.logprobs]
         for sample in samples if params.output_kind is RequestOutputKind.CUMULATIVE else []:
-            if sample.token_ids != completion.token_ids[: len(sample.token_ids)]:
+            is_beginning = sample.token_ids == completion.token_ids[: len(sample.token_ids)]
+            if not is_beginning or not completion.text.startswith(sample.text):
                 raise AssertionError(f"{sample} is no beginning of {completion}")
     last.text, last.token_ids = last.outputs[0].text, last.outputs[0].token_ids
     return last
@@ -396,7 +399,10 @@ def is_rounding(alone: Alone, case: Case, got: RequestOutput, want: RequestOutpu
     if index > 0 or params.prompt_logprobs is None:
         return True
     known = zip(got.prompt_logprobs, got.prompt_token_ids, every.prompt_logprobs, strict=True)
-    return all(x is y is None or is_near(x, i, params.prompt_logprobs, y, alone.tolerance) for x, i, y in known)
+    return all(
+        x is y if x is None or y is None else is_near(x, i, params.prompt_logprobs, y, alone.tolerance)
+        for x, i, y in known
+    )
 
 
 def has_structure(text: str, structure: StructuredOutputsParams | None) -> bool:
@@ -436,7 +442,7 @@ def find_nonsense(llm: LLM, case: Case, result: RequestOutput, index: int) -> st
         "it is not of its structure": sample.stop_reason is None
         and reason == "stop"
         and not has_structure(tokenizer.decode(ids[:-1]), params.structured_outputs),
-        "there is a bad word": set(bad_word_tokens(params.bad_words, tokenizer)) & set(words),
+        "there is a bad word": set(bad_word_tokens(params.bad_words, tokenizer, VOCAB_SIZE)) & set(words),
         f"the text of its tokens is {whole!r}": stop is None and text != whole,
         "it keeps or lacks the stop string": stop
         and not params.min_tokens

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import threading
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -264,3 +265,41 @@ def test_refused_before_anything_is_queued(llm):
     with pytest.raises(ValueError, match="structured_outputs cannot be used: #/uniqueItems is not supported"):
         llm.generate(["a", "b"], [SamplingParams(), bad], use_tqdm=False)
     check_idle(llm)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [5, 7, 4096])
+def test_constrained_requests_leave_the_others_alone(max_num_batched_tokens):
+    """They sit out every other step, so that more requests may run than a step has tokens for."""
+    prompts = [[100 + i] for i in range(10)]
+    words = ["What is a block"]
+    params = [SamplingParams(temperature=0, max_tokens=6, bad_words=words if i < 5 else None) for i in range(10)]
+    with engine(DEMO, max_num_seqs=24, max_num_batched_tokens=max_num_batched_tokens) as llm:
+        results = llm.generate(prompts, params, use_tqdm=False)
+        alone = [llm.generate([prompt], params[5], use_tqdm=False)[0] for prompt in prompts]
+    assert [result.token_ids for result in results] == [result.token_ids for result in alone]
+
+
+def test_bad_words_beyond_the_models_vocabulary(tmp_path):
+    """A tokenizer may know more tokens than the model: those cannot come, and ban nothing of other requests."""
+    from safetensors.torch import load_file, save_file
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(Path(DEMO, name).read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
+    vocab_size = 2000
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    tensors = load_file(f"{DEMO}/model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:vocab_size].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    tokenizer = load_tokenizer(DEMO)
+    texts = [tokenizer.token_text(token_id) for token_id in range(vocab_size, tokenizer.backend.get_vocab_size())]
+    word = next(text for text in texts if text.isalpha())
+    (banned,) = tokenizer.encode(word)
+    other = {banned - vocab_size: 100.0}
+    params = [
+        SamplingParams(temperature=0, max_tokens=3, bad_words=[word, f"What{word}"]),
+        SamplingParams(temperature=0, max_tokens=3, logit_bias=other, presence_penalty=0.1),
+    ]
+    with engine(str(tmp_path)) as llm:
+        results = llm.generate([[5], [6]], params, use_tqdm=False)
+    assert results[1].token_ids == [banned - vocab_size] * 3

@@ -128,7 +128,7 @@ class Intake:
     def _hand_on(self, request: Request, grammar: Any) -> None:
         """Queues a request, now that its compiled grammar, if it has one, is there."""
         params, vocab_size = request.params, self.config.model_config.vocab_size
-        bad_words = bad_word_tokens(params.bad_words, self.tokenizer)
+        bad_words = bad_word_tokens(params.bad_words, self.tokenizer, vocab_size)
         end_token_ids = self.scheduler.eos_token_ids.union(params.stop_token_ids)
         for seq in request.seqs:
             if params.is_adjusted:

@@ -74,7 +74,8 @@ class Scheduler:
         batch = Batch(self.config.max_num_batched_tokens)
         num_running = len(self.running)
         for seq in self.running:  # which a preemption shortens from its end
-            if seq.waits_for_host or self._end_is_due(seq):
+            # More may run than the budget holds, as those that wait for the host leave room for others to be admitted.
+            if not batch.budget or seq.waits_for_host or self._end_is_due(seq):
                 continue
             while not self.block_manager.can_append(seq):
                 self.preempt(self.running[-1])

@@ -31,17 +31,21 @@ if TYPE_CHECKING:
 TABLES = USES_TABLE | USES_BIAS | USES_MASK  # the flags that say which tables a step reads
 
 
-def bad_word_tokens(words: Items[str], tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
-    """The token ids of bad words, at the beginning of a text and, where they differ there, behind a space."""
+def bad_word_tokens(words: Items[str], tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[int, ...]]:
+    """The token ids of bad words, at the beginning of a text and, where they differ there, behind a space.
+
+    Without those that the model cannot generate, as the tokenizer may know more tokens.
+    """
     spellings = []
     for word in words:
-        alone = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-        behind_space = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        word = word.lstrip() or word  # spaces alone are a word too
+        alone = tokenizer.encode(word, add_special_tokens=False)
+        behind_space = tokenizer.encode(" " + word, add_special_tokens=False)
         spellings.append(tuple(alone))
         # One more token is the space itself, which bans nothing that the word alone does not.
         if len(behind_space) == len(alone) and behind_space != alone:
             spellings.append(tuple(behind_space))
-    return spellings
+    return [spelling for spelling in spellings if spelling and max(spelling) < vocab_size]
 
 
 class Adjustment:
