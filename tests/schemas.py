@@ -1,114 +1,115 @@
-"""Random JSON schemas, of all that is supported, such that random texts by them end soon."""
+"""Random JSON schemas of all that structured outputs support, small enough for random texts to end."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-
-def random_schema(rng: random.Random, depth: int = 0, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A schema; `names` of $defs may be referred to."""
-    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern", "format"]
-    if depth < 3:
-        kinds += ["object", "object", "array", "array", "anyOf", "types", "tuple", "allOf", "map"]
-    if names:
-        kinds.append("ref")
-    return MAKERS[rng.choice(kinds)](rng, depth, names)
-
-
-def with_definitions(rng: random.Random) -> dict[str, Any]:
-    """A random object, array or other schema, some with $defs that refer to each other."""
-    if rng.random() < 0.6:
-        return random_schema(rng)
-    names = ("Name", "with space", "node")
-    schema = random_schema(rng, names=names[:2])
-    node = {"value": random_schema(rng, 2), "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}}
-    schema["$defs"] = {
-        "Name": random_schema(rng, 2),
-        "with space": random_schema(rng, 2, names[:1]),
-        "node": {"type": "object", "properties": node, "required": ["value", "next"]},
-    }
-    return schema
-
-
-def make_object(rng: random.Random, depth: int, names: tuple[str, ...]) -> dict[str, Any]:
-    keys = rng.sample(["a", "name", "title", "b c", 'q"', "ü", "type", "$ref?", "0"], rng.randint(1, 4))
-    schema: dict[str, Any] = {
-        "type": "object",
-        "properties": {key: random_schema(rng, depth + 1, names) for key in keys},
-        "required": rng.sample(keys, rng.randint(0, len(keys))),
-        "description": "some",
-    }
-    if rng.random() < 0.5:
-        schema["additionalProperties"] = rng.choice([False, True, {"type": "integer"}])
-    return schema
-
-
-def make_integer(rng: random.Random, depth: int, names: tuple[str, ...]) -> dict[str, Any]:
-    low = rng.randint(-500, 500)
-    bounds = {"minimum": low, "maximum": low + rng.randint(0, 300)}
-    if rng.random() < 0.3:
-        bounds = {"exclusiveMinimum": low, "exclusiveMaximum": low + rng.randint(2, 300)}
-    return {"type": "integer"} | (bounds if rng.random() < 0.7 else {})
-
-
-def make_number(rng: random.Random, depth: int, names: tuple[str, ...]) -> dict[str, Any]:
-    low = rng.randint(-50, 50)
-    return {"type": "number"} | ({"minimum": low, "maximum": low + rng.randint(1, 30)} if rng.random() < 0.5 else {})
-
-
-def make_string(rng: random.Random, depth: int, names: tuple[str, ...]) -> dict[str, Any]:
-    least = rng.randint(0, 3)
-    return {"type": "string", "maxLength": least + rng.randint(0, 5)} | ({"minLength": least} if least else {})
-
-
-def make_array(rng: random.Random, depth: int, names: tuple[str, ...]) -> dict[str, Any]:
-    least = rng.randint(0, 2)
-    items = {"items": random_schema(rng, depth + 1, names)} if rng.random() < 0.9 else {}
-    return {"type": "array", "minItems": least, "maxItems": least + rng.randint(0, 2)} | items
-
-
-VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -3,
-    12345678901,
-    2.5,
-    "",
-    "x",
-    'say "hi"\n\\',
-    "größer 👋",
-    [1, "a"],
-    {"k": [None]},
-    [],
+PATTERNS = [
+    "^[a-z]{2,5}$",
+    "^(foo|ba[rz]?)+$",
+    r"^\d{3}-\d{4}$",
+    r"^[A-Z][a-z]*( [A-Z][a-z]*){0,2}$",
+    r'^[\w."-]{1,6}$',
+    r"^C:\\\w+$",
+    "^[^a-z]{1,4}$",
+    "^.{0,70}é?$",
+    r"^(a|b{1,3}|\t)*$",
+    "^[一-龥👋]{1,3}$",
 ]
-PATTERNS = ["^[a-z]{2,5}$", r"^\d{3}-\d{4}$", "^(ab|cd)+x?$", r"^[^a-z]{1,4}$", r"^\w+@\w+\.com$", "^$"]
-FORMATS = ["date", "time", "date-time", "uuid", "ipv4", "email"]
-TYPES = ["integer", "boolean", "null"]
-MAKERS = {
-    "object": make_object,
-    "integer": make_integer,
-    "number": make_number,
-    "string": make_string,
-    "array": make_array,
-    "boolean": lambda rng, depth, names: {"type": "boolean", "title": "yes or no"},
-    "null": lambda rng, depth, names: {"type": "null"},
-    "const": lambda rng, depth, names: {"const": rng.choice(VALUES)},
-    "enum": lambda rng, depth, names: {"enum": rng.sample(VALUES, rng.randint(1, 5))},
-    "pattern": lambda rng, depth, names: {"type": "string", "pattern": rng.choice(PATTERNS)},
-    "format": lambda rng, depth, names: {"type": "string", "format": rng.choice(FORMATS)},
-    "anyOf": lambda rng, depth, names: {
-        "anyOf": [random_schema(rng, depth + 1, names) for _ in range(rng.randint(1, 3))]
-    },
-    "allOf": lambda rng, depth, names: {"allOf": [random_schema(rng, depth + 1, names)]},
-    "types": lambda rng, depth, names: {"type": rng.sample(TYPES, rng.randint(1, 3))},
-    "tuple": lambda rng, depth, names: {
-        "type": "array",
-        "prefixItems": [random_schema(rng, depth + 1, names) for _ in range(rng.randint(1, 3))],
-        "items": False,
-    },
-    "map": lambda rng, depth, names: {"type": "object", "additionalProperties": make_integer(rng, depth, names)},
-    "ref": lambda rng, depth, names: {"$ref": f"#/$defs/{rng.choice(names)}"},
-}
+FORMATS = ["date", "time", "date-time", "ipv4", "ipv6", "uuid", "email", "duration", "json-pointer"]
+CONSTANTS = ["a", "", 'q"\\\n/é👋', 0, -7, 1.5, 1e-7, 2**53, True, False, None, [1, "x"], {"k": [None, {}]}]
+NAMES = ["name", "id", "title", "default", "tags", "größe", 'a"b', "x/y", "description"]
+
+
+class SchemaMaker:
+    """Makes a schema from a seed; those under $defs may refer to each other and to themselves where they may end."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.num_definitions = self.random.choice((0, 0, 1, 2))
+
+    def make(self) -> dict[str, Any]:
+        schema = self.schema(3)
+        for index in range(self.num_definitions):
+            schema.setdefault("$defs", {})[f"d{index}"] = self.schema(2)
+        return schema
+
+    def schema(self, depth: int) -> dict[str, Any]:
+        kinds = [self.integer, self.number, self.string, self.constant, self.plain]
+        if depth:
+            kinds += [self.object, self.object, self.array, self.choice, self.types]
+        schema = self.random.choice(kinds)(depth)
+        if self.random.random() < 0.2:
+            schema["description"] = "told to nobody"
+        return schema
+
+    def plain(self, depth: int) -> dict[str, Any]:
+        return {"type": self.random.choice(["string", "integer", "number", "boolean", "null"])}
+
+    def integer(self, depth: int) -> dict[str, Any]:
+        draw = self.random
+        low, span = draw.choice((0, -5, 1, -1000, 99, 10**12)), draw.choice((0, 1, 9, 1000))
+        bounds = [{}, {"minimum": low}, {"maximum": low}, {"exclusiveMinimum": low - 0.5, "maximum": low + span}]
+        bounds += [{"minimum": low, "exclusiveMaximum": low + span + 1}, {"multipleOf": draw.choice((1, 3, 10))}]
+        bounds += [{"minimum": low, "maximum": low + 20, "multipleOf": 7}]
+        return {"type": "integer"} | draw.choice(bounds)
+
+    def number(self, depth: int) -> dict[str, Any]:
+        low = self.random.choice((0, -1.5, 0.001, 100, 12345.678))
+        bounds = [{}, {"minimum": low}, {"exclusiveMaximum": low}, {"exclusiveMinimum": low, "maximum": low + 0.25}]
+        return {"type": "number"} | self.random.choice(bounds)
+
+    def string(self, depth: int) -> dict[str, Any]:
+        draw = self.random
+        low = draw.randint(0, 3)
+        limits = [{}, {"maxLength": draw.randint(0, 12)}, {"minLength": low, "maxLength": low + draw.randint(0, 9)}]
+        limits += [{"minLength": low}, {"pattern": draw.choice(PATTERNS)}, {"format": draw.choice(FORMATS)}]
+        return draw.choice([{"type": "string"}, {"type": "string"}, {}]) | draw.choice(limits)
+
+    def constant(self, depth: int) -> dict[str, Any]:
+        values = self.random.sample(CONSTANTS, self.random.randint(1, 4))
+        return {"const": values[0]} if len(values) == 1 else {"enum": values}
+
+    def object(self, depth: int) -> dict[str, Any]:
+        draw = self.random
+        if draw.random() < 0.15:
+            names = draw.choice([{"propertyNames": {"enum": NAMES}}, {"propertyNames": {"maxLength": 3}}, {}])
+            limits = draw.choice([{}, {"maxProperties": 2}, {"minProperties": 1}])
+            return {"type": "object", "additionalProperties": self.schema(depth - 1)} | names | limits
+        if draw.random() < 0.1:
+            return {"patternProperties": {"^[a-c]{1,2}$": self.schema(depth - 1)}, "type": "object"}
+        names = draw.sample(NAMES, draw.randint(0, 4))
+        schema = {"type": "object", "properties": {name: self.schema(depth - 1) for name in names}}
+        schema["required"] = [name for name in names if draw.random() < 0.6]
+        if self.num_definitions and draw.random() < 0.4:
+            schema["properties"]["next"] = {"$ref": f"#/$defs/d{draw.randrange(self.num_definitions)}"}
+        more = [{}, {}, {"additionalProperties": False}, {"additionalProperties": self.schema(0)}]
+        if not schema["required"]:
+            more.append({"required": ["unlisted"]})
+        if len(schema["properties"]) > 2:
+            more += [{"minProperties": len(schema["required"])}, {"maxProperties": max(1, len(schema["required"]))}]
+        return schema | draw.choice(more)
+
+    def array(self, depth: int) -> dict[str, Any]:
+        draw = self.random
+        low = draw.randint(0, 2)
+        limits = draw.choice([{}, {"maxItems": 3}, {"minItems": low, "maxItems": low + 2}, {"minItems": low}])
+        items = {"items": self.schema(depth - 1)}
+        first = {"prefixItems": [self.schema(depth - 1) for _ in range(draw.randint(1, 3))]}
+        return {"type": "array"} | limits | draw.choice([items, items, first, first | items, {}])
+
+    def choice(self, depth: int) -> dict[str, Any]:
+        draw = self.random
+        if draw.random() < 0.3:
+            tagged = [
+                {"type": "object", "properties": {"kind": {"const": tag}, "of": self.schema(depth - 1)}}
+                for tag in ("one", "two")
+            ]
+            return {"oneOf": [schema | {"required": ["kind", "of"]} for schema in tagged]}
+        if draw.random() < 0.3:
+            return {"oneOf": [self.string(depth), self.integer(depth) | {"type": "integer"}, {"type": "null"}][1:]}
+        return {"anyOf": [self.schema(depth - 1) for _ in range(draw.randint(1, 3))]}
+
+    def types(self, depth: int) -> dict[str, Any]:
+        return {"type": self.random.sample(["string", "integer", "null", "boolean", "array"], 2), "maxLength": 3}

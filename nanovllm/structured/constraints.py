@@ -1,47 +1,62 @@
-"""What says, token by token, which tokens may come next. Knows nothing of requests, devices or probabilities."""
+"""What says, token by token, which tokens may come next. Knows nothing of requests, devices or probabilities.
+
+A mask is int32 [ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is set if token t is allowed.
+"""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import xgrammar
+
 
 class Constraint(Protocol):
-    """Which tokens may follow those that were accepted.
+    """Which tokens may follow those that were accepted; each sample of a request has one of its own."""
 
-    Attributes:
-        is_finished: whether nothing may follow.
-    """
-
-    is_finished: bool
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing may follow."""
 
     def accept(self, token_id: int) -> None:
-        """Takes in a token that was generated, one that `fill_mask` allowed."""
+        """Takes in a token that was generated.
+
+        Raises:
+            RuntimeError: one that `fill_mask` did not allow.
+        """
 
     def fill_mask(self, mask: np.ndarray) -> None:
-        """Writes int32 [ceil(vocab / 32)]: bit t % 32 of word t // 32 says whether token t may come next."""
+        """Writes which tokens may come next: none, where no token spells what must."""
 
 
 class GrammarConstraint:
-    """A text that a grammar accepts."""
+    """A text that a grammar accepts. Where it does, and only there, a token that ends texts is allowed."""
 
-    def __init__(self, compiled: Any) -> None:
-        """`compiled` is xgrammar's compiled grammar."""
+    def __init__(self, compiled: "xgrammar.CompiledGrammar") -> None:
         import xgrammar
 
         self.matcher = xgrammar.GrammarMatcher(compiled)
         self.has_end_tokens = bool(self.matcher.stop_token_ids)
-        self.is_finished = False
+        self.num_words = -(-compiled.tokenizer_info.vocab_size // 32)
+
+    @property
+    def is_finished(self) -> bool:
+        """See Constraint; a token that ends the text was accepted or, for a model without, nothing else is left."""
+        if self.has_end_tokens or not self.matcher.is_completed():
+            return self.matcher.is_terminated()
+        mask = np.empty(self.num_words, dtype=np.int32)
+        self.fill_mask(mask)
+        return not mask.any()
 
     def accept(self, token_id: int) -> None:
-        """See Constraint; the end is a token that ends the text or, where the model has none, a complete text."""
-        self.matcher.accept_token(token_id)
-        is_complete = not self.has_end_tokens and self.matcher.is_completed()
-        self.is_finished = self.matcher.is_terminated() or is_complete
+        """See Constraint."""
+        if not self.matcher.accept_token(token_id):
+            raise RuntimeError(f"the grammar does not allow token {token_id} here")
 
     def fill_mask(self, mask: np.ndarray) -> None:
         """See Constraint."""
-        self.matcher.fill_next_token_bitmask(mask[None])
+        self.matcher.fill_next_token_bitmask(mask)
 
 
 class BadWords:
@@ -50,19 +65,25 @@ class BadWords:
     is_finished = False
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
-        self.words = [list(word) for word in words]
-        self.generated: list[int] = []
+        self.last_tokens: dict[tuple[int, ...], list[int]] = {}  # of words, by the tokens before
+        for *before, last in words:
+            self.last_tokens.setdefault(tuple(before), []).append(last)
+        self.lengths = sorted(set(map(len, self.last_tokens)))
+        self.generated: list[int] = []  # the last ones, as many as matter
 
     def accept(self, token_id: int) -> None:
         """See Constraint."""
         self.generated.append(token_id)
+        if len(self.generated) > self.lengths[-1]:
+            del self.generated[0]
 
     def fill_mask(self, mask: np.ndarray) -> None:
         """See Constraint."""
         mask.fill(-1)
         bits = mask.view(np.uint32)
-        for *before, last in self.words:
-            if self.generated[len(self.generated) - len(before) :] == before:
+        for length in self.lengths:
+            before = tuple(self.generated[max(0, len(self.generated) - length) :])
+            for last in self.last_tokens.get(before, ()):
                 bits[last // 32] &= np.uint32(~(1 << last % 32) & 0xFFFFFFFF)
 
 
@@ -91,7 +112,9 @@ class Both:
         mask &= other
 
 
-def make_constraint(grammar: Any, bad_words: Sequence[Sequence[int]]) -> Constraint | None:
+def make_constraint(
+    grammar: "xgrammar.CompiledGrammar | None", bad_words: Sequence[Sequence[int]]
+) -> Constraint | None:
     """What a compiled grammar and bad words, of which those of one token are banned elsewhere, say; None: nothing."""
     words = [word for word in bad_words if len(word) > 1]
     by_grammar = GrammarConstraint(grammar) if grammar is not None else None
