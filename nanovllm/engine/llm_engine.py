@@ -19,7 +19,6 @@ from nanovllm.engine.intake import Intake
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler
-from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import build_step_input
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
@@ -335,7 +334,7 @@ class LLMEngine:
         for seq in finished:
             if seq.finish_reason == "error":
                 request = self.requests[seq.request_id]
-                request.error = self._explain(request, seq)
+                request.error = request.explain(seq, self.config)
         for request in ended:
             if request.is_finished:
                 self._finish(request)
@@ -350,15 +349,6 @@ class LLMEngine:
         """Puts down the result of a request whose samples have ended."""
         self._forget(request)
         request.results[request.number] = request.output(self.tokenizer)
-
-    def _explain(self, request: Request, seq: Sequence) -> str:
-        """Why a sequence ended by an error."""
-        return (
-            f"request {request.request_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
-            f"{len(seq.completion_token_ids)} more, the logits hold no finite maximum; check "
-            f"dtype={self.config.dtype!r}, as float16 overflows where others do not, and the weights in "
-            f"{self.config.model!r}, which may hold NaN; or its parameters allow no token"
-        )
 
     def _add(
         self,

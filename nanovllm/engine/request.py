@@ -6,6 +6,7 @@ Nothing here knows of steps or devices; what the samples' tokens are, they know 
 import time
 from dataclasses import dataclass, field
 
+from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -70,6 +71,15 @@ class Request:
         if self.error is not None:
             output["error"] = self.error
         return output
+
+    def explain(self, seq: Sequence, config: Config) -> str:
+        """Why a sample ended by an error."""
+        return (
+            f"request {self.request_id} failed: after its prompt of {seq.num_prompt_tokens} tokens and "
+            f"{len(seq.completion_token_ids)} more, the logits hold no finite maximum; check "
+            f"dtype={config.dtype!r}, as float16 overflows where others do not, and the weights in "
+            f"{config.model!r}, which may hold NaN; or its parameters allow no token"
+        )
 
     def _completion(self, index: int, seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
         """One sample's tokens: all of them, or with RequestOutputKind.DELTA those that were not handed out yet."""
