@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from nanovllm.beam_search.search import BeamSearchOutput, beam_search
 from nanovllm.compat.refused_methods import refused_method
 from nanovllm.config import Dtype
-from nanovllm.engine.admission import Params, Request, check_request, check_unsupported
+from nanovllm.engine.admission import CheckedRequest, Params, check_request, check_unsupported
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt, TokensPrompt
 from nanovllm.outputs import RequestError, RequestOutput
@@ -190,8 +190,7 @@ class LLM(LLMEngine):
         elif chat_options:
             raise TypeError(f"{', '.join(chat_options)} must come with a conversation, got the prompt {prompt!r:.100}")
         request = check_request(prompt, sampling_params, self.config, self.tokenizer, self.default_sampling_params)
-        with self._turn():
-            self.intake.check_structures([request])
+        self.intake.check_structures([request])
         if request.params.n > 1:
             raise ValueError(f"stream yields one text, got n={request.params.n}; `generate` returns several")
         if not request.params.detokenize:
@@ -227,7 +226,7 @@ class LLM(LLMEngine):
         """The prompt of a rendered conversation, which has its special tokens: the tokenizer adds none."""
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
-    def _stream(self, request: Request) -> Iterator[str]:
+    def _stream(self, request: CheckedRequest) -> Iterator[str]:
         """`stream` of a request that was checked; a generator of its own, which checks nothing before its first piece.
 
         Whoever wants the next piece drives the engine, unless other threads' steps have brought one.

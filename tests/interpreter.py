@@ -4,6 +4,22 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def kernel_test(test):
+    """Runs a test in the interpreter's child process, and on a GPU."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+def plain_test(test):
+    """Runs a test without kernels once: not in the child process."""
+    return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
+
 
 def run_in_interpreter(path: str) -> str:
     """What pytest prints for the file; its tests must all pass."""

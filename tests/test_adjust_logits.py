@@ -1,11 +1,10 @@
 """Adjusted logits and logprobs: torch's are as defined; the kernels equal them, in the interpreter and on a GPU."""
 
 import math
-import os
 
 import pytest
 import torch
-from interpreter import run_in_interpreter
+from interpreter import DEVICE, kernel_test, plain_test, run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels import logprobs as logprobs_module
@@ -25,20 +24,8 @@ from nanovllm.kernels.adjust_logits import (
 )
 from nanovllm.kernels.logprobs import top_logprobs, top_logprobs_torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL_FLAGS = range(16)
-
-
-def kernel_test(test):
-    """Runs a test in the interpreter's child process, and on a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
-
-
-def plain_test(test):
-    """Runs a test of the torch functions once: not in the child process."""
-    return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
 
 
 @plain_test

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import struct
 
 import pytest
 import torch
 from checkpoints import mixed_prompts
 from engines import engine, generate
-from interpreter import run_in_interpreter
+from interpreter import DEVICE, INTERPRETED, kernel_test, plain_test, run_in_interpreter
 from test_sampler import SimulatedRank, sample, sample_on_ranks, sampling_inputs
 
 from nanovllm import SamplingParams
@@ -26,19 +25,6 @@ from nanovllm.kernels.decode_rows import store_tokens, store_tokens_torch
 from nanovllm.kernels.sampling import unpack_token_ids
 from nanovllm.layers import sampler as plain
 from nanovllm.layers.sampler import Sampler
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
-def kernel_test(test):
-    """Runs a test in the interpreter's child process, and on a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
-
-
-def plain_test(test):
-    """Runs a test without kernels once: not in the child process."""
-    return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
 
 
 @plain_test

@@ -34,7 +34,7 @@ UNSUPPORTED = {  # what vLLM's calls and prompts may bring, and why it is not he
 }
 
 
-class Request(NamedTuple):
+class CheckedRequest(NamedTuple):
     """A request that can be completed.
 
     Attributes:
@@ -55,7 +55,7 @@ def check_requests(
     tokenizer: Tokenizer | None,
     defaults: SamplingParams,
     prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
-) -> list[Request]:
+) -> list[CheckedRequest]:
     """The requests of a call, for each prompt one.
 
     Args:
@@ -86,7 +86,7 @@ def check_request(
     config: Config,
     tokenizer: Tokenizer | None,
     defaults: SamplingParams,
-) -> Request:
+) -> CheckedRequest:
     """The request of a call that takes one prompt; the arguments and errors are those of `check_requests`."""
     params = _check_params(defaults if sampling_params is None else sampling_params, config, tokenizer)
     return _check_prompt(prompt, params, config, tokenizer)
@@ -159,7 +159,7 @@ def _check_params(params: SamplingParams, config: Config, tokenizer: Tokenizer |
     return params
 
 
-def _check_prompt(prompt: Any, params: SamplingParams, config: Config, tokenizer: Tokenizer | None) -> Request:
+def _check_prompt(prompt: Any, params: SamplingParams, config: Config, tokenizer: Tokenizer | None) -> CheckedRequest:
     """The request of a prompt with checked parameters."""
     text, given_ids = _text_and_ids(prompt)
     if given_ids is None:
@@ -180,7 +180,7 @@ def _check_prompt(prompt: Any, params: SamplingParams, config: Config, tokenizer
     if params.max_tokens is None:
         params = copy.copy(params)
         params.max_tokens = config.max_model_len - len(token_ids)
-    return Request(text, token_ids, params)
+    return CheckedRequest(text, token_ids, params)
 
 
 def _text_and_ids(prompt: Any) -> tuple[str | None, Any]:

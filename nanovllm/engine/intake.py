@@ -45,7 +45,7 @@ class Intake:
         facts = self.config.model_config
         return GrammarCompiler(self.tokenizer, facts.vocab_size, self.scheduler.eos_token_ids)
 
-    def check_structures(self, requests: list[admission.Request]) -> None:
+    def check_structures(self, requests: list[admission.CheckedRequest]) -> None:
         """Raises ValueError for a structure of a request that cannot be compiled, as far as that is seen at once."""
         for structure in {id(request.params): request.params.structured_outputs for request in requests}.values():
             if structure is not None:
@@ -53,7 +53,7 @@ class Intake:
 
     def make(
         self,
-        checked: admission.Request,
+        checked: admission.CheckedRequest,
         results: dict[int, RequestOutput],
         request_id: str | None,
         reports_progress: bool,

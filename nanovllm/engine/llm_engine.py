@@ -128,8 +128,8 @@ class LLMEngine:
         self._check_alive()
         params = sampling_params if params is None else params
         checked = admission.check_request(prompt, params, self.config, self.tokenizer, self.default_sampling_params)
+        self.intake.check_structures([checked])
         with self._turn():
-            self.intake.check_structures([checked])
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
                 raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
@@ -220,11 +220,11 @@ class LLMEngine:
         checked = admission.check_requests(
             prompts, sampling_params, self.config, self.tokenizer, self.default_sampling_params, prompt_token_ids
         )
+        self.intake.check_structures(checked)
         results: dict[int, RequestOutput] = {}
         ids: list[int] = []
         try:
             with self._turn():
-                self.intake.check_structures(checked)
                 for request in checked:
                     ids.append(self.intake.num_seqs)  # before it is queued, lest an interrupt leave it behind
                     self._add(request, results)
@@ -352,7 +352,7 @@ class LLMEngine:
 
     def _add(
         self,
-        checked: admission.Request,
+        checked: admission.CheckedRequest,
         results: dict[int, RequestOutput],
         request_id: str | None = None,
         reports_progress: bool = False,
