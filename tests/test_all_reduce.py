@@ -5,24 +5,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from interpreter import run_in_interpreter
+from interpreter import DEVICE, INTERPRETED, kernel_test, run_in_interpreter
 
-from nanovllm.kernels import HAS_TRITON, INTERPRETED, tl
+from nanovllm.kernels import HAS_TRITON, tl
 from nanovllm.kernels.linear import linear_torch
 from nanovllm.parallel.all_reduce import POLLS, Peers, max_over_ranks, max_over_ranks_torch, receive
 from nanovllm.parallel.all_reduce import add_sum as rms_norm
 from nanovllm.parallel.all_reduce import add_sum_torch as rms_norm_torch
 from nanovllm.parallel.all_reduce import send_linear as linear
 
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
 DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 OFFSET = 64  # of the place for parts or packets, behind the flags
-
-
-def kernel_test(test):
-    """Runs a test in the interpreter's child process, and on a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 def make_ranks(num_bytes: int, form: str, num_ranks: int = 2) -> list[Peers]:

@@ -1,21 +1,11 @@
 """The kernels around a decode step equal their torch functions: in the interpreter (a child process), on a GPU."""
 
-import os
-
 import pytest
 import torch
-from interpreter import run_in_interpreter
+from interpreter import DEVICE, INTERPRETED, kernel_test, run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels.decode_rows import advance_rows, advance_rows_torch, store_tokens, store_tokens_torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
-def kernel_test(test):
-    """Runs a test in the interpreter's child process, and on a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 @kernel_test
