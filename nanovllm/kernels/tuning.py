@@ -115,6 +115,51 @@ def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
     return num_programs, num_programs
 
 
+# ---- mixtures of experts, kernels/routing.py and kernels/experts.py -------------------------------------------------
+
+FEW_TOKENS = 4  # up to which each (token, expert) pair reads the expert's weights by itself
+ROUTED_TOKENS = 4  # that one program routes
+
+
+class ExpertsTile(NamedTuple):
+    """Rows, features and elements of a row that a program multiplies at once; tiles on their way, and warps."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+
+def experts_tile(mean_rows: float, dtype: torch.dtype) -> ExpertsTile:
+    """For experts that have so many rows on average."""
+    if dtype == torch.float32:
+        return ExpertsTile(16, 32, 32, 2, 4)
+    if mean_rows <= 12:
+        return ExpertsTile(16, 64, 128, 4, 4)
+    if mean_rows <= 24:
+        return ExpertsTile(32, 64, 128, 4, 4)
+    if mean_rows <= 64:
+        return ExpertsTile(64, 128, 64, 4, 4)
+    return ExpertsTile(128, 128, 64, 3, 8)
+
+
+class FewExpertsTile(NamedTuple):
+    """Features that a program computes, elements of a part of a row at a time, parts of a row, and warps."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+
+
+def few_experts_tile(size: int, slots: int) -> FewExpertsTile:
+    """For rows of some size, of which a program multiplies `slots`."""
+    splits = max(1, 8 // triton.next_power_of_2(slots))
+    block_k = min(256, max(16, triton.next_power_of_2(-(-size // splits))))
+    return FewExpertsTile(block_n=8, block_k=block_k, splits=splits, warps=8)
+
+
 # ---- sums over ranks, parallel/peer_memory.py ----------------------------------------------------------------------
 
 # Sums of more rows are made in shares. A step of Qwen3-8B on two H200s, in parts / in shares: 1,024 rows 13.0 / 14.3

@@ -1,0 +1,335 @@
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""Products with a mixture of experts: each row with the weights of the experts that it was routed to.
+
+A pair is a token and one of its experts; pair p belongs to token p // top_k. The gate and up projections give a row
+for each pair; the down projection's rows are weighted and added up for each token. Few tokens meet few experts, mostly
+a row each: a program multiplies one row. Many tokens are sorted by expert, so that an expert's weights are read once
+for a tile of rows (after MegaBlocks, arXiv 2211.15841). How many rows an expert gets is known on the device alone, so
+that all of it can be in a CUDA graph.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels.activation import silu_and_mul_torch
+from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.kernels.routing import Routing
+from nanovllm.kernels.tuning import experts_tile, few_experts_tile
+
+COMBINE_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _grouped_kernel(
+    x_ptr,
+    weight_ptr,
+    order_ptr,
+    counts_ptr,
+    y_ptr,
+    num_tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N features of up to BLOCK_M of an expert's rows; row p // PAIRS_PER_ROW of x is that of pair p."""
+    pdl_wait(PDL)
+    tile = tl.program_id(0)
+    experts = tl.arange(0, triton.next_power_of_2(EXPERTS))
+    counts = tl.load(counts_ptr + experts, mask=experts < EXPERTS, other=0)
+    ends = tl.cumsum(tl.cdiv(counts, BLOCK_M), 0)  # of the experts' tiles
+    expert = tl.sum((ends <= tile).to(tl.int32), 0)
+    if expert >= EXPERTS:  # there are fewer tiles than there might have been
+        return
+    count = tl.sum(tl.where(experts == expert, counts, 0), 0)
+    first_tile = tl.max(tl.where(experts < expert, ends, 0), 0)
+    m = (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pairs = tl.load(order_ptr + expert * num_tokens + m, mask=m < count, other=0).to(tl.int64)
+    features = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = features < N
+    if GATED:  # a gate beside its up
+        features = features // 2 + features % 2 * (N // 2)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    x_ptr += (pairs // PAIRS_PER_ROW)[:, None] * K + k
+    weight_ptr += (expert.to(tl.int64) * N + features)[:, None] * K + k
+    mask_m = (m < count)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        left = k < K - start
+        x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
+        w = tl.load(weight_ptr + start, mask=mask_n[:, None] & left, other=0.0)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    SHARE: tl.constexpr = 2 if GATED else 1
+    if GATED:
+        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        acc = gate / (1.0 + tl.exp(-gate)) * up
+    n = tl.program_id(1) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
+    offs = pairs[:, None] * (N // SHARE) + n[None, :]
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & (n < N // SHARE)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr,
+    weights_ptr,
+    counts_ptr,
+    out_ptr,
+    out_stride,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK features of one token; the first program zeroes the counts, which nobody needs any more."""
+    pdl_wait(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < N
+    out_ptr += token * out_stride + n
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        total += tl.load(weights_ptr + pair) * tl.load(y_ptr + pair * N + n, mask=mask, other=0.0).to(tl.float32)
+    if ADDED:
+        total += tl.load(out_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=mask)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        experts = tl.arange(0, triton.next_power_of_2(EXPERTS))
+        tl.store(counts_ptr + experts, tl.zeros_like(experts), mask=experts < EXPERTS)
+
+
+@triton.jit
+def _few_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    experts_ptr,
+    weights_ptr,
+    norm_ptr,
+    eps,
+    out_ptr,
+    out_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK_N features of one row of the result, which is the weighted sum over SLOTS pairs.
+
+    Axis 0 of the tiles are the pairs, times the SPLITS parts of K. (It is long by its arguments.)
+    """
+    SLOTS_PAD: tl.constexpr = triton.next_power_of_2(SLOTS)
+    parts = tl.arange(0, SLOTS_PAD * SPLITS)
+    slots = parts // SPLITS
+    mask_s = slots < SLOTS
+    row = tl.program_id(0).to(tl.int64)
+    pairs = row * SLOTS + slots
+    features = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = features < N
+    if GATED:
+        features = features // 2 + features % 2 * (N // 2)
+    k = (parts % SPLITS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    pdl_wait(PDL)
+    experts = tl.load(experts_ptr + pairs, mask=mask_s, other=0).to(tl.int64)
+    w_ptr = weight_ptr + (experts[:, None] * N + features[None, :])[:, :, None] * K + k[:, None, :]
+    x_ptr += (pairs // PAIRS_PER_ROW)[:, None] * x_stride + k
+    acc = tl.zeros((SLOTS_PAD * SPLITS, BLOCK_N), tl.float32)
+    squares = tl.zeros((SLOTS_PAD * SPLITS,), tl.float32)
+    mask_w = mask_s[:, None, None] & mask_n[None, :, None]
+    for start in tl.static_range(0, K, SPLITS * BLOCK_K):
+        left = k < K - start
+        w = tl.load(w_ptr + start, mask=mask_w & left[:, None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start, mask=mask_s[:, None] & left, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            squares += tl.sum(x * x, 1)
+            x *= tl.load(norm_ptr + start + k, mask=left, other=0.0).to(tl.float32)
+        acc += tl.sum(x[:, None, :] * w, 2)
+    if weights_ptr is not None:
+        acc *= tl.load(weights_ptr + pairs, mask=mask_s, other=0.0)[:, None]
+    y = tl.sum(acc, 0)
+    if norm_ptr is not None:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    SHARE: tl.constexpr = 2 if GATED else 1
+    if GATED:
+        gate, up = tl.split(tl.reshape(y, (BLOCK_N // 2, 2)))
+        y = gate / (1.0 + tl.exp(-gate)) * up
+    n = tl.program_id(1) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
+    mask = n < N // SHARE
+    out_ptr += row * out_stride + n
+    if ADDED:
+        y += tl.load(out_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gate_up_experts_torch(
+    x: Tensor, weight: Tensor, routing: Routing, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """What `gate_up_experts` computes, said plainly."""
+    if norm is not None:
+        x = rms_norm_torch(x, norm, eps)
+    rows = x.repeat_interleave(routing.experts.size(1), 0)
+    h = x.new_empty(len(rows), weight.size(1) // 2)
+    for expert, pairs in _pairs_by_expert(routing):
+        h[pairs] = silu_and_mul_torch(F.linear(rows[pairs], weight[expert]))
+    return h
+
+
+def down_experts_torch(h: Tensor, weight: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+    """What `down_experts` computes, said plainly."""
+    rows = h.new_empty(len(h), weight.size(1))
+    for expert, pairs in _pairs_by_expert(routing):
+        rows[pairs] = F.linear(h[pairs], weight[expert])
+    rows = rows.view(*routing.weights.shape, -1).float()
+    y = (rows * routing.weights[..., None]).sum(1).to(h.dtype)
+    routing.counts.zero_()
+    return y if residual is None else residual.add_(y)
+
+
+def _pairs_by_expert(routing: Routing) -> list[tuple[int, Tensor]]:
+    """Of each expert that has any, its pairs, int64."""
+    experts = routing.experts.flatten()
+    return [(expert, (experts == expert).nonzero().flatten()) for expert in experts.unique().tolist()]
+
+
+def gate_up_experts(
+    x: Tensor, weight: Tensor, routing: Routing, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """silu(gate) * up of each pair, [T * K, I], pair by pair.
+
+    Args:
+        x: [T, H], contiguous.
+        weight: [E, 2 I, H], contiguous; of each expert the gates, then the ups.
+        routing: the experts of the T tokens. For more than FEW_TOKENS, with `order`.
+        norm: [H], the weight of an RMSNorm of x's rows, with `eps`; only for up to FEW_TOKENS.
+    """
+    if not use_triton(x):
+        return gate_up_experts_torch(x, weight, routing, norm, eps)
+    num_features = weight.size(1)
+    num_tokens, top_k = routing.experts.shape
+    h = torch.empty((num_tokens * top_k, num_features // 2), dtype=x.dtype, device=x.device)
+    if routing.order is None:
+        _launch_few(x, weight, routing, h, norm, eps, slots=1, is_gated=True, is_added=False)
+    else:
+        _launch_grouped(x, weight, routing, h, pairs_per_row=top_k, is_gated=True)
+    return h
+
+
+def down_experts(h: Tensor, weight: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+    """The weighted sums of the experts' down projections, [T, H]; zeroes the routing's counts.
+
+    Args:
+        h: [T * K, I], contiguous, pair by pair.
+        weight: [E, H, I], contiguous.
+        routing: the experts of the T tokens.
+        residual: [T, H], rows any distance apart; the sums are added to it in place and it is returned.
+    """
+    if not use_triton(h):
+        return down_experts_torch(h, weight, routing, residual)
+    num_experts, num_features, _ = weight.shape
+    num_tokens, top_k = routing.experts.shape
+    out = residual
+    if out is None:
+        out = torch.empty((num_tokens, num_features), dtype=h.dtype, device=h.device)
+    is_added = residual is not None
+    if routing.order is None:
+        _launch_few(h, weight, routing, out, None, 0.0, slots=top_k, is_gated=False, is_added=is_added)
+        return out
+    y = torch.empty((num_tokens * top_k, num_features), dtype=h.dtype, device=h.device)
+    _launch_grouped(h, weight, routing, y, pairs_per_row=1, is_gated=False)
+    _combine_kernel[num_tokens, triton.cdiv(num_features, COMBINE_BLOCK)](
+        y,
+        routing.weights,
+        routing.counts,
+        out,
+        out.stride(0),
+        N=num_features,
+        TOP_K=top_k,
+        EXPERTS=num_experts,
+        ADDED=is_added,
+        BLOCK=COMBINE_BLOCK,
+        num_warps=4,
+        **pdl_options(h.device),
+    )
+    return out
+
+
+def _launch_grouped(
+    x: Tensor, weight: Tensor, routing: Routing, y: Tensor, pairs_per_row: int, is_gated: bool
+) -> None:
+    num_experts, num_features, size = weight.shape
+    num_tokens, num_pairs = len(routing.experts), routing.experts.numel()
+    tile = experts_tile(num_pairs / num_experts, x.dtype)
+    num_tiles = min(num_experts, num_pairs) + num_pairs // tile.block_m  # at most: each expert's last may be in part
+    _grouped_kernel[num_tiles, triton.cdiv(num_features, tile.block_n)](
+        x,
+        weight,
+        routing.order,
+        routing.counts,
+        y,
+        num_tokens,
+        N=num_features,
+        K=size,
+        EXPERTS=num_experts,
+        PAIRS_PER_ROW=pairs_per_row,
+        GATED=is_gated,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+        **pdl_options(x.device),
+    )
+
+
+def _launch_few(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    out: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    slots: int,
+    is_gated: bool,
+    is_added: bool,
+) -> None:
+    _num_experts, num_features, size = weight.shape
+    num_pairs, top_k = routing.experts.numel(), routing.experts.size(1)
+    tile = few_experts_tile(size, slots)
+    _few_kernel[num_pairs // slots, triton.cdiv(num_features, tile.block_n)](
+        x,
+        x.stride(0),
+        weight,
+        routing.experts,
+        None if is_gated else routing.weights,
+        norm,
+        eps,
+        out,
+        out.stride(0),
+        N=num_features,
+        K=size,
+        PAIRS_PER_ROW=top_k if is_gated else 1,
+        SLOTS=slots,
+        GATED=is_gated,
+        ADDED=is_added,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        SPLITS=tile.splits,
+        num_warps=tile.warps,
+        **pdl_options(x.device),
+    )

@@ -1,0 +1,183 @@
+"""Mixtures of experts: torch's functions are as defined; the kernels equal them, in the interpreter and on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreter import DEVICE, kernel_test, plain_test, run_in_interpreter
+
+from nanovllm.kernels import HAS_TRITON, INTERPRETED
+from nanovllm.kernels.experts import down_experts, down_experts_torch, gate_up_experts, gate_up_experts_torch
+from nanovllm.kernels.routing import route, route_torch
+from nanovllm.kernels.tuning import FEW_TOKENS
+
+# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOKENS = (1, 3, FEW_TOKENS, FEW_TOKENS + 1, 40) if INTERPRETED else (1, 2, 3, 4, 5, 8, 16, 40, 131, 256, 1000, 4096)
+SHAPES = [(8, 2), (5, 3), (128, 8)]  # experts, of a token
+
+
+@plain_test
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_in_the_interpreter():
+    run_in_interpreter(__file__)
+
+
+def zero_counts(num_experts):
+    return torch.zeros(num_experts, dtype=torch.int32, device=DEVICE)
+
+
+def check_order(routing, num_experts):
+    """Each expert has its own pairs, each once."""
+    experts = routing.experts.flatten().cpu()
+    counts = experts.bincount(minlength=num_experts)
+    assert routing.counts.tolist() == counts.tolist()
+    for expert in range(num_experts):
+        pairs = routing.order[expert, : counts[expert]].tolist()
+        assert sorted(pairs) == (experts == expert).nonzero().flatten().tolist()
+
+
+# ---- routing ------------------------------------------------------------------------------------------------------
+
+
+def definition(logits, top_k, is_renormalised):
+    """Probabilities, one token after another; of equals, the first."""
+    weights, experts = [], []
+    for row in logits.double().softmax(-1).tolist():
+        chosen = sorted(range(len(row)), key=lambda expert: (-row[expert], expert))[:top_k]
+        total = sum(row[expert] for expert in chosen) if is_renormalised else 1.0
+        experts.append(chosen)
+        weights.append([row[expert] / total for expert in chosen])
+    return torch.tensor(weights), torch.tensor(experts)
+
+
+@pytest.mark.parametrize("is_renormalised", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
+@plain_test
+def test_torch_routes_as_defined(num_experts, top_k, is_renormalised):
+    logits = torch.randn(20, num_experts).mul(2).round()  # which has ties
+    routing = route_torch(logits, top_k, is_renormalised, torch.zeros(num_experts, dtype=torch.int32))
+    weights, experts = definition(logits, top_k, is_renormalised)
+    assert routing.experts.tolist() == experts.tolist()
+    torch.testing.assert_close(routing.weights.double(), weights.double(), rtol=1e-5, atol=1e-7)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_renormalised", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_route(num_tokens, num_experts, top_k, is_renormalised, dtype):
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE).mul(3).round().div(2).to(dtype)
+    routing = route(logits, top_k, is_renormalised, zero_counts(num_experts))
+    expected = route_torch(logits, top_k, is_renormalised, zero_counts(num_experts))
+    assert torch.equal(routing.experts, expected.experts)
+    torch.testing.assert_close(routing.weights, expected.weights, rtol=1e-5, atol=1e-7)
+    assert (routing.order is None) == (num_tokens <= FEW_TOKENS)
+    if routing.order is not None:
+        check_order(routing, num_experts)
+
+
+@kernel_test
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_has_experts_of_its_own(bad):
+    """As many as others, so that nothing is written where theirs stand; others are routed as without it."""
+    logits = torch.randn(9, 16, device=DEVICE)
+    expected = route(logits, 4, True, zero_counts(16))
+    logits[4] = bad
+    routing = route(logits, 4, True, zero_counts(16))
+    assert len(set(routing.experts[4].tolist())) == 4
+    check_order(routing, 16)
+    others = torch.arange(9) != 4
+    assert torch.equal(routing.experts[others], expected.experts[others])
+    assert torch.equal(routing.weights[others], expected.weights[others])
+
+
+# ---- products -----------------------------------------------------------------------------------------------------
+
+
+def routing_of(experts, num_experts, weights=None):
+    """A routing by hand: experts, int [T, K]."""
+    logits = torch.full((len(experts), num_experts), -4.0)
+    slots = torch.arange(experts.size(1), 0, -1).float().expand(experts.shape)
+    logits.scatter_(1, experts.long(), slots)
+    routing = route(logits.to(DEVICE), experts.size(1), True, zero_counts(num_experts))
+    assert torch.equal(routing.experts.cpu(), experts.int())
+    return routing
+
+
+def spread(num_tokens, num_experts, top_k):
+    return torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)])
+
+
+ROUTINGS = {
+    "spread": spread,
+    "all to some": lambda num_tokens, num_experts, top_k: torch.arange(top_k).repeat(num_tokens, 1),
+    "one gets nothing": lambda num_tokens, num_experts, top_k: spread(num_tokens, num_experts - 1, top_k) + 1,
+}
+
+
+def random_mlp(num_tokens, num_experts, hidden, intermediate, dtype):
+    def randn(*shape, scale=1.0):
+        return torch.randn(shape, device=DEVICE).mul(scale).to(dtype)
+
+    x = randn(num_tokens, hidden)
+    gate_up = randn(num_experts, 2 * intermediate, hidden, scale=hidden**-0.5)
+    down = randn(num_experts, hidden, intermediate, scale=intermediate**-0.5)
+    return x, gate_up, down
+
+
+def mlp_definition(x, gate_up, down, routing, residual):
+    """In float64, one token after another."""
+    x, gate_up, down, weights = (tensor.double() for tensor in (x, gate_up, down, routing.weights))
+    out = torch.zeros_like(x)
+    for token, experts in enumerate(routing.experts.tolist()):
+        for slot, expert in enumerate(experts):
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            out[token] += weights[token, slot] * (down[expert] @ (F.silu(gate) * up))
+    return out if residual is None else residual.double() + out
+
+
+@plain_test
+def test_torch_multiplies_as_defined():
+    x, gate_up, down = random_mlp(7, 5, 12, 10, torch.float32)
+    routing = route_torch(torch.randn(7, 5), 3, False, torch.zeros(5, dtype=torch.int32))
+    y = down_experts_torch(gate_up_experts_torch(x, gate_up, routing), down, routing, residual=x.clone())
+    torch.testing.assert_close(y.double(), mlp_definition(x, gate_up, down, routing, x), rtol=1e-5, atol=1e-5)
+    assert not routing.counts.any()
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "hidden", "intermediate"),
+    [(8, 2, 48, 40), (6, 3, 64, 24)] if INTERPRETED else [(8, 2, 200, 136), (128, 8, 2048, 768), (6, 3, 512, 520)],
+)
+def test_products(num_experts, top_k, hidden, intermediate, num_tokens, kind, dtype):
+    experts = ROUTINGS[kind](num_tokens, num_experts, top_k)
+    routing = routing_of(experts, num_experts)
+    x, gate_up, down = random_mlp(num_tokens, num_experts, hidden, intermediate, dtype)
+    h = gate_up_experts(x, gate_up, routing)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(h, gate_up_experts_torch(x, gate_up, routing), **tolerance)
+    base = torch.full((num_tokens, hidden + 8), torch.nan, device=DEVICE, dtype=dtype)
+    residual = base[:, :hidden]
+    residual.copy_(x)
+    counts = routing.counts.clone()
+    expected = down_experts_torch(h, down, routing._replace(counts=counts), x.clone())
+    assert down_experts(h, down, routing, residual) is residual
+    torch.testing.assert_close(residual, expected, **tolerance)
+    assert base[:, hidden:].isnan().all()
+    assert not routing.counts.any()
+
+
+@kernel_test
+@pytest.mark.parametrize("num_tokens", range(1, FEW_TOKENS + 1))
+def test_the_norm_before_few_rows(num_tokens):
+    routing = routing_of(spread(num_tokens, 6, 2), 6)
+    x, gate_up, _ = random_mlp(num_tokens, 6, 48, 20, torch.float32)
+    norm = torch.rand(48, device=DEVICE)
+    h = gate_up_experts(x, gate_up, routing, norm, 0.5)
+    torch.testing.assert_close(h, gate_up_experts_torch(x, gate_up, routing, norm, 0.5), rtol=1e-4, atol=1e-5)
