@@ -185,7 +185,7 @@ def test_a_rank_fails_while_rank_0_loads_for_long(leaves_nothing, path, monkeypa
     fault = FaultyRank("loading", "exception", tmp_path)
     monkeypatch.setattr(worker, "run_rank", fault)
     targets = loader.checkpoint_targets
-    monkeypatch.setattr(loader, "checkpoint_targets", lambda model: SlowTargets(targets(model)))
+    monkeypatch.setattr(loader, "checkpoint_targets", lambda *args: SlowTargets(targets(*args)))
     with pytest.raises(RuntimeError, match="rank 1 failed"):
         make(path)
     assert fault.seconds_ago < END_SECONDS

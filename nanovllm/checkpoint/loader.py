@@ -2,11 +2,14 @@
 
 A parameter's `shards` say which slices of a checkpoint's tensors fill it: one for each tensor that it fuses, in the
 order of the model's `packed_modules_mapping`, or just one. A parameter without shards is a whole tensor on each rank.
+A parameter of experts has those of one expert. Checkpoints have several layouts: a model's `checkpoint_layouts` are
+other names of its tensors, and what is fused here may be fused there, or all experts be one tensor.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,13 +36,25 @@ COMPARED_ROWS = 8192  # at a time, between which the engine may be told to stop
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows or columns [start, start + size) of a full tensor fill [offset, offset + size) of a parameter's `dim`."""
+    """Elements [start, start + size) along `dim` of a checkpoint's tensor fill [offset, offset + size) of a parameter.
+
+    Attributes:
+        full_shape: of the checkpoint's tensor.
+        expert: whose weights the tensor has, if those of one out of a parameter's.
+    """
 
     full_shape: tuple[int, ...]
     dim: int
     start: int
     offset: int
     size: int
+    expert: int | None = None
+
+    def copy(self, source: Any, parameter: nn.Parameter) -> None:
+        """Copies a slice of the tensor, of which nothing else is read."""
+        place = parameter.data if self.expert is None else parameter.data[self.expert]
+        slices = (slice(None),) * self.dim + (slice(self.start, self.start + self.size),)
+        place.narrow(self.dim, self.offset, self.size).copy_(source[slices])
 
 
 def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:
@@ -51,25 +66,26 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         ValueError: no or unreadable files; a missing, unexpected or mis-shaped tensor, by name; a head that is not the
             embedding that it is tied to.
     """
-    targets = checkpoint_targets(model)
     found = find_tensors(folder)
-    is_tied_copy = HEAD in found and HEAD not in targets
-    unexpected = [name for name in found.keys() - targets.keys() if not f".{name}".endswith(BUFFERS)]
-    if is_tied_copy:
-        unexpected.remove(HEAD)
+    targets = checkpoint_targets(model, found)
+    head, embedding = (original_name(model, name, found) for name in (HEAD, EMBEDDING))
+    is_tied_copy = head in found and head not in targets
+    passed_over = [head] if is_tied_copy else []
+    passed_over += [name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS)]
+    unexpected = found.keys() - targets.keys() - set(passed_over)
     for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
         if names:
             raise ValueError(f"{folder} {problem} tensor {min(names)!r} ({len(names)} in all)")
-    for name, (_, shard) in targets.items():
-        if (shape := tuple(found[name].get_shape())) != shard.full_shape:
-            raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {shard.full_shape}")
+    for name, places in targets.items():
+        shape, needed = tuple(found[name].get_shape()), places[0][1].full_shape
+        if shape != needed:
+            raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {needed}")
     if is_tied_copy:
-        check_tied_head(found[HEAD], found[EMBEDDING], targets[EMBEDDING][0].dtype, folder, check)
-    for name, (parameter, shard) in targets.items():
+        check_tied_head(found[head], found[embedding], targets[embedding][0][0].dtype, folder, check)
+    for name, places in targets.items():
         check()
-        rows = slice(shard.start, shard.start + shard.size)
-        source = found[name][rows] if shard.dim == 0 else found[name][:, rows]
-        parameter.data.narrow(shard.dim, shard.offset, shard.size).copy_(source)
+        for parameter, shard in places:
+            shard.copy(found[name], parameter)
 
 
 def check_tied_head(head: Any, embedding: Any, dtype: torch.dtype, folder: str, check: Callable[[], None]) -> None:
@@ -89,16 +105,56 @@ def check_tied_head(head: Any, embedding: Any, dtype: torch.dtype, folder: str, 
         )
 
 
-def checkpoint_targets(model: nn.Module) -> dict[str, tuple[nn.Parameter, Shard]]:
-    """Each checkpoint tensor's name -> the parameter that it fills and how."""
-    targets = {}
+def checkpoint_targets(
+    model: nn.Module, names: Collection[str]
+) -> Mapping[str, list[tuple[nn.Parameter, Shard]]]:
+    """Each tensor that a checkpoint with tensors of these names must have -> the parameters that it fills and how."""
+    targets = defaultdict(list)
     for name, parameter in model.named_parameters():
-        shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
-        module = name.split(".")[-2]
-        sources = model.packed_modules_mapping.get(module, (module,))
-        for source, shard in zip(sources, shards, strict=True):
-            targets[name.replace(f"{module}.", f"{source}.")] = (parameter, shard)
+        for source, shard in _sources(model, name, parameter, names):
+            targets[source].append((parameter, shard))
     return targets
+
+
+def _sources(
+    model: nn.Module, name: str, parameter: nn.Parameter, names: Collection[str]
+) -> Iterator[tuple[str, Shard]]:
+    """The tensors of a checkpoint that fill a parameter, and how."""
+    shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
+    has_experts = parameter.dim() > len(shards[0].full_shape)
+    module, suffix = (name, ".weight") if has_experts else (name[: name.rindex(".")], name[name.rindex(".") :])
+    before, module = module[: module.rindex(".") + 1], module[module.rindex(".") + 1 :]
+    own_name = original_name(model, name, names)
+    if own_name in names or not (has_experts or module in model.packed_modules_mapping):
+        for shard in _fused(shards, len(parameter) if has_experts else None):
+            yield own_name, shard
+        return
+    for expert in range(len(parameter)) if has_experts else [None]:
+        infix = "" if expert is None else f"{expert}."
+        for source, shard in zip(model.packed_modules_mapping.get(module, (module,)), shards, strict=True):
+            yield original_name(model, f"{before}{infix}{source}{suffix}", names), replace(shard, expert=expert)
+
+
+def _fused(shards: list[Shard], num_experts: int | None) -> Iterator[Shard]:
+    """The shards of one tensor that has the tensors of several behind each other, perhaps of all experts."""
+    dim, start = shards[0].dim, 0
+    shape = list(shards[0].full_shape)
+    shape[dim] = sum(shard.full_shape[dim] for shard in shards)
+    experts = [] if num_experts is None else [num_experts]
+    for shard in shards:
+        yield replace(shard, full_shape=(*experts, *shape), dim=len(experts) + dim, start=start + shard.start)
+        start += shard.full_shape[dim]
+
+
+def original_name(model: nn.Module, name: str, names: Collection[str]) -> str:
+    """What a checkpoint with tensors of these names calls one of the model's: in the first layout that has it."""
+    spellings = [name]
+    for layout in model.checkpoint_layouts:
+        spelling = name
+        for ours, theirs in layout.items():
+            spelling = spelling.replace(ours, theirs)
+        spellings.append(spelling)
+    return next((spelling for spelling in spellings if spelling in names), spellings[-1])
 
 
 def find_tensors(folder: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MAX_BLOCKS = 2**20  # each has a record on the host; only toy models could have 
 def bind_kv_cache(model: nn.Module, config: Config, tp: TensorParallel, num_blocks: int) -> int:
     """Allocates a cache of zeros in place of the one before, and hands each layer its part. Returns the bytes."""
     facts, dtype = config.model_config, config.torch_dtype
-    num_kv_heads = facts.num_key_value_heads // tp.size
+    num_kv_heads = max(facts.num_key_value_heads // tp.size, 1)
     block_shape = (config.kvcache_block_size, num_kv_heads, facts.head_dim)
     shape = (2, facts.num_hidden_layers, num_blocks, *block_shape)  # keys and values
     layers = [module for module in model.modules() if isinstance(module, Attention)]

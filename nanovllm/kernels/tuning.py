@@ -136,11 +136,11 @@ def experts_tile(mean_rows: float, dtype: torch.dtype) -> ExpertsTile:
     if dtype == torch.float32:
         return ExpertsTile(16, 32, 32, 2, 4)
     if mean_rows <= 12:
-        return ExpertsTile(16, 64, 128, 4, 4)
+        return ExpertsTile(16, 64, 128, 3, 4)
     if mean_rows <= 24:
-        return ExpertsTile(32, 64, 128, 4, 4)
-    if mean_rows <= 64:
-        return ExpertsTile(64, 128, 64, 4, 4)
+        return ExpertsTile(32, 64, 128, 3, 4)
+    if mean_rows < 64:
+        return ExpertsTile(64, 128, 64, 3, 4)
     return ExpertsTile(128, 128, 64, 3, 8)
 
 
@@ -155,9 +155,9 @@ class FewExpertsTile(NamedTuple):
 
 def few_experts_tile(size: int, slots: int) -> FewExpertsTile:
     """For rows of some size, of which a program multiplies `slots`."""
-    splits = max(1, 8 // triton.next_power_of_2(slots))
-    block_k = min(256, max(16, triton.next_power_of_2(-(-size // splits))))
-    return FewExpertsTile(block_n=8, block_k=block_k, splits=splits, warps=8)
+    splits = max(1, (4 if slots == 1 else 8) // triton.next_power_of_2(slots))
+    block_k = min(128, max(16, triton.next_power_of_2(-(-size // splits))))
+    return FewExpertsTile(16 if slots == 1 else 8, block_k, splits, 4 if slots == 1 else 8)
 
 
 # ---- sums over ranks, parallel/peer_memory.py ----------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """The two ends of a model: token ids to hidden states, and hidden states to logits."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.layers.layernorm import Normalised
-from nanovllm.layers.linear import apply_linear
+from nanovllm.layers.linear import apply_linear, part_of
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
@@ -24,19 +26,21 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(nn.Module):
-    """Hidden states [N, hidden] -> this rank's logits [N, vocab / ranks], one rank's after the other's.
+    """Hidden states [N, hidden] -> this rank's logits [N, vocab / ranks rounded up], one rank's after the other's.
 
-    With `tied_weight`, the embedding's table, the weight is a part of that and no parameter of its own.
+    Beyond the vocabulary they are -inf. With `tied_weight`, the embedding's table, the weight is a part of that and no parameter of its own.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, tied_weight: Tensor | None) -> None:
         super().__init__()
-        size = vocab_size // tp.size
+        _, start, size = part_of(vocab_size, tp)
+        self.num_missing = -(-vocab_size // tp.size) - size
         if tied_weight is None:
             self.weight = tp.parameter(size, hidden_size)
         else:
-            self.weight = tied_weight.chunk(tp.size)[tp.rank]
-        self.weight.shards = [Shard((vocab_size, hidden_size), 0, tp.rank * size, 0, size)]
+            self.weight = tied_weight[start : start + size]
+        self.weight.shards = [Shard((vocab_size, hidden_size), 0, start, 0, size)]
 
     def forward(self, x: Normalised | Tensor) -> Tensor:
-        return apply_linear(x, self.weight)
+        logits = apply_linear(x, self.weight)
+        return F.pad(logits, (0, self.num_missing), value=-math.inf) if self.num_missing else logits

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import PendingSum
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -18,6 +19,10 @@ class Normalised(NamedTuple):
     x: Tensor
     weight: Tensor
     eps: float
+
+    def compute(self) -> Tensor:
+        """The normalised rows."""
+        return rms_norm(self.x, self.weight, self.eps)
 
 
 class RMSNorm(nn.Module):

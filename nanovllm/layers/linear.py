@@ -25,21 +25,34 @@ def apply_linear(x: Normalised | Tensor, weight: Tensor, bias: Tensor | None = N
     return linear(x, weight, bias, gated=gated)
 
 
+class Part(NamedTuple):
+    """A rank's rows [start, start + size) of a weight that has full_size of them."""
+
+    full_size: int
+    start: int
+    size: int
+
+
+def part_of(full_size: int, tp: TensorParallel) -> Part:
+    """The rank's part of a weight's rows or columns; where they do not divide, the last rank has fewer."""
+    size = -(-full_size // tp.size)
+    start = min(tp.rank * size, full_size)
+    return Part(full_size, start, min(size, full_size - start))
+
+
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with the output features of each of `output_sizes` split over the ranks.
+    """y = x W^T + b with the output features split over the ranks: x is [N, in], y is [N, features of the parts]."""
 
-    x is [N, in], y is [N, sum(output_sizes) / ranks].
-    """
-
-    def __init__(self, input_size: int, output_sizes: list[int], bias: bool, tp: TensorParallel) -> None:
+    def __init__(self, input_size: int, parts: list[Part], bias: bool, tp: TensorParallel) -> None:
+        """`parts` are the rank's, of each of the weights that make up this one."""
         super().__init__()
-        local_sizes = [size // tp.size for size in output_sizes]
-        self.weight = tp.parameter(sum(local_sizes), input_size)
-        self.bias = tp.parameter(sum(local_sizes)) if bias else None
+        num_features = sum(part.size for part in parts)
+        self.weight = tp.parameter(num_features, input_size)
+        self.bias = tp.parameter(num_features) if bias else None
         self.weight.shards, offset = [], 0
-        for full_size, size in zip(output_sizes, local_sizes, strict=True):
-            self.weight.shards.append(Shard((full_size, input_size), 0, tp.rank * size, offset, size))
-            offset += size
+        for part in parts:
+            self.weight.shards.append(Shard((part.full_size, input_size), 0, part.start, offset, part.size))
+            offset += part.size
         if bias:
             self.bias.shards = [replace(shard, full_shape=shard.full_shape[:1]) for shard in self.weight.shards]
 
@@ -48,13 +61,18 @@ class ColumnParallelLinear(nn.Module):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """The query, key and value projections in one product: [N, hidden] -> [N, q heads | k heads | v heads]."""
+    """The query, key and value projections in one product: [N, hidden] -> [N, q heads | k heads | v heads].
+
+    Where there are fewer KV heads than ranks, several ranks have the same one.
+    """
 
     def __init__(
         self, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, tp: TensorParallel
     ) -> None:
-        output_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-        super().__init__(hidden_size, output_sizes, bias, tp)
+        num_local = max(num_kv_heads // tp.size, 1)
+        first = tp.rank * num_kv_heads // tp.size
+        kv_part = Part(num_kv_heads * head_dim, first * head_dim, num_local * head_dim)
+        super().__init__(hidden_size, [part_of(num_heads * head_dim, tp), kv_part, kv_part], bias, tp)
 
 
 class GateUp(NamedTuple):
@@ -66,10 +84,10 @@ class GateUp(NamedTuple):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """The MLP's gate and up projections in one product: [N, hidden] -> [N, 2 * intermediate / ranks]."""
+    """The MLP's gate and up projections in one product: [N, hidden] -> [N, 2 * the rank's share]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, tp: TensorParallel) -> None:
-        super().__init__(hidden_size, [intermediate_size, intermediate_size], bias, tp)
+        super().__init__(hidden_size, [part_of(intermediate_size, tp)] * 2, bias, tp)
 
     def forward(self, x: Normalised | Tensor) -> GateUp:
         return GateUp(x, self.weight, self.bias)
@@ -84,9 +102,9 @@ class RowParallelLinear(nn.Module):
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        size = input_size // tp.size
+        _, start, size = part_of(input_size, tp)
         self.weight = tp.parameter(output_size, size)
-        self.weight.shards = [Shard((output_size, input_size), 1, tp.rank * size, 0, size)]
+        self.weight.shards = [Shard((output_size, input_size), 1, start, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
     def forward(self, x: Tensor, residual: Residual) -> Residual:

@@ -114,6 +114,8 @@ class Qwen3ForCausalLM(nn.Module):
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
+    checkpoint_layouts: ClassVar[tuple[dict[str, str], ...]] = ()  # other names of tensors: ours -> theirs
+    ignored_tensors: ClassVar[tuple[str, ...]] = ()  # what the names begin with that are passed over
     attention_class: ClassVar[type[Qwen3Attention]] = Qwen3Attention
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:

@@ -251,6 +251,28 @@ def send_linear(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Peers) ->
 
 
 @triton.jit
+def _send_kernel(x_ptr, size, addresses, rank: tl.constexpr, offset, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    send(tl.load(x_ptr + offs, mask=mask), offs, mask, size, addresses, rank, offset, RANKS)
+
+
+def send_part(x: Tensor, peers: Peers) -> None:
+    """Leaves x, [M, N] and contiguous, with `peers` as this rank's part of a sum, as `send_linear` does a product."""
+    rows, size = x.shape
+    if peers.form == "shares":
+        share = peers.share(rows)
+        for peer, x_share in enumerate(x.split(share)):
+            peers.view(peer, peers.rank * share, len(x_share), size, x.dtype).copy_(x_share)
+    elif peers.form == "parts":
+        peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype).copy_(x)
+    else:
+        _send_kernel[(triton.cdiv(x.numel(), 1024),)](
+            x, x.numel(), peers.addresses, peers.rank, peers.offset, RANKS=len(peers.buffers), BLOCK=1024
+        )
+
+
+@triton.jit
 def _max_kernel(
     x_ptr, size, addresses, rank: tl.constexpr, offset, given_up_ptr, RANKS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nanovllm.kernels.linear import linear
-from nanovllm.parallel.all_reduce import Peers, add_sum, send_linear
+from nanovllm.parallel.all_reduce import Peers, add_sum, send_linear, send_part
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
@@ -43,4 +43,14 @@ def linear_and_sum(
     if peers is None:
         return stream.add_(tp.all_reduce(linear(x, weight, own_bias)))
     send_linear(x, weight, own_bias, peers)
+    return PendingSum(stream, peers)
+
+
+def add_parts(part: Tensor, residual: Tensor | PendingSum, tp: TensorParallel) -> Tensor | PendingSum:
+    """residual + the sum over ranks of their parts: both [N, out], as `linear_and_sum` of what was computed."""
+    stream = residual.x if isinstance(residual, PendingSum) else residual
+    peers = tp.next_peers(len(part))
+    if peers is None:
+        return stream.add_(tp.all_reduce(part))
+    send_part(part, peers)
     return PendingSum(stream, peers)

@@ -1,0 +1,81 @@
+"""A mixture of experts in place of an MLP: a router gives each token to a few of many (arXiv 1701.06538, 2101.03961)."""
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.checkpoint.loader import Shard
+from nanovllm.kernels.experts import down_experts, gate_up_experts
+from nanovllm.kernels.routing import Routing, route
+from nanovllm.kernels.tuning import FEW_TOKENS
+from nanovllm.layers.layernorm import Normalised
+from nanovllm.layers.linear import apply_linear, part_of
+from nanovllm.layers.residual import Residual
+from nanovllm.parallel.row_parallel import add_parts
+from nanovllm.parallel.tensor_parallel import TensorParallel
+
+
+class Router(nn.Module):
+    """Gives each of the rows [N, hidden] to the top_k of num_experts with the largest logits; alike on all ranks."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, is_renormalised: bool, tp: TensorParallel
+    ) -> None:
+        """is_renormalised: the weights of a row's experts sum to 1; else they are the softmax over all of them."""
+        super().__init__()
+        self.top_k = top_k
+        self.is_renormalised = is_renormalised
+        self.weight = tp.parameter(num_experts, hidden_size)
+        self.counts = torch.zeros(num_experts, dtype=torch.int32, device=tp.device)  # `route` counts in it
+
+    def forward(self, x: Normalised | Tensor) -> Routing:
+        return route(apply_linear(x, self.weight), self.top_k, self.is_renormalised, self.counts)
+
+
+class Experts(nn.Module):
+    """The experts' weights: gates and ups [E, 2 * share, hidden], downs [E, hidden, share].
+
+    Each rank has a share of every expert, and so as much to do as the others.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
+        super().__init__()
+        _, start, size = part_of(intermediate_size, tp)
+        self.gate_up_proj = tp.parameter(num_experts, 2 * size, hidden_size)
+        self.gate_up_proj.shards = [
+            Shard((intermediate_size, hidden_size), 0, start, offset, size) for offset in (0, size)
+        ]
+        self.down_proj = tp.parameter(num_experts, hidden_size, size)
+        self.down_proj.shards = [Shard((hidden_size, intermediate_size), 1, start, 0, size)]
+
+
+class SparseMLP(nn.Module):
+    """x + the sum, weighted by the router, of the SwiGLU MLPs of each token's experts."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        is_renormalised: bool,
+        tp: TensorParallel,
+    ) -> None:
+        """`is_renormalised`: see Router."""
+        super().__init__()
+        self.tp = tp
+        self.gate = Router(hidden_size, num_experts, top_k, is_renormalised, tp)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, tp)
+
+    def forward(self, x: Normalised | Tensor, residual: Residual) -> Residual:
+        if isinstance(x, Normalised) and len(x.x) > FEW_TOKENS:
+            x = x.compute()  # once, not by each of those that read it
+        if self.tp.size > 1:
+            return add_parts(self.add_to(None, x), residual, self.tp)
+        return self.add_to(residual, x)
+
+    def add_to(self, y: Tensor | None, x: Normalised | Tensor) -> Tensor:
+        """Adds this rank's part of what the experts make of x to y [N, hidden], in place; None: to zeros."""
+        routing = self.gate(x)
+        x, norm, eps = x if isinstance(x, Normalised) else (x, None, 0.0)
+        h = gate_up_experts(x, self.experts.gate_up_proj, routing, norm, eps)
+        return down_experts(h, self.experts.down_proj, routing, y)
