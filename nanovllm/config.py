@@ -14,7 +14,7 @@ import torch
 from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, resolve_model_path
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
-from nanovllm.sampling_params import check
+from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
 DTYPES = ("float32", "bfloat16", "float16")

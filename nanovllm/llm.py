@@ -11,7 +11,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from nanovllm.beam_search.search import BeamSearchOutput, beam_search
+from nanovllm.beam_search import BeamSearchOutput
+from nanovllm.beam_search.params import BeamSearchParams
+from nanovllm.beam_search.search import beam_search
 from nanovllm.chat.prompts import is_conversation, render_conversations
 from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
 from nanovllm.compat.refused_methods import refused_method
@@ -20,7 +22,7 @@ from nanovllm.engine.admission import CheckedRequest, Params, check_request, che
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
-from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 
 
 class LLM(LLMEngine):

@@ -14,8 +14,9 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling.adjustments import Adjustment, bad_word_tokens
+from nanovllm.sampling.constraints import make_constraint
 from nanovllm.sampling.logprobs import LogprobRecord
-from nanovllm.structured import GrammarCompiler, make_constraint
+from nanovllm.structured import GrammarCompiler
 from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.tokenizer import Tokenizer
 
