@@ -18,10 +18,10 @@ from nanovllm.chat.prompts import is_conversation, render_conversations
 from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
 from nanovllm.compat.refused_methods import refused_method
 from nanovllm.config import Dtype
-from nanovllm.engine.admission import CheckedRequest, Params, check_request, check_unsupported
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
+from nanovllm.requests.admission import CheckedRequest, Params, check_request, check_unsupported
 from nanovllm.sampling_params import SamplingParams
 
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.admission import UNSUPPORTED, check_request, check_requests
 from nanovllm.inputs import TextPrompt, TokensPrompt
+from nanovllm.requests.admission import UNSUPPORTED, check_request, check_requests
 from nanovllm.sampling_params import BeamSearchParams, GuidedDecodingParams, StructuredOutputsParams
 from nanovllm.text.tokenizer import Tokenizer
 

@@ -11,25 +11,25 @@ from typing import Any, NamedTuple, NoReturn
 
 from tqdm.auto import tqdm
 
-from nanovllm.checkpoint.generation_config import default_sampling_params
 from nanovllm.compat.engine_args import EngineArgs
 from nanovllm.config import Config
-from nanovllm.engine import admission
-from nanovllm.engine.intake import Intake
 from nanovllm.engine.model_runner import StepOutput
-from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.step_input import build_step_input
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
+from nanovllm.requests import admission
+from nanovllm.requests.defaults import default_sampling_params
+from nanovllm.requests.intake import Intake
+from nanovllm.requests.progress import Progress
+from nanovllm.requests.request import Request
 from nanovllm.sampling.logprobs import take_in_logprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.tokenizer import load_tokenizer
 
 POLL_SECONDS = 2e-5
-SHOW_SECONDS = 0.5  # how often the progress bar is drawn while nothing finishes
 
 
 class LaunchedStep(NamedTuple):
@@ -268,24 +268,14 @@ class LLMEngine:
 
     def _complete(self, ids: list[int], results: dict[int, RequestOutput], use_tqdm: bool | Callable) -> None:
         """Makes steps until all of some requests have their results."""
-        start, num_prefilled, num_decoded = time.perf_counter(), self.num_prefilled, self.num_decoded
         num_finished = len(results)
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        with make_bar(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            shown = start
+        with Progress(len(ids), use_tqdm, self.num_prefilled, self.num_decoded) as progress:
             while num_finished < len(ids):
                 with self._turn(second_breaks=True):
                     if len(results) < len(ids):  # else another thread's step was the last one needed
                         self._advance()
-                num_shown, num_finished = num_finished, len(results)
-                now = time.perf_counter()
-                if use_tqdm and (num_finished > num_shown or now - shown > SHOW_SECONDS):
-                    shown, num_tokens = now, self.num_decoded - num_decoded
-                    prefill, decode = ((n / (now - start)) for n in (self.num_prefilled - num_prefilled, num_tokens))
-                    rates = f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s"
-                    bar.set_postfix_str(rates if num_finished else f"{rates}, {num_tokens} tokens", refresh=False)
-                    bar.update(num_finished - num_shown)
-                    bar.refresh()
+                num_finished = len(results)
+                progress.show(num_finished, self.num_prefilled, self.num_decoded)
 
     def _advance(self) -> None:
         """Launches the next step, then takes in the tokens of the one before. For whoever has the turn."""

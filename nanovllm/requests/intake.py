@@ -8,11 +8,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine import admission
-from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests import admission
+from nanovllm.requests.request import Request
 from nanovllm.sampling.adjustments import Adjustment, bad_word_tokens
 from nanovllm.sampling.constraints import make_constraint
 from nanovllm.sampling.logprobs import LogprobRecord

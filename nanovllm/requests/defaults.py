@@ -1,7 +1,7 @@
-"""What a checkpoint's authors recommend for drawing its tokens, as generation_config.json says it.
+"""Parameters for requests that bring none: what a checkpoint's authors recommend, as generation_config.json says it.
 
 By the rule of vLLM: six keys count, whatever `do_sample` says, and a null is as good as no key. Which tokens end a
-text, which the same file says, is read by model_config.py.
+text, which the same file says, is read by checkpoint/model_config.py.
 """
 
 import os
