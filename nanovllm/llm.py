@@ -16,12 +16,13 @@ from nanovllm.beam_search.params import BeamSearchParams
 from nanovllm.beam_search.search import beam_search
 from nanovllm.chat.prompts import is_conversation, render_conversations
 from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
+from nanovllm.compat.refused_arguments import refuse
 from nanovllm.compat.refused_methods import refused_method
 from nanovllm.config import Dtype
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
-from nanovllm.requests.admission import CheckedRequest, Params, check_request, check_unsupported
+from nanovllm.requests.admission import CheckedRequest, Params, check_request
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -150,7 +151,7 @@ class LLM(LLMEngine):
                 messages, or a part is no text.
             RequestError, RuntimeError: as for `generate`.
         """
-        check_unsupported({"lora_request": lora_request, "mm_processor_kwargs": mm_processor_kwargs})
+        refuse({"lora_request": lora_request, "mm_processor_kwargs": mm_processor_kwargs})
         self._check_alive()
         prompts = render_conversations(
             self.chat_template,
@@ -207,7 +208,7 @@ class LLM(LLMEngine):
 
         `lora_request` is not supported; `concurrency_limit` changes nothing, as the engine bounds what runs at once.
         """
-        check_unsupported({"lora_request": lora_request})
+        refuse({"lora_request": lora_request})
         return beam_search(self, prompts, params, use_tqdm)
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:

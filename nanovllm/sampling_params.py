@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from nanovllm.beam_search.params import BeamSearchParams
+from nanovllm.compat.refused_arguments import REFUSED_PARAMS, refuse
 from nanovllm.structured.params import GuidedDecodingParams, StructuredOutputsParams, checked_structure
 from nanovllm.utils.checks import (
     LARGEST_FLOAT32,
@@ -164,7 +165,9 @@ class SamplingParams(Options):
         Afterwards stop, stop_token_ids and bad_words are tuples, allowed_token_ids a tuple or None, logit_bias a
         dict of ints and floats or None, and structured_outputs is what guided_decoding was, which is None.
         """
-        self._refuse_unsupported()
+        if self.extra_args is not None and not isinstance(self.extra_args, dict):
+            raise TypeError(f"extra_args must be a dict, got {self.extra_args!r}")
+        refuse({name: getattr(self, name) for name in REFUSED_PARAMS}, REFUSED_PARAMS)
         check_fields(self, LIMITS, MAY_BE_NONE)
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0, got 0")
@@ -175,19 +178,6 @@ class SamplingParams(Options):
         self._check_lists()
         self._check_structure()
         self._check_together()
-
-    def _refuse_unsupported(self) -> None:
-        if self.logits_processors not in (None, [], ()):
-            reason = "a Python function called for each token would leave the CUDA graphs and the overlap of steps"
-            others = "logit_bias, allowed_token_ids, bad_words or structured_outputs"
-            given = f"use {others}; got {self.logits_processors!r}"
-            raise ValueError(f"logits_processors are not supported: {reason}; {given}")
-        if self.best_of is not None:
-            raise ValueError(f"best_of is not supported: use n and choose among its texts; got {self.best_of!r}")
-        if self.extra_args is not None and not isinstance(self.extra_args, dict):
-            raise TypeError(f"extra_args must be a dict, got {self.extra_args!r}")
-        if self.extra_args:
-            raise ValueError(f"extra_args must be empty: nothing here would read them; got {self.extra_args!r}")
 
     def _check_lists(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from tqdm.auto import tqdm
 
 from nanovllm.compat.engine_args import EngineArgs
+from nanovllm.compat.refused_arguments import refuse
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import StepOutput
 from nanovllm.engine.scheduler import Batch, Scheduler
@@ -215,8 +216,7 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        unsupported = {"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs}
-        admission.check_unsupported(unsupported)
+        refuse({"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs})
         checked = admission.check_requests(
             prompts, sampling_params, self.config, self.tokenizer, self.default_sampling_params, prompt_token_ids
         )
