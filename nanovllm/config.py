@@ -119,8 +119,7 @@ class Config:
         if self.device == "cuda" and size > num_gpus:
             raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
         self._find_folders()
-        generation_folder = self.model if self.generation_config in ("auto", "vllm") else self.generation_config
-        self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, generation_folder)
+        self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, self.generation_folder)
         self._resolve_max_model_len()
         for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
             if (value := getattr(self.model_config, name)) % size:
@@ -133,6 +132,11 @@ class Config:
                 self.dtype = "float32"
         self._resolve_attention_backend()
         self._resolve_sampler_backend()
+
+    @property
+    def generation_folder(self) -> str:
+        """The folder whose generation_config.json counts, be it for the tokens that end a text alone."""
+        return self.model if self.generation_config in ("auto", "vllm") else self.generation_config
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -180,12 +184,11 @@ class Config:
         self.model = resolve_model_path(name, self.load_format != "dummy", revision=self.revision, **hub)
         if self.skip_tokenizer_init:
             self.tokenizer = None
-        elif self.tokenizer is not None:
-            self.tokenizer = find_tokenizer(self.tokenizer, revision=self.tokenizer_revision, **hub)
-        elif self.tokenizer_revision is not None:
-            self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
-        else:
+        elif self.tokenizer is None and self.tokenizer_revision is None:
             self.tokenizer = self.model
+        else:
+            name = name if self.tokenizer is None else self.tokenizer
+            self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
         if self.generation_config not in ("auto", "vllm"):
             self.generation_config = find_generation_config(self.generation_config, **hub)
 

@@ -22,7 +22,7 @@ from nanovllm.config import Dtype
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
-from nanovllm.requests.admission import CheckedRequest, Params, check_request
+from nanovllm.requests.admission import CheckedRequest, Params
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -188,13 +188,12 @@ class LLM(LLMEngine):
             (prompt,) = render_conversations(self.chat_template, self.tokenizer, prompt, **chat_options)
         elif chat_options:
             raise TypeError(f"{', '.join(chat_options)} must come with a conversation, got the prompt {prompt!r:.100}")
-        request = check_request(prompt, sampling_params, self.config, self.tokenizer, self.default_sampling_params)
-        self.intake.check_structures([request])
-        if request.params.n > 1:
-            raise ValueError(f"stream yields one text, got n={request.params.n}; `generate` returns several")
-        if not request.params.detokenize:
+        checked = self.intake.check_one(prompt, sampling_params)
+        if checked.params.n > 1:
+            raise ValueError(f"stream yields one text, got n={checked.params.n}; `generate` returns several")
+        if not checked.params.detokenize:
             raise ValueError("stream yields text, and detokenize=False asks for none")
-        return self._stream(request)
+        return self._stream(checked)
 
     def beam_search(
         self,
@@ -221,7 +220,7 @@ class LLM(LLMEngine):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _stream(self, request: CheckedRequest) -> Iterator[str]:
+    def _stream(self, checked: CheckedRequest) -> Iterator[str]:
         """`stream` of a request that was checked; a generator of its own, which checks nothing before its first piece.
 
         Whoever wants the next piece drives the engine, unless other threads' steps have brought one.
@@ -231,7 +230,9 @@ class LLM(LLMEngine):
         try:
             with self._turn():
                 ids = [self.num_seqs]
-                seq = self._add(request, results, is_streamed=True).seqs[0]
+                request = self.intake.make(checked, results, is_streamed=True)
+                self._add(request)
+            (seq,) = request.seqs
             while not results:
                 with self._turn(second_breaks=True):
                     piece = seq.detokenizer.take(seq.is_finished)

@@ -21,7 +21,7 @@ from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.requests import admission
+from nanovllm.requests.admission import Params
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.requests.intake import Intake
 from nanovllm.requests.progress import Progress
@@ -76,7 +76,7 @@ class LLMEngine:
                 self.ranks.call("capture_cudagraph")
             self.ranks.check()
             self.scheduler = Scheduler(config, num_blocks, self._eos_token_ids())
-            self.intake = Intake(config, self.tokenizer, self.scheduler)
+            self.intake = Intake(config, self.tokenizer, defaults.params, self.scheduler)
         except (TypeError, ValueError):
             self.close()
             raise
@@ -128,14 +128,14 @@ class LLMEngine:
             raise TypeError(f"request_id must be a string, got {request_id!r}")
         self._check_alive()
         params = sampling_params if params is None else params
-        checked = admission.check_request(prompt, params, self.config, self.tokenizer, self.default_sampling_params)
-        self.intake.check_structures([checked])
+        checked = self.intake.check_one(prompt, params)
         with self._turn():
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
                 raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
             reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self._add(checked, self.results, name, reports_progress)
+            request = self.intake.make(checked, self.results, name, reports_progress)
+            self._add(request)
             self.numbers[name] = request.number
         return request.number if request_id is None else request_id
 
@@ -190,7 +190,7 @@ class LLMEngine:
     def generate(
         self,
         prompts: Prompt | Items[Prompt] | None = None,
-        sampling_params: admission.Params = None,
+        sampling_params: Params = None,
         use_tqdm: bool | Callable[..., tqdm] = True,
         lora_request: None = None,
         *,
@@ -217,17 +217,14 @@ class LLMEngine:
         """
         self._check_alive()
         refuse({"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs})
-        checked = admission.check_requests(
-            prompts, sampling_params, self.config, self.tokenizer, self.default_sampling_params, prompt_token_ids
-        )
-        self.intake.check_structures(checked)
+        checked = self.intake.check(prompts, sampling_params, prompt_token_ids)
         results: dict[int, RequestOutput] = {}
         ids: list[int] = []
         try:
             with self._turn():
                 for request in checked:
-                    ids.append(self.intake.num_seqs)  # before it is queued, lest an interrupt leave it behind
-                    self._add(request, results)
+                    ids.append(self.num_seqs)  # before it is queued, lest an interrupt leave it behind
+                    self._add(self.intake.make(request, results))
             self._complete(ids, results, use_tqdm)
         finally:
             self._drop(ids)
@@ -340,19 +337,10 @@ class LLMEngine:
         self._forget(request)
         request.results[request.number] = request.output(self.tokenizer)
 
-    def _add(
-        self,
-        checked: admission.CheckedRequest,
-        results: dict[int, RequestOutput],
-        request_id: str | None = None,
-        reports_progress: bool = False,
-        is_streamed: bool = False,
-    ) -> Request:
-        """Queues a request whose result is to be put into `results`. For whoever has the turn."""
-        request = self.intake.make(checked, results, request_id, reports_progress, is_streamed)
+    def _add(self, request: Request) -> None:
+        """Queues a request. For whoever has the turn."""
         self.requests[request.number] = request
         self.intake.queue(request)
-        return request
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of the unfinished ones, if it is one of them."""

@@ -41,8 +41,7 @@ def default_sampling_params(config: Config) -> SamplingDefaults:
     Raises:
         ValueError: the file is no JSON object, or a value in it is of another type or out of its range.
     """
-    folder = config.model if config.generation_config in ("auto", "vllm") else config.generation_config
-    path = os.path.join(folder, "generation_config.json")
+    path = os.path.join(config.generation_folder, "generation_config.json")
     values = {} if config.generation_config == "vllm" else read_json(path)
     taken = {name: values[key] for key, name in KEYS.items() if key in values}
     try:
