@@ -176,7 +176,8 @@ class SamplingParams(Options):
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         self._check_lists()
-        self._check_structure()
+        self.structured_outputs = checked_structure(self.structured_outputs, self.guided_decoding)
+        self.guided_decoding = None
         self._check_together()
 
     def _check_lists(self) -> None:
@@ -191,14 +192,6 @@ class SamplingParams(Options):
                 raise ValueError("allowed_token_ids must hold at least one id, got none")
         if self.logit_bias is not None:
             self.logit_bias = checked_bias(self.logit_bias)
-
-    def _check_structure(self) -> None:
-        if self.structured_outputs is not None and self.guided_decoding is not None:
-            both = f"{self.structured_outputs!r} and {self.guided_decoding!r}"
-            raise ValueError(f"structured_outputs and guided_decoding are names of one option, got both: {both}")
-        structure = checked_structure("structured_outputs", self.structured_outputs, StructuredOutputsParams)
-        guide = checked_structure("guided_decoding", self.guided_decoding, GuidedDecodingParams)
-        self.structured_outputs, self.guided_decoding = structure or guide, None
 
     def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:

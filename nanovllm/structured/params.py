@@ -87,8 +87,14 @@ class GuidedDecodingParams(StructuredOutputsParams):
         StructuredOutputsParams.check(self)  # not super(): slots make another class of this one
 
 
-def checked_structure(name: str, value: object, kind: type[StructuredOutputsParams]) -> StructuredOutputsParams | None:
-    """The checked parameters of structured outputs; a dict of them is made into `kind`."""
+def checked_structure(structured_outputs: object, guided_decoding: object) -> StructuredOutputsParams | None:
+    """The checked parameters given by one of the option's two names; a dict of them is made into that name's kind."""
+    if structured_outputs is not None and guided_decoding is not None:
+        both = f"{structured_outputs!r} and {guided_decoding!r}"
+        raise ValueError(f"structured_outputs and guided_decoding are names of one option, got both: {both}")
+    name, value, kind = "structured_outputs", structured_outputs, StructuredOutputsParams
+    if guided_decoding is not None:
+        name, value, kind = "guided_decoding", guided_decoding, GuidedDecodingParams
     if isinstance(value, dict):
         return kind(**value)
     if value is not None and not isinstance(value, StructuredOutputsParams):
