@@ -14,7 +14,7 @@ import torch
 from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, resolve_model_path
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
-from nanovllm.sampling_params import check
+from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -103,7 +103,7 @@ class Config:
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     seed: int | None = 0
     model_config: ModelConfig = field(init=False)
-    attention_reason: str = field(init=False, default="as asked for")
+    attention_reason: str = field(init=False)
     lowers_max_model_len: bool = field(init=False, default=False)
 
     @classmethod
@@ -119,8 +119,7 @@ class Config:
         if self.device == "cuda" and size > num_gpus:
             raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
         self._find_folders()
-        generation_folder = self.model if self.generation_config in ("auto", "vllm") else self.generation_config
-        self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, generation_folder)
+        self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, self.generation_folder)
         self._resolve_max_model_len()
         for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
             if (value := getattr(self.model_config, name)) % size:
@@ -131,8 +130,12 @@ class Config:
                 raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {DTYPES}")
             if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
                 self.dtype = "float32"
-        self._resolve_attention_backend()
-        self._resolve_sampler_backend()
+        self._resolve_backends()
+
+    @property
+    def generation_folder(self) -> str:
+        """The folder whose generation_config.json counts, be it for the tokens that end a text alone."""
+        return self.model if self.generation_config in ("auto", "vllm") else self.generation_config
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -180,12 +183,11 @@ class Config:
         self.model = resolve_model_path(name, self.load_format != "dummy", revision=self.revision, **hub)
         if self.skip_tokenizer_init:
             self.tokenizer = None
-        elif self.tokenizer is not None:
-            self.tokenizer = find_tokenizer(self.tokenizer, revision=self.tokenizer_revision, **hub)
-        elif self.tokenizer_revision is not None:
-            self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
-        else:
+        elif self.tokenizer is None and self.tokenizer_revision is None:
             self.tokenizer = self.model
+        else:
+            name = name if self.tokenizer is None else self.tokenizer
+            self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
         if self.generation_config not in ("auto", "vllm"):
             self.generation_config = find_generation_config(self.generation_config, **hub)
 
@@ -200,31 +202,34 @@ class Config:
                 f"but only full attention is supported; lower max_model_len to {window} or less"
             )
 
-    def _resolve_attention_backend(self) -> None:
-        backend = "triton" if self.attention_backend == "auto" else self.attention_backend
-        is_flash = backend == "flash_attn"
+    def _resolve_backends(self) -> None:
+        is_flash = self.attention_backend == "flash_attn"
         block_size, head_dim = self.kvcache_block_size, self.model_config.head_dim
+        obstacles = {
+            "dtype float16 or bfloat16, got float32": is_flash and self.dtype == "float32",
+            f"kvcache_block_size to be a multiple of 256, got {block_size}": is_flash and block_size % 256 > 0,
+            f"head_dim to be a multiple of 8, got {head_dim}": is_flash and head_dim % 8 > 0,
+        }
+        self.attention_reason = self._resolve_backend("attention_backend", obstacles)
+        self._resolve_backend("sampler_backend", {})
+
+    def _resolve_backend(self, option: str, own_obstacles: dict[str, bool]) -> str:
+        """Resolves "auto" to Triton or, if there is an obstacle, to torch; returns the reason.
+
+        Raises:
+            ValueError: there is an obstacle to a backend that was asked for.
+        """
+        choice = getattr(self, option)
+        backend = "triton" if choice == "auto" else choice
         obstacles = {
             f"device='cuda', got {self.device!r}": backend != "torch" and self.device != "cuda",
             f"the package {backend}, which is not installed": importlib.util.find_spec(backend) is None,
-            "dtype float16 or bfloat16, got float32": is_flash and self.dtype == "float32",
-            f"kvcache_block_size to be a multiple of 256, got {block_size}": is_flash and block_size % 256,
-            f"head_dim to be a multiple of 8, got {head_dim}": is_flash and head_dim % 8,
+            **own_obstacles,
         }
         obstacle = next((text for text, is_there in obstacles.items() if is_there), None)
-        if self.attention_backend == "auto":
-            self.attention_backend = "torch" if obstacle else backend
-            self.attention_reason = f"{backend} needs {obstacle}" if obstacle else "the fastest measured on an H200"
-        elif obstacle:
-            raise ValueError(f"attention_backend={backend!r} needs {obstacle}")
-
-    def _resolve_sampler_backend(self) -> None:
-        obstacle = None
-        if self.device != "cuda":
-            obstacle = f"device='cuda', got {self.device!r}"
-        elif importlib.util.find_spec("triton") is None:
-            obstacle = "the package triton, which is not installed"
-        if self.sampler_backend == "auto":
-            self.sampler_backend = "torch" if obstacle else "triton"
-        elif self.sampler_backend == "triton" and obstacle:
-            raise ValueError(f"sampler_backend='triton' needs {obstacle}")
+        if choice != "auto" and obstacle:
+            raise ValueError(f"{option}={backend!r} needs {obstacle}")
+        if choice != "auto":
+            return "as asked for"
+        setattr(self, option, "torch" if obstacle else backend)
+        return f"{backend} needs {obstacle}" if obstacle else "the fastest measured on an H200"

@@ -1,4 +1,4 @@
-"""The forms that a prompt may have, as types. What is right in one is for `engine/admission.py` to say."""
+"""The forms that a prompt may have, as types. What is right in one is for `requests/admission.py` to say."""
 
 from collections.abc import Sequence
 from typing import TypedDict

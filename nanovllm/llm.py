@@ -11,15 +11,19 @@ from typing import Any, Literal, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from nanovllm.beam_search.search import BeamSearchOutput, beam_search
+from nanovllm.beam_search import BeamSearchOutput
+from nanovllm.beam_search.params import BeamSearchParams
+from nanovllm.beam_search.search import beam_search
+from nanovllm.chat.prompts import is_conversation, render_conversations
+from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
+from nanovllm.compat.refused_arguments import refuse
 from nanovllm.compat.refused_methods import refused_method
 from nanovllm.config import Dtype
-from nanovllm.engine.admission import CheckedRequest, Params, check_request, check_unsupported
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.inputs import Prompt, TokensPrompt
+from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
-from nanovllm.sampling_params import BeamSearchParams, SamplingParams
-from nanovllm.text.chat_template import ChatTemplate, ContentFormat, Message
+from nanovllm.requests.admission import CheckedRequest, Params
+from nanovllm.sampling_params import SamplingParams
 
 
 class LLM(LLMEngine):
@@ -147,25 +151,20 @@ class LLM(LLMEngine):
                 messages, or a part is no text.
             RequestError, RuntimeError: as for `generate`.
         """
-        check_unsupported({"lora_request": lora_request, "mm_processor_kwargs": mm_processor_kwargs})
+        refuse({"lora_request": lora_request, "mm_processor_kwargs": mm_processor_kwargs})
         self._check_alive()
-        template = self.chat_template
-        if not isinstance(messages, (list, tuple)):
-            raise TypeError(f"messages must be a conversation or a list of them, got {messages!r}")
-        conversations = [messages] if is_conversation(messages) else messages
-        texts = [
-            template.render(
-                conversation,
-                chat_template=chat_template,
-                chat_template_content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
-        return self.generate([self._rendered(text) for text in texts], sampling_params, use_tqdm)
+        prompts = render_conversations(
+            self.chat_template,
+            self.tokenizer,
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None, **chat_options: Any
@@ -186,16 +185,15 @@ class LLM(LLMEngine):
         if self.tokenizer is None:
             raise ValueError("stream yields text, and the model has no tokenizer")
         if is_conversation(prompt):
-            prompt = self._rendered(self.chat_template.render(prompt, **chat_options))
+            (prompt,) = render_conversations(self.chat_template, self.tokenizer, prompt, **chat_options)
         elif chat_options:
             raise TypeError(f"{', '.join(chat_options)} must come with a conversation, got the prompt {prompt!r:.100}")
-        request = check_request(prompt, sampling_params, self.config, self.tokenizer, self.default_sampling_params)
-        self.intake.check_structures([request])
-        if request.params.n > 1:
-            raise ValueError(f"stream yields one text, got n={request.params.n}; `generate` returns several")
-        if not request.params.detokenize:
+        checked = self.intake.check_one(prompt, sampling_params)
+        if checked.params.n > 1:
+            raise ValueError(f"stream yields one text, got n={checked.params.n}; `generate` returns several")
+        if not checked.params.detokenize:
             raise ValueError("stream yields text, and detokenize=False asks for none")
-        return self._stream(request)
+        return self._stream(checked)
 
     def beam_search(
         self,
@@ -209,7 +207,7 @@ class LLM(LLMEngine):
 
         `lora_request` is not supported; `concurrency_limit` changes nothing, as the engine bounds what runs at once.
         """
-        check_unsupported({"lora_request": lora_request})
+        refuse({"lora_request": lora_request})
         return beam_search(self, prompts, params, use_tqdm)
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
@@ -222,11 +220,7 @@ class LLM(LLMEngine):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _rendered(self, text: str) -> TokensPrompt:
-        """The prompt of a rendered conversation, which has its special tokens: the tokenizer adds none."""
-        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-
-    def _stream(self, request: CheckedRequest) -> Iterator[str]:
+    def _stream(self, checked: CheckedRequest) -> Iterator[str]:
         """`stream` of a request that was checked; a generator of its own, which checks nothing before its first piece.
 
         Whoever wants the next piece drives the engine, unless other threads' steps have brought one.
@@ -236,7 +230,9 @@ class LLM(LLMEngine):
         try:
             with self._turn():
                 ids = [self.num_seqs]
-                seq = self._add(request, results, is_streamed=True).seqs[0]
+                request = self.intake.make(checked, results, is_streamed=True)
+                self._add(request)
+            (seq,) = request.seqs
             while not results:
                 with self._turn(second_breaks=True):
                     piece = seq.detokenizer.take(seq.is_finished)
@@ -252,8 +248,3 @@ class LLM(LLMEngine):
                 raise RequestError(results[seq.seq_id]["error"], list(results.values()))
         finally:
             self._drop(ids)
-
-
-def is_conversation(messages: object) -> bool:
-    """Whether something is one list of messages, not a list of such lists or a prompt; the messages may be bad."""
-    return isinstance(messages, (list, tuple)) and len(messages) > 0 and isinstance(messages[0], dict)

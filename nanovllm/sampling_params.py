@@ -5,27 +5,35 @@ tokenizer or the prompt: whether an id is in the vocabulary, a text can be token
 to say.
 """
 
-import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
+from nanovllm.beam_search.params import BeamSearchParams
+from nanovllm.compat.refused_arguments import REFUSED_PARAMS, refuse
+from nanovllm.structured.params import GuidedDecodingParams, StructuredOutputsParams, checked_structure
+from nanovllm.utils.checks import (
+    LARGEST_FLOAT32,
+    Limits,
+    Options,
+    check,
+    check_fields,
+    check_text,
+    check_token_id,
+    checked_tuple,
+)
 
-def check(name: str, value: object, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises unless `value` is what `kind` asks, a bool, an int or (float) a finite number, within [low, high]."""
-    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    if not (low <= value <= high and abs(value) < math.inf):
-        limit = f"between {low} and {high}" if high < math.inf else f"finite and at least {low}"
-        raise ValueError(f"{name} must be {limit}, got {value}")
+__all__ = [
+    "BeamSearchParams",
+    "GuidedDecodingParams",
+    "RequestOutputKind",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
-
-LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 SMALLEST_FLOAT32 = 2.0**-126  # that is not denormal: one can divide by it
 LARGEST_BIAS = 100.0
-Limits = Mapping[str, tuple[Any, ...]]  # type, lowest, highest of each option
 LIMITS: Limits = {  # what the device's numbers hold
     "temperature": (float, 0, LARGEST_FLOAT32),
     "top_k": (int, -1, 2**63 - 1),
@@ -48,15 +56,6 @@ LIMITS: Limits = {  # what the device's numbers hold
     "truncate_prompt_tokens": (int, -1),
 }
 MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
-BEAM_LIMITS: Limits = {
-    "beam_width": (int, 1),
-    "max_tokens": (int, 1),
-    "ignore_eos": (bool,),
-    "temperature": (float, 0, LARGEST_FLOAT32),
-    "length_penalty": (float, -LARGEST_FLOAT32, LARGEST_FLOAT32),
-    "include_stop_str_in_output": (bool,),
-}
-STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 
 
 class RequestOutputKind(Enum):
@@ -65,34 +64,6 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
-
-
-def check_fields(options: object, limits: Limits, may_be_none: Sequence[str] = ()) -> None:
-    """Raises unless the attributes of `options` that `limits` names are within them."""
-    for name, (kind, *bounds) in limits.items():
-        value = getattr(options, name)
-        if value is not None or name not in may_be_none:
-            check(name, value, kind, *bounds)
-
-
-def check_text(name: str, value: object) -> None:
-    """Raises unless `value`, an entry of option `name`, is a string that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise (ValueError if value == "" else TypeError)(f"{name} must hold non-empty strings, got {value!r}")
-
-
-def check_token_id(name: str, value: object) -> None:
-    """Raises unless `value`, an entry of option `name`, is an int of at least 0."""
-    check(name, value, int, 0)
-
-
-def checked_tuple(name: str, value: object, check_entry: Callable[[str, object], None]) -> tuple[Any, ...]:
-    """The entries of a list or tuple, each of them checked."""
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name} must be a list, got {value!r}")
-    for entry in value:
-        check_entry(name, entry)
-    return tuple(value)
 
 
 def checked_bias(value: object) -> dict[int, float]:
@@ -109,150 +80,6 @@ def checked_bias(value: object) -> dict[int, float]:
             raise ValueError(f"logit_bias must name a token once, got {key!r} twice")
         biases[token_id] = float(min(max(bias, -LARGEST_BIAS), LARGEST_BIAS))
     return biases
-
-
-Self = TypeVar("Self", bound="Options")  # typing's own needs Python 3.11
-
-
-class Options:
-    """What all kinds of parameters can do: they are checked when made, copied, and print what is not as it comes."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        self.check()
-
-    def __repr__(self) -> str:
-        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        shown = [f"{name}={value!r}" for name, value, default in values if value != default and value != ()]
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def check(self) -> None:
-        """Checks all options and brings them to one form; to be called again when some have been assigned to."""
-        raise NotImplementedError
-
-    def clone(self: Self) -> Self:
-        """A copy that shares nothing that can change; checked options have tuples only of what cannot."""
-        clone = copy.copy(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, (type(None), int, float, str, tuple, Enum)):
-                setattr(clone, field.name, copy.deepcopy(value))
-        return clone
-
-
-@dataclass(repr=False, slots=True)
-class StructuredOutputsParams(Options):
-    """The form a request's text must have: one of json, regex, choice, grammar and json_object.
-
-    Attributes:
-        json: a JSON schema, as text, as a dict or as a pydantic model's class; a class becomes its schema's dict.
-        regex: a regular expression that the whole text matches.
-        choice: strings, one of which is the text.
-        grammar: a context-free grammar in EBNF.
-        json_object: any JSON object.
-        disable_fallback: False only; there is one backend and so nothing to fall back to.
-        disable_any_whitespace: JSON is compact; by default the model may put whitespace where JSON allows it.
-        disable_additional_properties: objects of a JSON schema have no properties that it does not name.
-        whitespace_pattern, structural_tag: None only, refused with the reason.
-
-    Raises:
-        TypeError, ValueError: an option of another type, none or several forms, or what is not there.
-    """
-
-    json: str | dict[str, Any] | type | None = None
-    regex: str | None = None
-    choice: Sequence[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    disable_fallback: bool = False
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    whitespace_pattern: str | None = None
-    structural_tag: str | None = None
-
-    def check(self) -> None:
-        """Checks that one form is asked for, of the right type; turns a pydantic class into its schema."""
-        if self.whitespace_pattern is not None:
-            reason = "JSON has any whitespace or, with disable_any_whitespace, none; use regex for another"
-            raise ValueError(f"whitespace_pattern is not supported: {reason}; got {self.whitespace_pattern!r}")
-        if self.structural_tag is not None:
-            reason = "a form holds for the whole text, not between tags; use grammar for a text with parts"
-            raise ValueError(f"structural_tag is not supported: {reason}; got {self.structural_tag!r}")
-        for name in ("disable_fallback", "disable_any_whitespace", "disable_additional_properties"):
-            check(name, getattr(self, name), bool)
-        if self.disable_fallback:
-            raise ValueError("disable_fallback must be False, got True: there is no second backend to fall back to")
-        if self.json_object is not None:
-            check("json_object", self.json_object, bool)
-        given = [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
-        if len(given) != 1:
-            raise ValueError(f"one of {', '.join(STRUCTURES)} must be given, got {' and '.join(given) or 'none'}")
-        for name in ("regex", "grammar"):
-            if getattr(self, name) is not None:
-                check_text(name, getattr(self, name))
-        if self.choice is not None:
-            self.choice = checked_tuple("choice", self.choice, check_text)
-            if not self.choice:
-                raise ValueError("choice must hold at least one string, got none")
-        if isinstance(self.json, type) and hasattr(self.json, "model_json_schema"):
-            self.json = self.json.model_json_schema()
-        if self.json is not None and not isinstance(self.json, (str, dict)):
-            raise TypeError(f"json must be a schema as str or dict, or a pydantic model's class, got {self.json!r}")
-
-
-@dataclass(repr=False, slots=True)
-class GuidedDecodingParams(StructuredOutputsParams):
-    """StructuredOutputsParams under their older name, with the `backend` they had: None, "auto" or "xgrammar"."""
-
-    backend: str | None = None
-
-    def check(self) -> None:
-        """Checks the form asked for, and that the backend is the one there is."""
-        if self.backend not in (None, "auto", "xgrammar"):
-            raise ValueError(
-                f"backend must be None, 'auto' or 'xgrammar', the only one there is, got {self.backend!r}"
-            )
-        StructuredOutputsParams.check(self)  # not super(): slots make another class of this one
-
-
-def checked_structure(name: str, value: object, kind: type[StructuredOutputsParams]) -> StructuredOutputsParams | None:
-    """The checked parameters of structured outputs; a dict of them is made into `kind`."""
-    if isinstance(value, dict):
-        return kind(**value)
-    if value is not None and not isinstance(value, StructuredOutputsParams):
-        raise TypeError(f"{name} must be {kind.__name__} or a dict of its options, got {value!r}")
-    if value is not None:
-        value.check()
-    return value
-
-
-@dataclass(repr=False, slots=True)
-class BeamSearchParams(Options):
-    """Options of a beam search.
-
-    Attributes:
-        beam_width: number of beams kept and of texts returned.
-        max_tokens: most tokens to generate.
-        ignore_eos: do not end a beam at the model's end-of-sequence tokens.
-        temperature: 0 or 1, which both leave the logits as they are; a search refuses others.
-        length_penalty: a finished beam's score is divided by its length to this power.
-        include_stop_str_in_output: keep the end-of-sequence token's text.
-
-    Raises:
-        TypeError, ValueError: an option of another type or out of its range.
-    """
-
-    beam_width: int
-    max_tokens: int
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    length_penalty: float = 1.0
-    include_stop_str_in_output: bool = False
-
-    def check(self) -> None:
-        """Checks all options; to be called again when some have been assigned to."""
-        check_fields(self, BEAM_LIMITS)
 
 
 @dataclass(repr=False, slots=True)
@@ -338,7 +165,9 @@ class SamplingParams(Options):
         Afterwards stop, stop_token_ids and bad_words are tuples, allowed_token_ids a tuple or None, logit_bias a
         dict of ints and floats or None, and structured_outputs is what guided_decoding was, which is None.
         """
-        self._refuse_unsupported()
+        if self.extra_args is not None and not isinstance(self.extra_args, dict):
+            raise TypeError(f"extra_args must be a dict, got {self.extra_args!r}")
+        refuse({name: getattr(self, name) for name in REFUSED_PARAMS}, REFUSED_PARAMS)
         check_fields(self, LIMITS, MAY_BE_NONE)
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0, got 0")
@@ -347,21 +176,9 @@ class SamplingParams(Options):
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         self._check_lists()
-        self._check_structure()
+        self.structured_outputs = checked_structure(self.structured_outputs, self.guided_decoding)
+        self.guided_decoding = None
         self._check_together()
-
-    def _refuse_unsupported(self) -> None:
-        if self.logits_processors not in (None, [], ()):
-            reason = "a Python function called for each token would leave the CUDA graphs and the overlap of steps"
-            others = "logit_bias, allowed_token_ids, bad_words or structured_outputs"
-            given = f"use {others}; got {self.logits_processors!r}"
-            raise ValueError(f"logits_processors are not supported: {reason}; {given}")
-        if self.best_of is not None:
-            raise ValueError(f"best_of is not supported: use n and choose among its texts; got {self.best_of!r}")
-        if self.extra_args is not None and not isinstance(self.extra_args, dict):
-            raise TypeError(f"extra_args must be a dict, got {self.extra_args!r}")
-        if self.extra_args:
-            raise ValueError(f"extra_args must be empty: nothing here would read them; got {self.extra_args!r}")
 
     def _check_lists(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -375,14 +192,6 @@ class SamplingParams(Options):
                 raise ValueError("allowed_token_ids must hold at least one id, got none")
         if self.logit_bias is not None:
             self.logit_bias = checked_bias(self.logit_bias)
-
-    def _check_structure(self) -> None:
-        if self.structured_outputs is not None and self.guided_decoding is not None:
-            both = f"{self.structured_outputs!r} and {self.guided_decoding!r}"
-            raise ValueError(f"structured_outputs and guided_decoding are names of one option, got both: {both}")
-        structure = checked_structure("structured_outputs", self.structured_outputs, StructuredOutputsParams)
-        guide = checked_structure("guided_decoding", self.guided_decoding, GuidedDecodingParams)
-        self.structured_outputs, self.guided_decoding = structure or guide, None
 
     def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:

@@ -33,7 +33,7 @@ from thread_fuzz import VOCAB_SIZE, make_checkpoint
 
 from nanovllm import LLM, RequestError, SamplingParams
 from nanovllm.kernels.sampling import unpack_token_ids
-from nanovllm.layers.sampler import sample as draw_tokens
+from nanovllm.kernels.sampling_torch import sample as draw_tokens
 from nanovllm.outputs import Logprob, RequestOutput
 from nanovllm.sampling.adjustments import bad_word_tokens
 from nanovllm.sampling_params import RequestOutputKind, StructuredOutputsParams

@@ -11,7 +11,7 @@ from checkpoints import EOS_TOKEN_IDS, VOCAB_SIZE, Checkpoint
 
 from nanovllm import SamplingParams
 from nanovllm.kernels.sampling import unpack_token_ids
-from nanovllm.layers.sampler import sample
+from nanovllm.kernels.sampling_torch import sample
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 
 

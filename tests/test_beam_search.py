@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
-from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence, beam_search
+from nanovllm.beam_search import BeamSearchOutput, BeamSearchSequence
 from nanovllm.beam_search.beams import Beams
+from nanovllm.beam_search.search import beam_search
 from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import BeamSearchParams
 

@@ -15,7 +15,7 @@ from tokenizer_kinds import KINDS
 from transformers import AutoTokenizer, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.text.chat_template import ChatTemplate
+from nanovllm.chat.template import ChatTemplate
 
 AS_STRINGS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 CONCATENATED = "{% for m in messages %}{{ '[' + m.role + '] ' + m.content }}{% endfor %}"

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
-from nanovllm.checkpoint.generation_config import default_sampling_params
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import OTHER_NAMES, translate
 from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
+from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.text.tokenizer import load_tokenizer
 
 DEMO = str(Path(nanovllm.demo.__file__).parent)

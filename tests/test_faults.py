@@ -28,6 +28,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import loader
 from nanovllm.engine import llm_engine, model_runner
 from nanovllm.parallel import ranks as worker
+from nanovllm.requests import progress
 from nanovllm.sampling_params import RequestOutputKind
 
 pytestmark = pytest.mark.timeout(90)
@@ -289,12 +290,12 @@ def test_ctrl_c_at_start_up(leaves_nothing, path, seconds):
 
 
 def test_an_exception_in_generate_that_is_not_the_engines(path, want, monkeypatch):
-    class BrokenBar(llm_engine.tqdm):
+    class BrokenBar(progress.tqdm):
         def update(self, n=1):
             raise LookupError("no terminal")
 
     with make(path, ranks=1) as llm:
-        monkeypatch.setattr(llm_engine, "tqdm", BrokenBar)
+        monkeypatch.setattr(progress, "tqdm", BrokenBar)
         with pytest.raises(LookupError, match="no terminal"):
             llm.generate(PROMPTS, [GREEDY, ENDLESS, GREEDY], use_tqdm=True)
         check_idle(llm)

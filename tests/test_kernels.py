@@ -18,9 +18,9 @@ from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.kernels.sampling import draw, filter_thresholds, unpack_token_ids
+from nanovllm.kernels.sampling_torch import draw as draw_torch
+from nanovllm.kernels.sampling_torch import filter_thresholds as filter_thresholds_torch
 from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcache_torch
-from nanovllm.layers.sampler import draw as draw_torch
-from nanovllm.layers.sampler import filter_thresholds as filter_thresholds_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

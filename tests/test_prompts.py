@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.admission import UNSUPPORTED, check_request, check_requests
+from nanovllm.compat.refused_arguments import REFUSED_ARGUMENTS
 from nanovllm.inputs import TextPrompt, TokensPrompt
+from nanovllm.requests.admission import check_request, check_requests
 from nanovllm.sampling_params import BeamSearchParams, GuidedDecodingParams, StructuredOutputsParams
 from nanovllm.text.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ FORMS = {
     "both": ({"prompt": "another text", "prompt_token_ids": IDS}, "another text"),
     "text without ids": ({"prompt": TEXT, "prompt_token_ids": None}, TEXT),
     "ids without text": ({"prompt": None, "prompt_token_ids": tuple(IDS)}, None),
-    "nothing else": ({"prompt": TEXT} | dict.fromkeys(UNSUPPORTED), TEXT),
+    "nothing else": ({"prompt": TEXT} | dict.fromkeys(REFUSED_ARGUMENTS), TEXT),
     "empty others": ({"prompt": TEXT, "multi_modal_data": {}, "cache_salt": "", "mm_processor_kwargs": {}}, TEXT),
 }
 
@@ -125,7 +126,7 @@ def test_bad_ids_by_their_older_keyword(prompts, ids, error, match):
         check(prompts, prompt_token_ids=ids)
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
 def test_what_is_not_supported_is_refused_by_name(name):
     for value in ({"image": 1}, [0.5], "x", np.zeros((3, 2)), object()):
         with pytest.raises(ValueError, match=f"{name} is not supported: .{{10}}"):

@@ -21,9 +21,9 @@ from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import StepShape
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels import sampling as kernels
+from nanovllm.kernels import sampling_torch as plain
 from nanovllm.kernels.decode_rows import store_tokens, store_tokens_torch
 from nanovllm.kernels.sampling import unpack_token_ids
-from nanovllm.layers import sampler as plain
 from nanovllm.layers.sampler import Sampler
 
 

@@ -18,10 +18,10 @@ from tokenizer_kinds import KINDS
 
 from nanovllm import SamplingParams
 from nanovllm.expressions.formats import FORMATS
+from nanovllm.sampling.constraints import BadWords, Constraint, make_constraint
 from nanovllm.sampling_params import GuidedDecodingParams, StructuredOutputsParams
-from nanovllm.structured import Constraint, GrammarCompiler, make_constraint
+from nanovllm.structured import GrammarCompiler
 from nanovllm.structured.compiler import token_bytes
-from nanovllm.structured.constraints import BadWords
 from nanovllm.text.tokenizer import load_tokenizer
 
 DEMO = "nanovllm/demo"

@@ -23,8 +23,8 @@ from thread_fuzz import (
 )
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import llm_engine
 from nanovllm.parallel.turns import Turns
+from nanovllm.requests import progress
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -151,12 +151,12 @@ def test_aborting_the_request_of_another_call(llm):
 
 
 def test_an_exception_in_one_thread(llm, monkeypatch):
-    class BrokenBar(llm_engine.tqdm):
+    class BrokenBar(progress.tqdm):
         def update(self, n=1):
             raise LookupError("no terminal")
 
     want = generate(llm, ENDLESS)
-    monkeypatch.setattr(llm_engine, "tqdm", BrokenBar)
+    monkeypatch.setattr(progress, "tqdm", BrokenBar)
     other = Background(lambda: list(llm.stream(PROMPT, ENDLESS)))
     broken = Background(llm.generate, [PROMPT, PROMPT], [SHORT, ENDLESS])
     assert isinstance(broken.join().error, LookupError)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from nanovllm.beam_search.params import BeamSearchParams
 from nanovllm.outputs import Logprobs
-from nanovllm.sampling_params import BeamSearchParams
 
 
 @dataclass
@@ -32,6 +32,13 @@ class BeamSearchSequence:
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """What beam search gives back of a prompt: `sequences`, the `beam_width` best beams, best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 class Candidate:

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from nanovllm.beam_search.beams import Beams, BeamSearchSequence
-from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+from nanovllm.beam_search.beams import Beams, BeamSearchOutput
+from nanovllm.beam_search.params import BeamSearchParams
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.inputs import Prompt
 
 MAX_EXPONENT = 126  # of two, in a float32
-
-
-@dataclass
-class BeamSearchOutput:
-    """What beam search gives back of a prompt: `sequences`, the `beam_width` best beams, best first."""
-
-    sequences: list[BeamSearchSequence]
 
 
 def beam_search(

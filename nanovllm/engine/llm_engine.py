@@ -11,25 +11,26 @@ from typing import Any, NamedTuple, NoReturn
 
 from tqdm.auto import tqdm
 
-from nanovllm.checkpoint.generation_config import default_sampling_params
 from nanovllm.compat.engine_args import EngineArgs
+from nanovllm.compat.refused_arguments import refuse
 from nanovllm.config import Config
-from nanovllm.engine import admission
-from nanovllm.engine.intake import Intake
 from nanovllm.engine.model_runner import StepOutput
-from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.step_input import build_step_input
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
+from nanovllm.requests.admission import Params
+from nanovllm.requests.defaults import default_sampling_params
+from nanovllm.requests.intake import Intake
+from nanovllm.requests.progress import Progress
+from nanovllm.requests.request import Request
 from nanovllm.sampling.logprobs import take_in_logprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.tokenizer import load_tokenizer
 
 POLL_SECONDS = 2e-5
-SHOW_SECONDS = 0.5  # how often the progress bar is drawn while nothing finishes
 
 
 class LaunchedStep(NamedTuple):
@@ -75,7 +76,7 @@ class LLMEngine:
                 self.ranks.call("capture_cudagraph")
             self.ranks.check()
             self.scheduler = Scheduler(config, num_blocks, self._eos_token_ids())
-            self.intake = Intake(config, self.tokenizer, self.scheduler)
+            self.intake = Intake(config, self.tokenizer, defaults.params, self.scheduler)
         except (TypeError, ValueError):
             self.close()
             raise
@@ -127,14 +128,14 @@ class LLMEngine:
             raise TypeError(f"request_id must be a string, got {request_id!r}")
         self._check_alive()
         params = sampling_params if params is None else params
-        checked = admission.check_request(prompt, params, self.config, self.tokenizer, self.default_sampling_params)
-        self.intake.check_structures([checked])
+        checked = self.intake.check_one(prompt, params)
         with self._turn():
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
                 raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
             reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self._add(checked, self.results, name, reports_progress)
+            request = self.intake.make(checked, self.results, name, reports_progress)
+            self._add(request)
             self.numbers[name] = request.number
         return request.number if request_id is None else request_id
 
@@ -189,7 +190,7 @@ class LLMEngine:
     def generate(
         self,
         prompts: Prompt | Items[Prompt] | None = None,
-        sampling_params: admission.Params = None,
+        sampling_params: Params = None,
         use_tqdm: bool | Callable[..., tqdm] = True,
         lora_request: None = None,
         *,
@@ -215,19 +216,15 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        unsupported = {"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs}
-        admission.check_unsupported(unsupported)
-        checked = admission.check_requests(
-            prompts, sampling_params, self.config, self.tokenizer, self.default_sampling_params, prompt_token_ids
-        )
-        self.intake.check_structures(checked)
+        refuse({"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs})
+        checked = self.intake.check(prompts, sampling_params, prompt_token_ids)
         results: dict[int, RequestOutput] = {}
         ids: list[int] = []
         try:
             with self._turn():
                 for request in checked:
-                    ids.append(self.intake.num_seqs)  # before it is queued, lest an interrupt leave it behind
-                    self._add(request, results)
+                    ids.append(self.num_seqs)  # before it is queued, lest an interrupt leave it behind
+                    self._add(self.intake.make(request, results))
             self._complete(ids, results, use_tqdm)
         finally:
             self._drop(ids)
@@ -268,24 +265,14 @@ class LLMEngine:
 
     def _complete(self, ids: list[int], results: dict[int, RequestOutput], use_tqdm: bool | Callable) -> None:
         """Makes steps until all of some requests have their results."""
-        start, num_prefilled, num_decoded = time.perf_counter(), self.num_prefilled, self.num_decoded
         num_finished = len(results)
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        with make_bar(total=len(ids), desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            shown = start
+        with Progress(len(ids), use_tqdm, self.num_prefilled, self.num_decoded) as progress:
             while num_finished < len(ids):
                 with self._turn(second_breaks=True):
                     if len(results) < len(ids):  # else another thread's step was the last one needed
                         self._advance()
-                num_shown, num_finished = num_finished, len(results)
-                now = time.perf_counter()
-                if use_tqdm and (num_finished > num_shown or now - shown > SHOW_SECONDS):
-                    shown, num_tokens = now, self.num_decoded - num_decoded
-                    prefill, decode = ((n / (now - start)) for n in (self.num_prefilled - num_prefilled, num_tokens))
-                    rates = f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s"
-                    bar.set_postfix_str(rates if num_finished else f"{rates}, {num_tokens} tokens", refresh=False)
-                    bar.update(num_finished - num_shown)
-                    bar.refresh()
+                num_finished = len(results)
+                progress.show(num_finished, self.num_prefilled, self.num_decoded)
 
     def _advance(self) -> None:
         """Launches the next step, then takes in the tokens of the one before. For whoever has the turn."""
@@ -350,19 +337,10 @@ class LLMEngine:
         self._forget(request)
         request.results[request.number] = request.output(self.tokenizer)
 
-    def _add(
-        self,
-        checked: admission.CheckedRequest,
-        results: dict[int, RequestOutput],
-        request_id: str | None = None,
-        reports_progress: bool = False,
-        is_streamed: bool = False,
-    ) -> Request:
-        """Queues a request whose result is to be put into `results`. For whoever has the turn."""
-        request = self.intake.make(checked, results, request_id, reports_progress, is_streamed)
+    def _add(self, request: Request) -> None:
+        """Queues a request. For whoever has the turn."""
         self.requests[request.number] = request
         self.intake.queue(request)
-        return request
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of the unfinished ones, if it is one of them."""

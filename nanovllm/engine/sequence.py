@@ -8,9 +8,9 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from nanovllm.sampling.adjustments import Adjustment
+from nanovllm.sampling.constraints import Constraint
 from nanovllm.sampling.logprobs import LogprobRecord
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.structured import Constraint
 from nanovllm.text.detokenizer import Detokenizer
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton types the arguments of its kernels itself)
-"""Sampling of the next tokens, the fast way. `layers/sampler.py` explains it, and says the same in plain torch.
+"""Sampling of the next tokens, the fast way. `sampling_torch.py` explains it, and says the same in plain torch.
 
 Filters without a sort: each (min-p, top-k, top-p) keeps the tokens whose logit reaches a threshold, so it is enough to
 find the largest threshold that still keeps k tokens (top-k) or a share p of the mass (top-p), by bisection on the bits
@@ -197,7 +197,7 @@ def _threshold_kernel(logits_ptr, filters, best_ptr, missed_ptr, low_ptr, size):
 def filter_thresholds(
     logits: Tensor, rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """The least logits, float32 [B], that the filters of the rows keep; see `layers.sampler.filter_thresholds`.
+    """The least logits, float32 [B], that the filters of the rows keep; see `sampling_torch.filter_thresholds`.
 
     All contiguous; logits in bfloat16, float16 or float32. On an H200, V 151,936 in bfloat16, top_k 20 and top_p 0.95:
     256 rows 53 us, one row 17 us. Filters that keep thousands of tokens cost up to ten times as much.
@@ -269,7 +269,7 @@ def draw(
     start: int = 0,
     low: Tensor | None = None,
 ) -> Tensor:
-    """The best of logits / temperature + noise in each row, packed, int64 [B]; see `layers.sampler.draw`.
+    """The best of logits / temperature + noise in each row, packed, int64 [B]; see `sampling_torch.draw`.
 
     All contiguous; logits in any float type.
     """
@@ -291,7 +291,7 @@ def sample(
     start: int,
     is_filtered: bool,
 ) -> Tensor:
-    """The draws, packed, int64 [B], of B rows of logits; see `layers.sampler.sample`."""
+    """The draws, packed, int64 [B], of B rows of logits; see `sampling_torch.sample`."""
     top_k, seeds = row_ints[:2]
     temperature, top_p, min_p = row_floats[:3]
     low = filter_thresholds(logits, rows, temperature, top_k, top_p, min_p) if is_filtered else None

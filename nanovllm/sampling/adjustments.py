@@ -21,8 +21,8 @@ from nanovllm.kernels.adjust_logits import (
     USES_MASK,
     USES_TABLE,
 )
+from nanovllm.sampling.constraints import Constraint
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.structured import Constraint
 from nanovllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
-"""Structured outputs: what a text may be, token by token, by xgrammar; and bad words, which are told the same way.
+"""Structured outputs: the forms that a text may have, and their grammars, which xgrammar compiles.
 
-The engine asks `GrammarCompiler` for a compiled grammar and `make_constraint` for what a sample's tokens are held to.
+The engine asks `GrammarCompiler` for a compiled grammar; what holds a sample's tokens to it is
+`sampling/constraints.py`.
 """
 
 from nanovllm.structured.compiler import GrammarCompiler
-from nanovllm.structured.constraints import Constraint, make_constraint
 
-__all__ = ["Constraint", "GrammarCompiler", "make_constraint"]
+__all__ = ["GrammarCompiler"]

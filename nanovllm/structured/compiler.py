@@ -2,7 +2,7 @@
 
 What is asked for becomes rules in xgrammar's EBNF. Compiling them takes milliseconds or seconds, in threads: xgrammar
 holds no lock of Python's meanwhile. Knows nothing of requests; what a compiled grammar is good for is
-`constraints.py`'s business.
+`sampling/constraints.py`'s business.
 """
 
 import functools
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.expressions.regex import regex_rules
 from nanovllm.structured.json_schema import HOLE, SchemaReader
+from nanovllm.structured.params import StructuredOutputsParams
 from nanovllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import xgrammar
-
-    from nanovllm.sampling_params import StructuredOutputsParams
 
 NUM_THREADS = 4  # so many grammars are compiled at once, each by some threads of xgrammar's
 CACHE_BYTES = 512 * 2**20  # of compiled grammars
@@ -61,11 +60,11 @@ class GrammarCompiler:
         self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-grammar")
         self._rules = functools.lru_cache(NUM_KEPT)(self._new_rules)
 
-    def validate(self, structure: "StructuredOutputsParams") -> None:
+    def validate(self, structure: StructuredOutputsParams) -> None:
         """Raises ValueError, naming what is wrong, for a structure that cannot be compiled or would not be kept to."""
         self._rules(*_source(structure))
 
-    def compile(self, structure: "StructuredOutputsParams") -> "Future[xgrammar.CompiledGrammar]":
+    def compile(self, structure: StructuredOutputsParams) -> "Future[xgrammar.CompiledGrammar]":
         """xgrammar's compiled grammar of a structure, once a thread has made it.
 
         Raises:
@@ -131,7 +130,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     return tokens
 
 
-def _source(structure: "StructuredOutputsParams") -> tuple[str, str, bool]:
+def _source(structure: StructuredOutputsParams) -> tuple[str, str, bool]:
     """What is asked for: its kind, its text, with schemas and choices as JSON, and whether JSON has no whitespace."""
     is_compact = structure.disable_any_whitespace
     if structure.json_object:

@@ -5,12 +5,12 @@ what becomes of a request.
 """
 
 import copy
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanovllm.compat.refused_arguments import REFUSED_ARGUMENTS, refuse
 from nanovllm.config import Config
 from nanovllm.inputs import Prompt
 from nanovllm.sampling_params import SamplingParams
@@ -19,19 +19,6 @@ from nanovllm.text.tokenizer import Tokenizer
 Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
 LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids
 PROMPT_KEYS = ("prompt", "prompt_token_ids")
-TEXT_ONLY = "the models take text only"
-UNSUPPORTED = {  # what vLLM's calls and prompts may bring, and why it is not here
-    "lora_request": "the weights are those of the checkpoint; merge the adapter into it",
-    "multi_modal_data": TEXT_ONLY,
-    "multi_modal_uuids": TEXT_ONLY,
-    "mm_processor_kwargs": TEXT_ONLY,
-    "prompt_embeds": "a prompt's embeddings are looked up by its token ids",
-    "cache_salt": "all requests share cached prefixes; enable_prefix_caching=False keeps them apart",
-    "encoder_prompt": "the models have no encoder",
-    "priority": "requests are served in the order in which they come",
-    "tokenization_kwargs": "truncate_prompt_tokens of SamplingParams cuts prompts, and all else is the tokenizer's",
-    "decoder_prompt": "the models have no encoder, so that a prompt has one part",
-}
 
 
 class CheckedRequest(NamedTuple):
@@ -90,14 +77,6 @@ def check_request(
     """The request of a call that takes one prompt; the arguments and errors are those of `check_requests`."""
     params = _check_params(defaults if sampling_params is None else sampling_params, config, tokenizer)
     return _check_prompt(prompt, params, config, tokenizer)
-
-
-def check_unsupported(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError if one of the arguments that are not supported is neither None nor empty."""
-    for name, reason in UNSUPPORTED.items():
-        value = arguments.get(name)
-        if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
-            raise ValueError(f"{name} is not supported: {reason}; got {value!r:.200}")
 
 
 def _list_prompts(
@@ -187,9 +166,9 @@ def _text_and_ids(prompt: Any) -> tuple[str | None, Any]:
     """What a prompt has of the two, one of them at least; of the ids, only that they are a list is checked."""
     text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
     if isinstance(prompt, dict):
-        check_unsupported(prompt)
+        refuse(prompt)
         for key in prompt:
-            if key not in PROMPT_KEYS and key not in UNSUPPORTED:
+            if key not in PROMPT_KEYS and key not in REFUSED_ARGUMENTS:
                 names = " and ".join(map(repr, PROMPT_KEYS))
                 raise TypeError(f"a prompt may have {names}, got {key!r}; conversations go to `chat`")
         text, token_ids = map(prompt.get, PROMPT_KEYS)

@@ -1,21 +1,25 @@
-"""Checked requests become sequences: their samples, seeds and texts, and what is compiled before they can be queued.
+"""Calls become sequences: checked, with their samples, seeds and texts, and what is compiled before they are queued.
 
 Nothing here knows of steps; a request that is handed to the scheduler is its business.
 """
 
 import functools
+from collections.abc import Sequence as Items
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine import admission
-from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests.admission import CheckedRequest, Params, check_request, check_requests
+from nanovllm.requests.request import Request
 from nanovllm.sampling.adjustments import Adjustment, bad_word_tokens
+from nanovllm.sampling.constraints import make_constraint
 from nanovllm.sampling.logprobs import LogprobRecord
-from nanovllm.structured import GrammarCompiler, make_constraint
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured import GrammarCompiler
 from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.tokenizer import Tokenizer
 
@@ -31,10 +35,13 @@ class Intake:
         compiling: requests whose grammar is yet to be compiled.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer | None, scheduler: Scheduler) -> None:
-        """`scheduler` gets what is made here."""
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer | None, defaults: SamplingParams, scheduler: Scheduler
+    ) -> None:
+        """`defaults` are for requests that bring no parameters; `scheduler` gets what is made here."""
         self.config = config
         self.tokenizer = tokenizer
+        self.defaults = defaults
         self.scheduler = scheduler
         self.num_seqs = 0
         self.compiling: dict[Request, Future[Any]] = {}
@@ -45,19 +52,36 @@ class Intake:
         facts = self.config.model_config
         return GrammarCompiler(self.tokenizer, facts.vocab_size, self.scheduler.eos_token_ids)
 
-    def check_structures(self, requests: list[admission.CheckedRequest]) -> None:
-        """Raises ValueError for a structure of a request that cannot be compiled, as far as that is seen at once."""
-        for structure in {id(request.params): request.params.structured_outputs for request in requests}.values():
-            if structure is not None:
-                self.grammars.validate(structure)
+    def check(
+        self,
+        prompts: Prompt | Items[Prompt] | None,
+        sampling_params: Params,
+        prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
+    ) -> list[CheckedRequest]:
+        """The requests of a call, see `admission.check_requests`. Whoever asks needs no turn with the engine.
+
+        Raises:
+            TypeError, ValueError: a bad prompt or parameter, or a structure that is seen at once not to compile.
+        """
+        checked = check_requests(
+            prompts, sampling_params, self.config, self.tokenizer, self.defaults, prompt_token_ids
+        )
+        self._check_structures(checked)
+        return checked
+
+    def check_one(self, prompt: Prompt, sampling_params: SamplingParams | None) -> CheckedRequest:
+        """`check` of a call that takes one prompt."""
+        checked = check_request(prompt, sampling_params, self.config, self.tokenizer, self.defaults)
+        self._check_structures([checked])
+        return checked
 
     def make(
         self,
-        checked: admission.CheckedRequest,
+        checked: CheckedRequest,
         results: dict[int, RequestOutput],
-        request_id: str | None,
-        reports_progress: bool,
-        is_streamed: bool,
+        request_id: str | None = None,
+        reports_progress: bool = False,
+        is_streamed: bool = False,
     ) -> Request:
         """A request whose result is to be put into `results`; not queued yet."""
         number, params = self.num_seqs, checked.params
@@ -124,6 +148,11 @@ class Intake:
                     self.scheduler.finish(seq)
                 else:
                     seq.end(finish_reason)
+
+    def _check_structures(self, requests: list[CheckedRequest]) -> None:
+        for structure in {id(request.params): request.params.structured_outputs for request in requests}.values():
+            if structure is not None:
+                self.grammars.validate(structure)
 
     def _hand_on(self, request: Request, grammar: Any) -> None:
         """Queues a request, now that its compiled grammar, if it has one, is there."""

@@ -1,7 +1,7 @@
-"""What a checkpoint's authors recommend for drawing its tokens, as generation_config.json says it.
+"""Parameters for requests that bring none: what a checkpoint's authors recommend, as generation_config.json says it.
 
 By the rule of vLLM: six keys count, whatever `do_sample` says, and a null is as good as no key. Which tokens end a
-text, which the same file says, is read by model_config.py.
+text, which the same file says, is read by checkpoint/model_config.py.
 """
 
 import os
@@ -41,8 +41,7 @@ def default_sampling_params(config: Config) -> SamplingDefaults:
     Raises:
         ValueError: the file is no JSON object, or a value in it is of another type or out of its range.
     """
-    folder = config.model if config.generation_config in ("auto", "vllm") else config.generation_config
-    path = os.path.join(folder, "generation_config.json")
+    path = os.path.join(config.generation_folder, "generation_config.json")
     values = {} if config.generation_config == "vllm" else read_json(path)
     taken = {name: values[key] for key, name in KEYS.items() if key in values}
     try:

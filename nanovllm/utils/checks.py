@@ -1,0 +1,78 @@
+"""Checks of options, and what all kinds of parameters share. Knows of no option by its name."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from typing import Any, TypeVar
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+Limits = Mapping[str, tuple[Any, ...]]  # type, lowest, highest of each option
+
+
+def check(name: str, value: object, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises unless `value` is what `kind` asks, a bool, an int or (float) a finite number, within [low, high]."""
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    if not (low <= value <= high and abs(value) < math.inf):
+        limit = f"between {low} and {high}" if high < math.inf else f"finite and at least {low}"
+        raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+def check_fields(options: object, limits: Limits, may_be_none: Sequence[str] = ()) -> None:
+    """Raises unless the attributes of `options` that `limits` names are within them."""
+    for name, (kind, *bounds) in limits.items():
+        value = getattr(options, name)
+        if value is not None or name not in may_be_none:
+            check(name, value, kind, *bounds)
+
+
+def check_text(name: str, value: object) -> None:
+    """Raises unless `value`, an entry of option `name`, is a string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise (ValueError if value == "" else TypeError)(f"{name} must hold non-empty strings, got {value!r}")
+
+
+def check_token_id(name: str, value: object) -> None:
+    """Raises unless `value`, an entry of option `name`, is an int of at least 0."""
+    check(name, value, int, 0)
+
+
+def checked_tuple(name: str, value: object, check_entry: Callable[[str, object], None]) -> tuple[Any, ...]:
+    """The entries of a list or tuple, each of them checked."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {value!r}")
+    for entry in value:
+        check_entry(name, entry)
+    return tuple(value)
+
+
+Self = TypeVar("Self", bound="Options")  # typing's own needs Python 3.11
+
+
+class Options:
+    """What all kinds of parameters can do: they are checked when made, copied, and print what is not as it comes."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def __repr__(self) -> str:
+        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        shown = [f"{name}={value!r}" for name, value, default in values if value != default and value != ()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def check(self) -> None:
+        """Checks all options and brings them to one form; to be called again when some have been assigned to."""
+        raise NotImplementedError
+
+    def clone(self: Self) -> Self:
+        """A copy that shares nothing that can change; checked options have tuples only of what cannot."""
+        clone = copy.copy(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (type(None), int, float, str, tuple, Enum)):
+                setattr(clone, field.name, copy.deepcopy(value))
+        return clone
