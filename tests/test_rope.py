@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from nanovllm import SamplingParams
 from nanovllm.checkpoint.facts import JsonFacts
-from nanovllm.checkpoint.model_config import FAMILIES, ModelConfig
+from nanovllm.checkpoint.model_config import FAMILIES, ModelConfig, override
 from nanovllm.checkpoint.rope import Rope, read_ropes
 from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import inverse_frequencies, rotary_table
@@ -58,6 +58,8 @@ def random_rope(kind: str, seed: int, pairs: int) -> dict[str, Any]:
         scales = {"mscale": rng.uniform(0.5, 1.5), "mscale_all_dim": rng.uniform(0.5, 1.5)}
         betas = {"beta_fast": rng.uniform(8, 64), "beta_slow": rng.uniform(0.2, 4)}
         optional = some(attention_factor=rng.uniform(0.5, 2), truncate=rng.random() < 0.5, **scales, **betas)
+        if seed == 0:  # no frequency is interpolated in part
+            optional |= {"beta_fast": 8.0, "beta_slow": 8.0, "truncate": False}
         return rope | {"factor": factor, ORIGINAL: original} | optional
     if kind == "longrope":
         lists = {name: [rng.uniform(1, 50) for _ in range(pairs)] for name in ("short_factor", "long_factor")}
@@ -306,15 +308,33 @@ def test_the_rope_of_sliding_layers(raw, rope, local_rope):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "rope", "local_rope"),
+    [
+        ({}, LINEAR_8, Rope("default", 300.0)),
+        ({"rope_theta": 5.0}, replace(LINEAR_8, theta=5.0), Rope("default", 300.0)),
+        ({"rope_local_base_freq": 5.0}, LINEAR_8, Rope("default", 5.0)),
+        ({"rope_scaling": {"type": "default"}}, Rope("default", 5e5), Rope("default", 300.0)),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, Rope("default", 5e5), Rope("default", 5.0)),
+    ],
+)
+def test_overrides_of_two_ropes(overrides, rope, local_rope):
+    raw = {"rope_parameters": {"full_attention": FULL_ROPE, "sliding_attention": SLIDING_ROPE}}
+    before = json.dumps(raw)
+    facts = JsonFacts("", override(raw, overrides))
+    assert read_ropes(facts, 32, 512, theta=1e6, has_local_rope=True) == (rope, local_rope)
+    assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize(
     ("raw", "has_local_rope", "match"),
     [
         ({"rope_parameters": {"full_attention": FULL_ROPE}}, False, "layer type, here full_attention=.*linear"),
         ({"rope_parameters": {"sliding_attention": None}}, False, "layer type, here sliding_attention=None"),
         ({"rope_parameters": {"other": FULL_ROPE}}, True, "layer type, here other="),
         ({"rope_parameters": {"full_attention": FULL_ROPE, "rope_theta": 5.0}}, True, "layer type, here full_att"),
-        ({"rope_parameters": {"full_attention": [1]}}, True, r"full_attention of rope_parameters.*\[1\]"),
+        ({"rope_parameters": {"full_attention": [1]}}, True, r"rope_parameters's full_attention.*\[1\]"),
         ({"rope_parameters": {"sliding_attention": LINEAR | {"factor": 0}}}, True, "sliding_attention's factor.*0"),
-        ({"rope_local_base_freq": -1}, True, "-1"),
+        ({"rope_local_base_freq": -1}, True, "rope_local_base_freq.*-1"),
         (
             {"rope_scaling": LINEAR, "rope_parameters": {"sliding_attention": SLIDING_ROPE}},
             True,

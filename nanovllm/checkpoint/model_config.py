@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.files import read_object
-from nanovllm.checkpoint.rope import DEFAULT_ROPE_THETA, FULL, ROPE_KEYS, SLIDING, Rope, read_ropes
+from nanovllm.checkpoint.rope import DEFAULT_ROPE_THETA, FULL, ROPE_KEYS, SLIDING, Rope, read_ropes, with_outer_thetas
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (
@@ -205,10 +205,7 @@ def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {overrides!r}: {reason}")
     if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
         raise TypeError(f"hf_overrides must be a dict of config.json's keys, got {overrides!r}")
-    changed, key = dict(raw), "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    if isinstance(raw.get(key), dict) and "rope_theta" in raw[key]:  # so that it is one key, and stays
-        rope = dict(raw[key])
-        changed |= {"rope_theta": rope.pop("rope_theta"), key: rope}
+    changed = with_outer_thetas(raw)  # so that they are keys, and stay
     for spellings in (ROPE_KEYS, DTYPE_KEYS):
         if any(key in overrides for key in spellings):
             changed = {key: value for key, value in changed.items() if key not in spellings}

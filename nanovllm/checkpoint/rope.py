@@ -13,7 +13,8 @@ from nanovllm.checkpoint.facts import JsonFacts
 Kind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 OLDER_NAMES = {"su": "longrope"}
 ROPE_KEYS = ("rope_parameters", "rope_scaling")  # two spellings of one key
-FULL, SLIDING = "full_attention", "sliding_attention"  # the types of layers
+LAYER_TYPES = FULL, SLIDING = "full_attention", "sliding_attention"
+OUTER_THETA = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}  # what theta is called outside of such an object
 ORIGINAL = "original_max_position_embeddings"
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_LOCAL_THETA = 10000.0
@@ -83,56 +84,76 @@ def read_ropes(
     given = facts.raw.get(key) or {}
     if not isinstance(given, dict):
         raise facts.error(f"{key} must be an object, got {given!r}")
-
-    def read(name: str, given: dict[str, Any], outer_theta: Any) -> Rope:
-        return RopeFacts(facts, name, given).rope(head_dim, max_positions, outer_theta, share)
-
-    of_types = [name for name in given if name in (FULL, SLIDING) or isinstance(given[name], dict)]
-    if of_types and not (has_local_rope and all(name in (FULL, SLIDING) for name in given)):
+    of_types = [name for name in given if name in LAYER_TYPES or isinstance(given[name], dict)]
+    if of_types and not (has_local_rope and all(name in LAYER_TYPES for name in given)):
         name = of_types[0]
         raise facts.error(f"{key} of a layer type, here {name}={given[name]!r}, is not supported")
-    outer_theta = facts.raw.get("rope_theta", theta)
+
+    def read(layer_type: str, theta: float) -> Rope:
+        if of_types:
+            name, mine = f"{key}'s {layer_type}", given.get(layer_type) or {}
+        else:  # one object, of the layers that attend to everything
+            name, mine = key, given if layer_type == FULL else {}
+        if not isinstance(mine, dict):
+            raise facts.error(f"{name} must be an object, got {mine!r}")
+        return RopeFacts(facts, name, mine, head_dim, max_positions, share).rope(OUTER_THETA[layer_type], theta)
+
+    rope = read(FULL, theta)
     if not has_local_rope:
-        return read(key, given, outer_theta), None
-    if key == "rope_scaling" and isinstance(other := facts.raw.get("rope_parameters"), dict) and SLIDING in other:
+        return rope, None
+    other = facts.raw.get("rope_parameters")
+    if key == "rope_scaling" and isinstance(other, dict) and any(name in other for name in LAYER_TYPES):
         raise facts.error(f"rope_scaling={given!r} contradicts rope_parameters of layer types, {other!r}")
-    full, sliding = (given.get(FULL) or {}, given.get(SLIDING) or {}) if of_types else (given, {})
-    for name, value in ((FULL, full), (SLIDING, sliding)):
-        if not isinstance(value, dict):
-            raise facts.error(f"{name} of {key} must be an object, got {value!r}")
-    rope = read(f"{key}'s {FULL}" if of_types else key, full, outer_theta)
-    local_theta = facts.raw.get("rope_local_base_freq", DEFAULT_LOCAL_THETA)
-    local_rope = read(f"{key}'s {SLIDING}", sliding, local_theta)
+    local_rope = read(SLIDING, DEFAULT_LOCAL_THETA)
     return rope, None if local_rope == rope else local_rope
+
+
+def with_outer_thetas(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same config.json with every theta outside of the rotary objects, where it is one key."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(key)
+    if not isinstance(given, dict):
+        return raw
+    thetas, objects = {}, {}
+    for layer_type, theta_key in OUTER_THETA.items():
+        if isinstance(mine := given.get(layer_type), dict):
+            objects[layer_type] = {name: value for name, value in mine.items() if name != "rope_theta"}
+            thetas |= {theta_key: mine["rope_theta"]} if "rope_theta" in mine else {}
+    if "rope_theta" in given:
+        thetas["rope_theta"] = given["rope_theta"]
+    return raw | thetas | {key: {name: value for name, value in (given | objects).items() if name != "rope_theta"}}
 
 
 @dataclass(frozen=True)
 class RopeFacts:
-    """One rotary object of config.json, called `key` in errors; its methods raise a ValueError as JsonFacts' do."""
+    """One rotary object of config.json; its methods raise a ValueError as those of JsonFacts do.
+
+    Attributes:
+        facts, head_dim, max_positions, share: see read_ropes.
+        key: what errors call the object.
+        given: the object.
+    """
 
     facts: JsonFacts
     key: str
     given: dict[str, Any]
+    head_dim: int
+    max_positions: int
+    share: float | None
 
-    def rope(self, head_dim: int, max_positions: int, outer_theta: Any, default_share: float | None) -> Rope:
-        """The whole of it.
-
-        Args:
-            head_dim, max_positions: see read_ropes.
-            outer_theta: what counts if the object has none.
-            default_share: see read_ropes.
-        """
-        kind = self._kind()
-        theta = self.facts.number("rope_theta", self.given.get("rope_theta", outer_theta))
-        share = self._share(head_dim, default_share)
-        pairs = int(head_dim * share) // 2
+    def rope(self, theta_key: str, default_theta: float) -> Rope:
+        """The whole of it; theta_key is what theta is called outside of the object."""
+        kind, share = self._kind(), self._share()
+        theta_key = "rope_theta" if "rope_theta" in self.given else theta_key
+        theta = self.facts.number(theta_key, (self.facts.raw | self.given).get(theta_key, default_theta))
+        pairs = int(self.head_dim * share) // 2
         numbers: dict[str, Any] = {}
         if kind in ("linear", "dynamic"):
-            numbers = {"factor": self._number("factor"), ORIGINAL: float(max_positions)}
+            numbers = {"factor": self._number("factor"), ORIGINAL: float(self.max_positions)}
         elif kind == "yarn":
-            numbers = self._yarn(max_positions)
+            numbers = self._yarn()
         elif kind == "longrope":
-            numbers = self._longrope(max_positions, pairs)
+            numbers = self._longrope(pairs)
         elif kind == "llama3":
             numbers = self._llama3()
         if kind == "dynamic" and pairs == 1:
@@ -159,17 +180,17 @@ class RopeFacts:
             raise self._error(f"of type {' and '.join(map(repr, types))} is not supported, only one of {known}")
         return kinds[0]
 
-    def _share(self, head_dim: int, default: float | None) -> float:
+    def _share(self) -> float:
         name = "partial_rotary_factor"
         shares = [source[name] for source in (self.given, self.facts.raw) if source.get(name) is not None]
-        if default is None:
+        if self.share is None:
             if other := [share for share in shares if share != 1]:
                 raise self.facts.error(f"{name}={other[0]!r} is not supported, only 1")
             return 1.0
-        share = self.facts.number(name, shares[0] if shares else default)
-        rotary_dim = int(head_dim * share)
+        share = self.facts.number(name, shares[0] if shares else self.share)
+        rotary_dim = int(self.head_dim * share)
         if share > 1 or rotary_dim < 2 or rotary_dim % 2:
-            limits = f"must leave an even number of head_dim={head_dim} dimensions, 2 or more, and be at most 1"
+            limits = f"must leave an even number of head_dim={self.head_dim} dimensions, 2 or more, and be at most 1"
             raise self.facts.error(f"{name}={share} {limits}")
         return share
 
@@ -184,7 +205,7 @@ class RopeFacts:
             raise self.facts.error(f"{ORIGINAL}={outside!r} contradicts that of {self.key}, {inside!r}")
         return self.facts.number(ORIGINAL, outside)
 
-    def _yarn(self, max_positions: int) -> dict[str, Any]:
+    def _yarn(self) -> dict[str, Any]:
         """transformers before 5 took max_position_embeddings / original_max_position_embeddings for the factor."""
         factor = self._number("factor")
         fast, slow = self._number("beta_fast", DEFAULT_BETA_FAST), self._number("beta_slow", DEFAULT_BETA_SLOW)
@@ -200,18 +221,18 @@ class RopeFacts:
         attention_factor = yarn_scale(factor, above) / yarn_scale(factor, below)
         return {
             "factor": factor,
-            ORIGINAL: self._original(float(max_positions)),
+            ORIGINAL: self._original(float(self.max_positions)),
             "attention_factor": self._number("attention_factor", attention_factor),
             "beta_fast": fast,
             "beta_slow": slow,
             "truncate": truncate,
         }
 
-    def _longrope(self, max_positions: int, pairs: int) -> dict[str, Any]:
+    def _longrope(self, pairs: int) -> dict[str, Any]:
         original = self._original()
         if original <= 1:
             raise self._error(f"of type 'longrope' needs {ORIGINAL} above 1, got {original}")
-        factor = self._number("factor", max_positions / original)
+        factor = self._number("factor", self.max_positions / original)
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return {
             "factor": factor,

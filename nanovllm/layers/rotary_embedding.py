@@ -2,10 +2,10 @@
 
 Angles are computed in float64: those of far positions are thousands of turns.
 
-A table is made once, for the longest text that the engine takes (`max_model_len`). Kinds that look at the length of a
-text look at this one, where transformers looks at each text as it grows. So the two agree for "dynamic" as long as
-max_model_len is within the positions of the training; for "longrope" where max_model_len and the text are both within
-them, or both beyond.
+A table is made once, for the longest text that the engine takes (`max_model_len`), as cached keys cannot be rotated
+anew. Kinds that look at the length of a text look at this one, where transformers looks at each text as it grows. So
+the two agree for "dynamic" as long as max_model_len is within the positions of the training; for "longrope" where
+max_model_len and the text are both within them, or both beyond.
 """
 
 import math
