@@ -42,6 +42,7 @@ def _load_turns(row_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
     """Cosine and sine for each pair of `_load_pairs`: 1 and 0 where nothing rotates."""
     pair = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
     mask = pair < ROTARY_DIM // 2
+    # In a head that rotates as a whole nobody reads what is masked, and the zeros of the sines can be had for nothing.
     cos = tl.load(row_ptr + pair, mask=mask, other=1.0 if ROTARY_DIM < DIM else 0.0)
     sin = tl.load(row_ptr + pair + ROTARY_DIM // 2, mask=mask, other=0.0)
     return cos, sin
