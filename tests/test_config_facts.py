@@ -21,6 +21,7 @@ from checkpoints import LLAMA3_ROPE, SHAPE, random_prompt
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from nanovllm.checkpoint.model_config import FAMILIES, ModelConfig
+from nanovllm.checkpoint.rope import Rope
 from nanovllm.models import ARCHITECTURES
 
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -78,12 +79,14 @@ ROWS = [
     Row("rope_theta", HONOURED, 500.0),
     Row("rope_scaling", HONOURED, {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}),
     Row("rope_scaling", HARMLESS, {"type": "default"}, ALL if IS_TRANSFORMERS_5 else []),
-    Row("rope_scaling", REFUSED, {"type": "linear", "factor": 2.0}),
-    Row("rope_scaling", REFUSED, {"rope_type": "dynamic", "factor": 2.0}),
+    Row("rope_scaling", HONOURED, {"type": "linear", "factor": 2.0}),
+    Row("rope_scaling", HONOURED, {"rope_type": "dynamic", "factor": 2.0}),
+    Row("rope_scaling", REFUSED, {"rope_type": "proportional", "factor": 2.0}),
     Row("rope_parameters", HONOURED, LLAMA3_ROPE),
     Row("rope_parameters", HONOURED, {"rope_type": "default", "rope_theta": 500.0}),
     Row("rope_parameters", HARMLESS, {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1]}),
-    Row("rope_parameters", REFUSED, {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}),
+    Row("rope_parameters", HONOURED, {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}),
+    Row("rope_parameters", REFUSED, {"rope_type": "yarn", "factor": None, "rope_theta": 10000.0}),
     Row("rope_parameters", REFUSED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
     Row("partial_rotary_factor", REFUSED, 0.5),  # 4.51 reads it for the default type, 5 for llama3
     Row("partial_rotary_factor", HARMLESS, 1.0),
@@ -296,7 +299,7 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
     assert config.head_dim == getattr(known, "head_dim", 8)
     assert config.sliding_window == (4096 if family in MISTRAL else None)
     rope = getattr(known, "rope_parameters", None) or {"rope_theta": getattr(known, "rope_theta", None)}
-    assert config.rope_theta == rope["rope_theta"] and config.rope_scaling == {}
+    assert config.rope == Rope("default", rope["rope_theta"]) and config.local_rope is None
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -328,8 +331,7 @@ def test_of_two_spellings_of_rope_the_choice_is_that_of_transformers(tmp_path):
     ):
         known = LlamaConfig.from_dict(json.loads(json.dumps(config))).rope_parameters
         mine = read(tmp_path, config)
-        assert mine.rope_theta == known["rope_theta"]
-        assert bool(mine.rope_scaling) == (known["rope_type"] == "llama3")
+        assert (mine.rope.theta, mine.rope.kind) == (known["rope_theta"], known["rope_type"])
 
 
 LLAMA3_ROPE_WITHOUT_ORIGINAL = {

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint.model_config import ModelConfig
+from nanovllm.checkpoint.rope import Rope
 from nanovllm.compat.engine_options import OTHER_NAMES, translate
 from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
@@ -298,13 +299,13 @@ def test_overridden_keys_are_computed_with(checkpoint):
     assert result["token_ids"] == [int(logits.argmax())]
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
+LLAMA3_NUMBERS = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LLAMA3 = {"rope_type": "llama3", **LLAMA3_NUMBERS}
 
 
 @pytest.mark.parametrize(
@@ -313,19 +314,23 @@ LLAMA3 = {
         ({}, {"max_position_embeddings": 1000}, {"max_position_embeddings": 1000}),
         ({"dtype": "float16"}, {"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
         ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
-        ({"rope_theta": 5.0}, {"rope_theta": 6}, {"rope_theta": 6}),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 6}, {"rope_theta": 6}),
+        ({"rope_theta": 5.0}, {"rope_theta": 6}, {"rope": Rope("default", 6)}),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+            {"rope_theta": 6},
+            {"rope": Rope("default", 6)},
+        ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
             {"rope_scaling": LLAMA3},
-            {"rope_theta": 5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+            {"rope": Rope("llama3", 5, **LLAMA3_NUMBERS)},
         ),
         (
             {"rope_scaling": LLAMA3 | {"rope_theta": 5.0}},
             {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
-            {"rope_theta": 7, "rope_scaling": {}},
+            {"rope": Rope("default", 7)},
         ),
-        ({"rope_scaling": LLAMA3, "rope_theta": 5.0}, {"rope_scaling": None}, {"rope_theta": 5, "rope_scaling": {}}),
+        ({"rope_scaling": LLAMA3, "rope_theta": 5.0}, {"rope_scaling": None}, {"rope": Rope("default", 5)}),
         ({"eos_token_id": 1}, {"eos_token_id": [2, 3]}, {"eos_token_ids": {2, 3}}),
         ({"eos_token_id": 1}, {}, {"eos_token_ids": {1}}),
     ],
@@ -344,7 +349,7 @@ def test_overridden_facts(tmp_path, raw, overrides, facts):
     ("overrides", "error", "match"),
     [
         ({"hidden_act": "gelu"}, ValueError, "hidden_act='gelu'.*hf_overrides.*gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ValueError, "yarn.*hf_overrides"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, ValueError, "factor.*'4'.*hf_overrides"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, ValueError, "Classification.*not supported"),
         ({"num_attention_heads": 3}, ValueError, "num_key_value_heads=2 must divide.*hf_overrides"),
         ({"vocab_size": None}, ValueError, "vocab_size.*None.*hf_overrides"),

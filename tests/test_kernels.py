@@ -136,21 +136,26 @@ def rope_table(max_position, dim):
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "normed", "index_dtype"),
+    ("heads", "kv_heads", "dim", "rotary_dim", "normed", "index_dtype"),
     [
-        (2, 1, 16, False, torch.int32),
-        (7, 1, 80, True, torch.int64),
-        (4, 2, 128, True, torch.int32),
-        (3, 3, 96, False, torch.int64),
+        (2, 1, 16, 16, False, torch.int32),
+        (7, 1, 80, 80, True, torch.int64),
+        (4, 2, 128, 128, True, torch.int32),
+        (3, 3, 96, 96, False, torch.int64),
+        (2, 1, 16, 2, True, torch.int32),
+        (7, 1, 80, 32, True, torch.int64),
+        (4, 2, 128, 64, False, torch.int32),
+        (3, 3, 96, 72, False, torch.int64),
+        (2, 1, 20, 10, True, torch.int32),
     ],
 )
-def test_rope_store_kvcache(heads, kv_heads, dim, normed, index_dtype, dtype):
+def test_rope_store_kvcache(heads, kv_heads, dim, rotary_dim, normed, index_dtype, dtype):
     qkv = randn(5, (heads + 2 * kv_heads) * dim + 8, dtype=dtype)[:, :-8]
     norms = [randn(dim, dtype=dtype), randn(dim, dtype=dtype)] if normed else []
     caches = torch.full((2, 3, 16, kv_heads, dim), math.nan, device=DEVICE, dtype=dtype)
     expected_caches = caches.clone().float()
     positions, slots = ints([0, 99, 5, 17, 3], index_dtype), ints([47, -1, 0, 16, -1], index_dtype)
-    table = rope_table(100, dim).to(DEVICE)
+    table = rope_table(100, rotary_dim).to(DEVICE)
     q = rope_store_kvcache(qkv, table, positions, slots, *caches, *norms, eps=1e-5)
     expected_q = rope_store_kvcache_torch(
         qkv.float(), table, positions, slots, *expected_caches, *(norm.float() for norm in norms), eps=1e-5
@@ -160,18 +165,24 @@ def test_rope_store_kvcache(heads, kv_heads, dim, normed, index_dtype, dtype):
     assert_rows_close(written, expected_caches.view(2, 48, kv_heads, dim)[:, [47, 0, 16]], dtype)
     assert torch.equal(caches.isnan(), expected_caches.isnan())
     assert caches.isnan().sum() == caches.numel() - written.numel()
+    if not normed:  # what does not rotate goes through bit by bit
+        q_in, k_in, _ = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), dim=1)
+        assert torch.equal(q[..., rotary_dim:], q_in[..., rotary_dim:])
+        assert torch.equal(written[0, ..., rotary_dim:], k_in[[0, 2, 3]][..., rotary_dim:])
 
 
 @plain_test
-def test_rope_is_a_rotation_in_the_complex_plane():
-    qkv, positions = torch.randn(4, 3 * 8), torch.tensor([0, 1, 7, 30])
-    k_cache, v_cache = torch.zeros(2, 1, 4, 1, 8)
+@pytest.mark.parametrize("dim", [8, 12])
+def test_rope_is_a_rotation_in_the_complex_plane(dim):
+    """Of the first 8 dimensions of a head."""
+    qkv, positions = torch.randn(4, 3 * dim), torch.tensor([0, 1, 7, 30])
+    k_cache, v_cache = torch.zeros(2, 1, 4, 1, dim)
     q = rope_store_kvcache(qkv, rope_table(31, 8), positions, torch.arange(4), k_cache, v_cache)
     turns = torch.polar(torch.ones(4, 4), positions[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8))
-    for rotated, x in ((q, qkv[:, :8]), (k_cache, qkv[:, 8:16])):
-        z = torch.complex(x[:, :4], x[:, 4:]) * turns
-        torch.testing.assert_close(rotated.view(4, 8), torch.cat((z.real, z.imag), dim=-1))
-    assert torch.equal(v_cache.view(4, 8), qkv[:, 16:])
+    for rotated, x in ((q, qkv[:, :dim]), (k_cache, qkv[:, dim : 2 * dim])):
+        z = torch.complex(x[:, :4], x[:, 4:8]) * turns
+        torch.testing.assert_close(rotated.view(4, dim), torch.cat((z.real, z.imag, x[:, 8:]), dim=-1))
+    assert torch.equal(v_cache.view(4, dim), qkv[:, 2 * dim :])
 
 
 # Paged attention

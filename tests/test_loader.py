@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import SHAPE, Checkpoint, random_prompt
+from checkpoints import MAX_POSITIONS, SHAPE, Checkpoint, random_prompt
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
@@ -425,10 +425,11 @@ def test_llama3_scaling_of_each_band(folder):
     llama = folder("llama")
     plain = {key: value for key, value in llama.config.items() if key not in ("rope_parameters", "rope_scaling")}
     config = ModelConfig.from_folder(str(llama.path))
-    scaled = inverse_frequencies(config)
-    llama.config = plain | {"rope_theta": config.rope_theta}
+    scaled = inverse_frequencies(config.rope, config.head_dim, MAX_POSITIONS)
+    llama.config = plain | {"rope_theta": config.rope.theta}
     llama.save_config()
-    ratio = scaled / inverse_frequencies(ModelConfig.from_folder(str(llama.path)))
+    config = ModelConfig.from_folder(str(llama.path))
+    ratio = scaled / inverse_frequencies(config.rope, config.head_dim, MAX_POSITIONS)
     assert ratio[0] == 1.0 and torch.isclose(ratio[-1], torch.tensor(1 / 8, dtype=ratio.dtype))
     assert ((ratio > 1 / 8) & (ratio < 1)).any() and (ratio.diff() <= 0).all()
 
@@ -437,7 +438,7 @@ def test_llama3_scaling_of_each_band(folder):
     ("changes", "match"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM.*Qwen2ForCausalLM.*Qwen3For"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, "ntk.*yarn"),
         ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantiz"),
         ({"hidden_size": None}, "hidden_size"),

@@ -137,10 +137,13 @@ def launch_attention(dtype: torch.dtype, dim: int, block_size: int, heads: int =
 
 
 def launch_rope(dtype: torch.dtype, dim: int, heads: int = 16, kv_heads: int = 8) -> None:
-    norm, cos_sin = empty(dim, dtype=dtype), empty(MAX_MODEL_LEN, dim, dtype=F32)
+    """Of whole heads, and of a part of them."""
+    norm = empty(dim, dtype=dtype)
     caches = empty(2, 64, 256, kv_heads, dim, dtype=dtype)
     qkv, ints = empty(4, (heads + 2 * kv_heads) * dim, dtype=dtype), empty(4, dtype=I32)
-    rope_store_kvcache(qkv, cos_sin, ints, ints, *caches, norm, norm, 1e-6)
+    for rotary_dim in (dim, dim // 4 * 2):
+        cos_sin = empty(MAX_MODEL_LEN, rotary_dim, dtype=F32)
+        rope_store_kvcache(qkv, cos_sin, ints, ints, *caches, norm, norm, 1e-6)
 
 
 def launch_linear(dtype: torch.dtype, rows: int) -> None:

@@ -10,7 +10,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.files import read_object
+from nanovllm.checkpoint.rope import DEFAULT_ROPE_THETA, FULL, ROPE_KEYS, SLIDING, Rope, read_ropes, with_outer_thetas
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (
@@ -23,16 +25,9 @@ REFUSED = (
     "configuration_files",
 )
 ACTIVATIONS = ("silu", "swish")  # two names of one function
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Two spellings each.
-ROPE_KEYS = ("rope_parameters", "rope_scaling")
-DTYPE_KEYS = ("torch_dtype", "dtype")
-DEFAULT_ROPE_THETA = 10000.0
+DTYPE_KEYS = ("torch_dtype", "dtype")  # two spellings of one key
 DEFAULT_MAX_WINDOW_LAYERS = 28
-FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}  # the last is an older name
-LARGEST_SIZE = 2**31 - 1
-LARGEST_NUMBER = 1e38  # about what float32 holds
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,9 @@ class Family:
         slides: which layers have the window: those that config.json chooses, all of them, or those of Llama, where
             transformers 5 disagrees with itself: its layers attend to everything, its KV cache forgets all but the
             window.
+        rope_theta: default.
+        partial_rotary_factor: default; None: the family rotates whole heads.
+        has_local_rope: whether the sliding layers have a rotary embedding of their own.
     """
 
     model_type: str
@@ -60,6 +58,9 @@ class Family:
     reads_mlp_bias: bool
     sliding_window: int | None
     slides: Literal["by choice", "everywhere", "in the cache"]
+    rope_theta: float = DEFAULT_ROPE_THETA
+    partial_rotary_factor: float | None = None
+    has_local_rope: bool = False
 
 
 FAMILIES = {
@@ -114,8 +115,10 @@ class ModelConfig:
     Both spellings of the rotary options are understood: `rope_theta` + `rope_scaling`, and `rope_parameters`.
 
     Attributes:
+        max_position_embeddings: config.json's, or as many as its rope stretches these to.
+        rope: the rotary embedding of all layers, or of those that attend to everything.
+        local_rope: that of the layers with a window, None: the same.
         attention_bias, mlp_bias: False in a family that does not read them.
-        rope_scaling: the numbers of rope type "llama3" by their names, {} for the default type.
         sliding_window: the window of the layers that have one; None where all attend to everything.
         eos_token_ids: those of config.json and of generation_config.json.
     """
@@ -130,8 +133,8 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, float]
+    rope: Rope
+    local_rope: Rope | None
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
@@ -164,7 +167,11 @@ class ModelConfig:
         facts.refuse_unsupported(family)
         num_layers, heads = facts.size("num_hidden_layers"), facts.size("num_attention_heads")
         hidden_size = facts.size("hidden_size")
-        rope_theta, rope_scaling = facts.rope()
+        head_dim = facts.head_dim(family, hidden_size // heads)
+        positions = facts.size("max_position_embeddings", family.max_position_embeddings)
+        rope, local_rope = facts.ropes(family, head_dim, positions)
+        if not family.has_local_rope:  # Gemma 3's number is that of the stretched positions
+            positions = rope.max_positions(positions)
         return cls(
             architecture=architecture,
             vocab_size=facts.size("vocab_size"),
@@ -173,11 +180,11 @@ class ModelConfig:
             num_hidden_layers=num_layers,
             num_attention_heads=heads,
             num_key_value_heads=facts.num_key_value_heads(family, heads),
-            head_dim=facts.head_dim(family, hidden_size // heads),
-            max_position_embeddings=facts.size("max_position_embeddings", family.max_position_embeddings),
+            head_dim=head_dim,
+            max_position_embeddings=positions,
             rms_norm_eps=facts.number("rms_norm_eps", facts.raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
+            rope=rope,
+            local_rope=local_rope,
             tie_word_embeddings=facts.flag("tie_word_embeddings"),
             attention_bias=family.reads_attention_bias and facts.flag("attention_bias"),
             mlp_bias=family.reads_mlp_bias and facts.flag("mlp_bias"),
@@ -198,48 +205,15 @@ def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {overrides!r}: {reason}")
     if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
         raise TypeError(f"hf_overrides must be a dict of config.json's keys, got {overrides!r}")
-    changed, key = dict(raw), "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    if isinstance(raw.get(key), dict) and "rope_theta" in raw[key]:  # so that it is one key, and stays
-        rope = dict(raw[key])
-        changed |= {"rope_theta": rope.pop("rope_theta"), key: rope}
+    changed = with_outer_thetas(raw)  # so that they are keys, and stay
     for spellings in (ROPE_KEYS, DTYPE_KEYS):
         if any(key in overrides for key in spellings):
             changed = {key: value for key, value in changed.items() if key not in spellings}
     return changed | overrides
 
 
-@dataclass(frozen=True)
-class Facts:
-    """The object of a JSON file, each method giving one checked fact or a ValueError that names it and the file."""
-
-    path: str
-    raw: dict[str, Any]
-
-    def error(self, text: str) -> ValueError:
-        """What to raise for a fact, with the file."""
-        return ValueError(f"{text} ({self.path})")
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; a missing one is refused where there is no default."""
-        if key not in self.raw and default is None:
-            raise ValueError(f"{self.path} has no {key!r}")
-        value = self.raw.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
-            raise self.error(f"{key} must be an integer between 1 and {LARGEST_SIZE}, got {value!r}")
-        return value
-
-    def number(self, name: str, value: Any) -> float:
-        """A positive number."""
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
-            raise self.error(f"{name} must be a number above 0 and at most {LARGEST_NUMBER}, got {value!r}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """True or False, which is the default of all of them; null was taken for False before transformers 5."""
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(f"{key} must be true or false, got {value!r}")
-        return bool(value)
+class Facts(JsonFacts):
+    """The object of config.json, or of generation_config.json."""
 
     def family(self) -> tuple[str, Family]:
         """The architecture, and what is particular to it."""
@@ -285,45 +259,10 @@ class Facts:
             raise self.error(f"head_dim must be even and between 2 and 256, got {value}")
         return value
 
-    def rope(self) -> tuple[float, dict[str, float]]:
-        """Theta, and the numbers of Llama 3's scaling or {}.
-
-        Of the two spellings, and of a number that is given inside and outside of the object, transformers 5's choice.
-        """
-        key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
-        rope = self.raw.get(key) or {}
-        if not isinstance(rope, dict):
-            raise self.error(f"{key} must be an object, got {rope!r}")
-        for name, value in rope.items():
-            if isinstance(value, dict):
-                raise self.error(f"{key} of a layer type, here {name}={value!r}, is not supported")
-        types = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
-        if types[0] not in ("default", "llama3") or types[0] != types[-1]:
-            raise self.error(
-                f"{key} of type {' and '.join(map(repr, types))} is not supported, only default or llama3"
-            )
-        for source in (rope, self.raw):
-            if (share := source.get("partial_rotary_factor")) is not None and share != 1:
-                raise self.error(f"partial_rotary_factor={share!r} is not supported, only 1")
-        theta = self.number("rope_theta", rope.get("rope_theta", self.raw.get("rope_theta", DEFAULT_ROPE_THETA)))
-        return theta, self._llama3_rope(key, rope) if types[0] == "llama3" else {}
-
-    def _llama3_rope(self, key: str, rope: dict[str, Any]) -> dict[str, float]:
-        original = "original_max_position_embeddings"
-        if original in self.raw:
-            inside = rope.get(original, self.raw[original])
-            if inside != self.raw[original]:
-                # transformers 4 takes the inner one, 5 the outer one.
-                raise self.error(f"{original}={self.raw[original]!r} contradicts that of {key}, {inside!r}")
-            rope = rope | {original: inside}
-        for name in LLAMA3_ROPE:
-            if name not in rope:
-                raise self.error(f"{key} of type 'llama3' has no {name!r}")
-        scaling = {name: self.number(f"{key}'s {name}", rope[name]) for name in LLAMA3_ROPE}
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        if high <= low:
-            raise self.error(f"{key}'s high_freq_factor={high} must be above its low_freq_factor={low}")
-        return scaling
+    def ropes(self, family: Family, head_dim: int, positions: int) -> tuple[Rope, Rope | None]:
+        """The rotary embedding, and that of the layers with a window if it is another one."""
+        theta, share = family.rope_theta, family.partial_rotary_factor
+        return read_ropes(self, head_dim, positions, theta, share, family.has_local_rope)
 
     def sliding_window(self, family: Family, num_layers: int) -> int | None:
         """The window of the layers that have one, None where none has."""

@@ -13,27 +13,53 @@ from nanovllm.kernels.rms_norm import rms_norm_torch
 
 
 @triton.jit
-def _load_halves(x_ptr, HEADS: tl.constexpr, DIM: tl.constexpr):
-    """The halves that the rotation pairs of the heads at x_ptr, in float32; the first half's offsets and mask."""
+def _load_pairs(x_ptr, HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
+    """The pairs that the rotation turns of the heads at x_ptr, in float32; the first ones' offsets, and so on.
+
+    Dimension i is paired with i + ROTARY_DIM / 2. The dimensions that do not rotate are paired likewise among
+    themselves, behind: they are normalised and stored with the others.
+
+    Returns:
+        first and second, the offsets of the first, how far behind them the second are, the mask of both.
+    """
     heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
-    half = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
-    offs = heads * DIM + half
-    mask = (heads < HEADS) & (half < DIM // 2)
+    pair = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
+    mask = (heads < HEADS) & (pair < DIM // 2)
+    if ROTARY_DIM == DIM:
+        offs = heads * DIM + pair
+        apart = DIM // 2
+    else:
+        rotates = pair < ROTARY_DIM // 2
+        offs = heads * DIM + pair + tl.where(rotates, 0, ROTARY_DIM // 2)
+        apart = tl.where(rotates, ROTARY_DIM // 2, (DIM - ROTARY_DIM) // 2)
     a = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + offs + DIM // 2, mask=mask, other=0.0).to(tl.float32)
-    return a, b, offs, mask
+    b = tl.load(x_ptr + offs + apart, mask=mask, other=0.0).to(tl.float32)
+    return a, b, offs, apart, mask
 
 
 @triton.jit
-def _norm_rope_store(a, b, offs, mask, norm_ptr, eps, cos, sin, out_ptr, DIM: tl.constexpr):
-    """Normalise, rotate and write to out_ptr what `_load_halves` gave."""
+def _load_turns(row_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
+    """Cosine and sine for each pair of `_load_pairs`: 1 and 0 where nothing rotates."""
+    pair = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
+    mask = pair < ROTARY_DIM // 2
+    # In a head that rotates as a whole nobody reads what is masked, and the zeros of the sines can be had for nothing.
+    cos = tl.load(row_ptr + pair, mask=mask, other=1.0 if ROTARY_DIM < DIM else 0.0)
+    sin = tl.load(row_ptr + pair + ROTARY_DIM // 2, mask=mask, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _norm_rope_store(
+    a, b, offs, apart, mask, norm_ptr, eps, cos, sin, out_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr
+):
+    """Normalise, rotate and write to out_ptr what `_load_pairs` gave."""
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / DIM + eps)[:, None]
-        norm_a, norm_b, _, _ = _load_halves(norm_ptr, 1, DIM)
+        norm_a, norm_b, _, _, _ = _load_pairs(norm_ptr, 1, DIM, ROTARY_DIM)
         a *= rstd * norm_a
         b *= rstd * norm_b
     tl.store(out_ptr + offs, a * cos - b * sin, mask=mask)
-    tl.store(out_ptr + offs + DIM // 2, b * cos + a * sin, mask=mask)
+    tl.store(out_ptr + offs + apart, b * cos + a * sin, mask=mask)
 
 
 @triton.jit
@@ -52,25 +78,28 @@ def _rope_store_kernel(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Arguments of `rope_store_kvcache`; a program has one row."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    cos, sin, _, _ = _load_halves(cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * DIM, 1, DIM)
+    cos, sin = _load_turns(cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * ROTARY_DIM, DIM, ROTARY_DIM)
     pdl_wait(PDL)
     # All loads come before the first store: the compiler cannot know that they do not overlap.
     q = qkv_ptr + row * qkv_stride
     k = q + Q_HEADS * DIM
-    q_a, q_b, q_offs, q_mask = _load_halves(q, Q_HEADS, DIM)
-    k_a, k_b, k_offs, k_mask = _load_halves(k, KV_HEADS, DIM)
+    q_a, q_b, q_offs, q_apart, q_mask = _load_pairs(q, Q_HEADS, DIM, ROTARY_DIM)
+    k_a, k_b, k_offs, k_apart, k_mask = _load_pairs(k, KV_HEADS, DIM, ROTARY_DIM)
     v_offs = tl.arange(0, triton.next_power_of_2(KV_HEADS * DIM))
     v_mask = v_offs < KV_HEADS * DIM
     v = tl.load(k + KV_HEADS * DIM + v_offs, mask=v_mask)
-    _norm_rope_store(q_a, q_b, q_offs, q_mask, q_norm_ptr, eps, cos, sin, q_ptr + row * (Q_HEADS * DIM), DIM)
+    q_out = q_ptr + row * (Q_HEADS * DIM)
+    _norm_rope_store(q_a, q_b, q_offs, q_apart, q_mask, q_norm_ptr, eps, cos, sin, q_out, DIM, ROTARY_DIM)
     if slot >= 0:
         before = slot * (KV_HEADS * DIM)
-        _norm_rope_store(k_a, k_b, k_offs, k_mask, k_norm_ptr, eps, cos, sin, k_cache_ptr + before, DIM)
+        k_out = k_cache_ptr + before
+        _norm_rope_store(k_a, k_b, k_offs, k_apart, k_mask, k_norm_ptr, eps, cos, sin, k_out, DIM, ROTARY_DIM)
         tl.store(v_cache_ptr + before + v_offs, v, mask=v_mask)
 
 
@@ -89,11 +118,13 @@ def rope_store_kvcache_torch(
     kv_heads, dim = k_cache.shape[-2:]
     q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
     cos, sin = cos_sin[positions.long(), None].chunk(2, dim=-1)
+    pairs = cos.size(-1)
 
     def norm_rope(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.float()
-        a, b = (x if weight is None else rms_norm_torch(x, weight, eps)).chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qkv.dtype)
+        x = x if weight is None else rms_norm_torch(x, weight, eps)
+        a, b, rest = x.tensor_split((pairs, 2 * pairs), dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(qkv.dtype)
 
     stored = slot_mapping >= 0
     slots = slot_mapping[stored].long()
@@ -119,7 +150,8 @@ def rope_store_kvcache(
 
     Args:
         qkv: [N, (Hq + 2 Hkv) D], the fused projection's rows, any distance apart; D is even.
-        cos_sin: float32 [max_position, D], D/2 cosines, then D/2 sines.
+        cos_sin: float32 [max_position, R], R/2 cosines, then R/2 sines; R is even. The first R <= D dimensions of a
+            head rotate.
         positions: int [N].
         slot_mapping: int [N], slot = block * block_size + offset; -1 (padding): that row's K and V are not stored.
         k_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's dtype.
@@ -151,6 +183,7 @@ def rope_store_kvcache(
         Q_HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
+        ROTARY_DIM=cos_sin.size(1),
         num_warps=4,
         **pdl_options(qkv.device),
     )

@@ -1,30 +1,92 @@
-"""Tables of rotary position embeddings (RoFormer, arXiv 2104.09864); the kernel that stores KV applies them."""
+"""Tables of rotary position embeddings (RoFormer, arXiv 2104.09864); the kernel that stores KV applies them.
+
+Angles are computed in float64: those of far positions are thousands of turns.
+
+A table is made once, for the longest text that the engine takes (`max_model_len`), as cached keys cannot be rotated
+anew. Kinds that look at the length of a text look at this one, where transformers looks at each text as it grows. So
+the two agree for "dynamic" as long as max_model_len is within the positions of the training; for "longrope" where
+max_model_len and the text are both within them, or both beyond.
+"""
 
 import math
 
 import torch
+from torch import Tensor
 
-from nanovllm.checkpoint.model_config import ModelConfig
+from nanovllm.checkpoint.rope import Rope
 
 
-def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Angle per position of each pair of dimensions, float64 [head_dim / 2].
+def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> Tensor:
+    """Angle per position of each pair of dimensions that rotates, float64 [rotary_dim / 2].
 
-    With Llama 3's scaling, long wavelengths are stretched by `factor` and those between the two wavelength limits in
-    part (Hugging Face's documentation of rope type "llama3").
+    The kinds, by the names of config.json:
+        default: theta ** -(2 i / rotary_dim).
+        linear: positions are brought within the trained ones (position interpolation, arXiv 2306.15595).
+        dynamic: theta grows with the positions beyond the trained ones ("NTK-aware" scaling, here with the length
+            known; YaRN's paper, section 3.3).
+        yarn: see `yarn_interpolated` (arXiv 2309.00071).
+        longrope: a factor for each frequency, found by a search; of two lists, the one for the length (arXiv
+            2402.13753).
+        llama3: see `llama3_kept` (Hugging Face's documentation of that kind).
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if not (scaling := config.rope_scaling):
-        return frequencies
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling["factor"])
+    dim = rope.rotary_dim(head_dim)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
+    frequencies = rope.theta**-exponents
+    trained = rope.original_max_position_embeddings
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "dynamic":
+        growth = 1 + rope.factor * (max(max_positions, trained) / trained - 1)
+        return (rope.theta * growth ** (dim / (dim - 2))) ** -exponents
+    if rope.kind == "yarn":
+        interpolated = yarn_interpolated(rope, dim)
+        return frequencies * (1 - interpolated + interpolated / rope.factor)
+    if rope.kind == "longrope":
+        factors = rope.long_factor if max_positions > trained else rope.short_factor
+        return frequencies / torch.tensor(factors, dtype=torch.float64, device="cpu")
+    if rope.kind == "llama3":
+        kept = llama3_kept(rope, frequencies)
+        return frequencies * (kept + (1 - kept) / rope.factor)
+    return frequencies
 
 
-def rotary_table(config: ModelConfig, max_positions: int, device: torch.device) -> torch.Tensor:
-    """cos | sin of every position's angles, float32 [max_positions, head_dim]."""
+def yarn_interpolated(rope: Rope, dim: int) -> Tensor:
+    """How much of each frequency is interpolated: nothing of those with many turns over the trained positions.
+
+    None of those with more than `beta_fast` turns, all of those with fewer than `beta_slow`, and linearly between.
+    """
+
+    def pair_with(turns: float) -> float:
+        wavelength = rope.original_max_position_embeddings / turns
+        return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)  # dim - 1, though there are but dim / 2 pairs: as it was published
+    width = last - first or 0.001
+    return ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - first) / width).clamp(0, 1)
+
+
+def llama3_kept(rope: Rope, frequencies: Tensor) -> Tensor:
+    """How much of each frequency stays as it is; the rest is interpolated.
+
+    All of those with more than `high_freq_factor` turns over the trained positions, none of those with fewer than
+    `low_freq_factor`, and linearly in the turns between.
+    """
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    return ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+
+
+def rotary_table(rope: Rope | None, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
+    """cos | sin of every position's angles, times the attention factor, float32 [max_positions, rotary_dim].
+
+    Where rope is None, that of a layer whose queries and keys do not rotate: all angles are 0.
+    """
     positions = torch.arange(max_positions, dtype=torch.float64, device="cpu")
-    angles = positions[:, None] * inverse_frequencies(config)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device, torch.float32)
+    if rope is None:
+        frequencies, scale = torch.zeros(head_dim // 2, dtype=torch.float64, device="cpu"), 1.0
+    else:
+        frequencies, scale = inverse_frequencies(rope, head_dim, max_positions), rope.attention_factor
+    angles = positions[:, None] * frequencies
+    return (torch.cat([angles.cos(), angles.sin()], dim=-1) * scale).to(device, torch.float32)

@@ -92,7 +92,7 @@ class Qwen3Model(nn.Module):
     def __init__(self, config: Config, tp: TensorParallel, attention_class: type[Qwen3Attention]) -> None:
         super().__init__()
         c = config.model_config
-        table = rotary_table(c, config.max_model_len, tp.device)
+        table = rotary_table(c.rope, c.head_dim, config.max_model_len, tp.device)
         self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
         self.layers = nn.ModuleList(
             Qwen3DecoderLayer(config, tp, table, attention_class, is_last=index == c.num_hidden_layers - 1)
