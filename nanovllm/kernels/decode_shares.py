@@ -45,17 +45,37 @@ def owner_of(tile, num_big, big, small):
 
 
 @triton.jit
-def find_work(lens_ptr, batch, num_big, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS_PAD: tl.constexpr):
+def tiles_of(length, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """Which tiles of BLOCK_N keys a row with a context of `length` reads, for each head: (first, how many).
+
+    With a WINDOW (0: none) those that its last WINDOW keys stand in. An empty row has one too, so that somebody writes
+    its zeros.
+    """
+    first = tl.maximum(length - WINDOW, 0) // BLOCK_N if WINDOW else 0
+    return first, tl.maximum(tl.cdiv(length, BLOCK_N) - first, 1)
+
+
+@triton.jit
+def find_work(
+    lens_ptr,
+    batch,
+    num_big,
+    KV_HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+):
     """This program's tiles, as (first, end, row of the first, first tile of that row), and the two sizes of shares.
 
-    lens_ptr: int32 [batch], the rows' contexts; ROWS_PAD is a power of two, batch or more. A tile is BLOCK_N keys. An
-    empty row owns a tile per head too, so that somebody writes its zeros. The first num_big programs take the line in
-    equal shares, or 7/8 of it if there are others, which start as places on the GPU fall free: small shares of the
-    rest, for the memory is not equally fast for all SMs.
+    lens_ptr: int32 [batch], the rows' contexts; ROWS_PAD is a power of two, batch or more. A tile is BLOCK_N keys. The
+    line has those tiles alone that are read, see `tiles_of`. The first num_big programs take it in equal shares, or
+    7/8 of it if there are others, which start as places on the GPU fall free: small shares of the rest, for the memory
+    is not equally fast for all SMs.
     """
     rows = tl.arange(0, ROWS_PAD)
     lens = tl.load(lens_ptr + rows, mask=rows < batch, other=0)
-    ends = tl.cumsum(tl.where(rows < batch, tl.maximum(tl.cdiv(lens, BLOCK_N), 1) * KV_HEADS, 0), 0)
+    _first, num_tiles = tiles_of(lens, BLOCK_N, WINDOW)
+    ends = tl.cumsum(tl.where(rows < batch, num_tiles * KV_HEADS, 0), 0)
     line = tl.max(ends, 0)
     num_small = tl.num_programs(0) - num_big
     big = tl.cdiv(line * tl.where(num_small > 0, 7, 8), 8 * num_big)

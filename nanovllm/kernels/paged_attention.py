@@ -14,10 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.decode_shares import find_work, merge_parts, owner_of
+from nanovllm.kernels.attend_pages import attend_pages
+from nanovllm.kernels.decode_shares import find_work, merge_parts, owner_of, tiles_of
 from nanovllm.kernels.tuning import ATTENTION_WARPS, attention_tiles, decode_programs, gpu_of, prefill_rows
 
 LOG2_E = 1.4426950408889634
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """softmax(scores) v, where scores = q k^T * scale; a soft cap makes them cap * tanh(scores / cap).
+
+    Soft caps after Gemma 2 (arXiv 2408.00118).
+
+    Args:
+        q: [..., Hq, M, D].
+        k: [..., Hkv, N, D], with each head for Hq / Hkv of the query heads.
+        v: the same.
+        seen: bool, broadcast to [..., Hq, M, N], the keys that each query sees.
+        scale: of q k^T.
+        soft_cap: what no score exceeds.
+
+    Returns:
+        [..., Hq, M, D], in q's dtype.
+    """
+    if soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+    group = q.size(-3) // k.size(-3)
+    k, v = (x.float().repeat_interleave(group, dim=-3) for x in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    # The lowest number has no weight beside others, and keeps a row that sees nothing from NaN.
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    return (scores.softmax(-1) @ v).to(q.dtype)
 
 
 def paged_attention_torch(
@@ -28,93 +56,48 @@ def paged_attention_torch(
     context_lens: Tensor,
     cu_seqlens_q: Tensor,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
-    """Attention by gathering each sequence's pages and masking what lies ahead.
+    """Attention by gathering each sequence's pages and masking what its queries do not see.
 
-    Query i of a sequence's q_len stands at position context_len - q_len + i and sees the keys up to its own; with no
-    context it gives zeros.
+    Query i of a sequence's q_len stands at position p = context_len - q_len + i and sees the keys up to its own, with
+    a window only those at p - window < position <= p; with no context it gives zeros.
 
     Args:
         q: [N, Hq, D], the queries of S sequences one after another.
         k_cache: [num_blocks, block_size, Hkv, D].
         v_cache: the same.
-        block_tables: int32 [S, max_blocks], arbitrary past a sequence's context.
+        block_tables: int32 [S, max_blocks], arbitrary past a sequence's context and before its first query's window.
         context_lens: int32 [S], the tokens in the cache, this step's included.
         cu_seqlens_q: int32 [S + 1], where each sequence's queries begin.
         scale: of q k^T, before the softmax.
+        window: the keys that a query sees at most, its own included (Mistral 7B, arXiv 2310.06825).
+        soft_cap: see `softmax_attention`.
 
     Returns:
         [N, Hq, D], in q's dtype.
     """
     o = torch.zeros_like(q)
+    block_size = k_cache.size(1)
     starts = cu_seqlens_q.tolist()
     for begin, end, context, table in zip(starts[:-1], starts[1:], context_lens.tolist(), block_tables, strict=True):
         if begin == end or context == 0:
             continue
-        blocks = table[: -(-context // k_cache.size(1))]
-        k, v = (cache[blocks].flatten(0, 1)[:context].transpose(0, 1) for cache in (k_cache, v_cache))
-        seen = torch.ones(end - begin, context, dtype=torch.bool, device=q.device).tril(context - (end - begin))
-        q_part = q[begin:end].transpose(0, 1)
-        o_part = F.scaled_dot_product_attention(q_part, k, v, seen, scale=scale, enable_gqa=True)
+        past = context - (end - begin)
+        oldest = max(past + 1 - window, 0) if window else 0
+        first_page = oldest // block_size
+        blocks = table[first_page : -(-context // block_size)]
+        is_read = slice(oldest - first_page * block_size, context - first_page * block_size)
+        k, v = (cache[blocks].flatten(0, 1)[is_read].transpose(0, 1) for cache in (k_cache, v_cache))
+        queries = torch.arange(past, context, device=q.device)[:, None]
+        keys = torch.arange(oldest, context, device=q.device)
+        seen = keys <= queries
+        if window:
+            seen &= keys > queries - window
+        o_part = softmax_attention(q[begin:end].transpose(0, 1), k, v, seen, scale, soft_cap)
         o[begin:end] = o_part.transpose(0, 1)
     return o
-
-
-@triton.jit
-def _attend(
-    q,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    begin,
-    unmasked,
-    end,
-    last_key,
-    scale,
-    HAS_UNMASKED: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Attention of the rows of q, [BLOCK_M, DIM padded], over one head's keys at positions begin..end - 1.
-
-    By online softmax (Milakov & Gimelshein, 2018), in base 2: `scale` includes log2(e). k_ptr and v_ptr point to the
-    head in the caches, table_ptr to the sequence's block table. With HAS_UNMASKED all rows see the keys before
-    `unmasked`, a multiple of BLOCK_N; the others are seen up to position last_key, [BLOCK_M, 1] or one for all rows.
-
-    Returns o, float32 like q, and the log-sum-exp in base 2, float32 [BLOCK_M], -inf for a row that saw no key.
-    """
-    ROW: tl.constexpr = KV_HEADS * DIM
-    dims = tl.arange(0, q.shape[1])[None, :]
-    acc = tl.zeros(q.shape, tl.float32)
-    high = tl.full((q.shape[0],), float("-inf"), tl.float32)
-    total = tl.zeros((q.shape[0],), tl.float32)
-    for MASKED in tl.static_range(0 if HAS_UNMASKED else 1, 2):  # one loop without a mask, one with it
-        stop = end if MASKED else unmasked
-        for n in tl.range(unmasked if MASKED else begin, stop, BLOCK_N, num_stages=STAGES):
-            positions = n + tl.arange(0, BLOCK_N)
-            if BLOCK_SIZE >= BLOCK_N:  # the tile lies within one page
-                page = tl.load(table_ptr + n // BLOCK_SIZE)
-            else:
-                page = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < stop, other=0)[:, None]
-            page = page.to(tl.int64) * (BLOCK_SIZE * ROW)
-            offs = (positions % BLOCK_SIZE * ROW)[:, None] + dims
-            mask = (positions < stop)[:, None] & (dims < DIM)
-            k = tl.load(k_ptr + page + offs, mask=mask, other=0.0)
-            v = tl.load(v_ptr + page + offs, mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if MASKED:
-                visible = n + tl.arange(0, BLOCK_N)[None, :] <= last_key
-                scores = tl.where(visible, scores, float("-inf"))
-            new_high = tl.maximum(high, tl.max(scores, 1) * scale)
-            p = tl.exp2(scores * scale - new_high[:, None])
-            alpha = tl.exp2(high - new_high)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-            total = total * alpha + tl.sum(p, 1)
-            high = new_high
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None], high + tl.log2(total)
 
 
 @triton.jit(do_not_specialize=["batch", "num_big"])
@@ -132,6 +115,8 @@ def _decode_kernel(
     scale,
     batch,
     num_big,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -147,7 +132,7 @@ def _decode_kernel(
     int32 [batch * KV_HEADS], the parts of a unit that are done; who finds all others done zeroes it again. (It is long
     by its arguments, and its loop is one thought: from a program's tiles to results.)
     """
-    tile, stop, row, row_start, big, small = find_work(lens_ptr, batch, num_big, KV_HEADS, BLOCK_N, ROWS_PAD)
+    tile, stop, row, row_start, big, small = find_work(lens_ptr, batch, num_big, KV_HEADS, BLOCK_N, WINDOW, ROWS_PAD)
     pdl_wait(PDL)
     heads = tl.arange(0, max(16, triton.next_power_of_2(GROUP)))[:, None]
     dims = tl.arange(0, max(16, triton.next_power_of_2(DIM)))[None, :]
@@ -155,27 +140,29 @@ def _decode_kernel(
     mask = (heads < GROUP) & (dims < DIM)
     while tile < stop:
         length = tl.load(lens_ptr + row)
-        unit_tiles = tl.maximum(tl.cdiv(length, BLOCK_N), 1)
+        first_tile, unit_tiles = tiles_of(length, BLOCK_N, WINDOW)
         head = (tile - row_start) // unit_tiles
         unit_start = row_start + head * unit_tiles
         unit_end = unit_start + unit_tiles
         unit = row * KV_HEADS + head
-        begin = (tile - unit_start) * BLOCK_N
+        begin = (first_tile + tile - unit_start) * BLOCK_N
         tile = tl.minimum(unit_end, stop)
-        end = tl.minimum((tile - unit_start) * BLOCK_N, length)
+        end = tl.minimum((first_tile + tile - unit_start) * BLOCK_N, length)
+        oldest = tl.maximum(length - WINDOW, 0)
         before = unit.to(tl.int64) * (GROUP * DIM)
         q = tl.load(q_ptr + before + offs, mask=mask, other=0.0)
-        o, lse = _attend(
+        o, lse = attend_pages(
             q,
             k_ptr + head * DIM,
             v_ptr + head * DIM,
             tables_ptr + row.to(tl.int64) * table_stride,
-            begin,
-            unmasked=begin,
-            end=end,
+            borders=(begin, end),
+            oldest=oldest,
+            first_key=oldest,
             last_key=end - 1,
             scale=scale,
-            HAS_UNMASKED=False,
+            WINDOW=WINDOW,
+            SOFT_CAP=SOFT_CAP,
             KV_HEADS=KV_HEADS,
             DIM=DIM,
             BLOCK_SIZE=BLOCK_SIZE,
@@ -212,6 +199,8 @@ def _prefill_kernel(
     scale,
     starts_ptr,
     num_seqs,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -246,19 +235,28 @@ def _prefill_kernel(
     q = tl.load(q_ptr + offs, mask=mask, other=0.0)
     context = tl.load(lens_ptr + seq)
     past = context - q_len
-    unmasked = tl.maximum(past + first_row // GROUP + 1, 0) // BLOCK_N * BLOCK_N  # all rows see the keys before
+    num_seen = past + first_row // GROUP + 1  # by the first row, without a window
+    tail = tl.maximum(num_seen, 0) // BLOCK_N * BLOCK_N  # all rows stand behind the keys before
     end = tl.minimum(past + (first_row + BLOCK_M - 1) // GROUP + 1, context)
-    o, _lse = _attend(
+    oldest = tl.maximum(num_seen - WINDOW, 0)
+    if WINDOW:
+        middle = tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N  # all rows' windows have begun
+        middle = tl.minimum(middle, tl.maximum(end, 0))
+        borders = (oldest // BLOCK_N * BLOCK_N, middle, tl.maximum(middle, tail), end)
+    else:
+        borders = (0, tail, end)
+    o, _lse = attend_pages(
         q,
         k_ptr + head * DIM,
         v_ptr + head * DIM,
         tables_ptr + seq.to(tl.int64) * table_stride,
-        0,
-        unmasked=unmasked,
-        end=end,
+        borders=borders,
+        oldest=oldest,
+        first_key=past + tokens + 1 - WINDOW,
         last_key=past + tokens,
         scale=scale,
-        HAS_UNMASKED=True,
+        WINDOW=WINDOW,
+        SOFT_CAP=SOFT_CAP,
         KV_HEADS=KV_HEADS,
         DIM=DIM,
         BLOCK_SIZE=BLOCK_SIZE,
@@ -270,12 +268,20 @@ def _prefill_kernel(
 
 @functools.cache
 def _compiled_for(
-    num_heads: int, cache_shape: torch.Size, dtype: torch.dtype, device: torch.device, is_wide: bool = False
-) -> dict[str, int]:
-    """The arguments that both kernels are compiled for: the layer's shape, and tiles that suit the GPU."""
+    num_heads: int,
+    cache_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None,
+    soft_cap: float | None,
+    is_wide: bool = False,
+) -> dict[str, int | float]:
+    """The arguments that both kernels are compiled for: what the layer is, and tiles that suit the GPU."""
     _, block_size, num_kv_heads, dim = cache_shape
     tiles = attention_tiles(dim, block_size, dtype, gpu_of(device), is_wide)
     return {
+        "WINDOW": window or 0,
+        "SOFT_CAP": (soft_cap or 0.0) * LOG2_E,
         "KV_HEADS": num_kv_heads,
         "GROUP": num_heads // num_kv_heads,
         "DIM": dim,
@@ -294,6 +300,8 @@ def paged_decode(
     context_lens: Tensor,
     semaphores: Tensor,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
@@ -310,7 +318,8 @@ def paged_decode(
         [B, Hq, D], in q's dtype.
     """
     if not use_triton(q):
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, torch.arange(len(q) + 1), scale)
+        starts = torch.arange(len(q) + 1)
+        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, soft_cap)
     o = torch.empty_like(q)
     batch_size, num_heads, dim = q.shape
     num_kv_heads = k_cache.size(2)
@@ -335,7 +344,7 @@ def paged_decode(
         batch_size,
         num_big,
         ROWS_PAD=max(256, triton.next_power_of_2(batch_size)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, is_wide=num_small > 0),
+        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_wide=num_small > 0),
         **pdl_options(q.device),
     )
     return o
@@ -349,6 +358,8 @@ def paged_prefill(
     context_lens: Tensor,
     cu_seqlens_q: Tensor,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
@@ -356,7 +367,9 @@ def paged_prefill(
     tile, so that K and V are read once for all. One compiled kernel serves up to 512 sequences of any lengths.
     """
     if not use_triton(q):
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
+        return paged_attention_torch(
+            q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap
+        )
     o = torch.empty_like(q)
     num_tokens, num_heads, _dim = q.shape
     num_kv_heads, num_seqs = k_cache.size(2), len(context_lens)
@@ -375,6 +388,6 @@ def paged_prefill(
         num_seqs,
         BLOCK_M=block_m,
         SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device),
+        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap),
     )
     return o

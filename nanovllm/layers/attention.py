@@ -8,10 +8,9 @@ nor of whether a token belongs to a prompt or an answer.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill, softmax_attention
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
@@ -20,13 +19,24 @@ from nanovllm.utils.context import Context
 class Attention(nn.Module):
     """Rotary embedding, KV store and causal attention of this rank's heads.
 
+    `scale` is of q k^T; a `window` and a `soft_cap` are as `paged_attention_torch` defines them.
     `k_cache` and `v_cache` [num_blocks, block_size, num_kv_heads, head_dim] and `semaphores`, the zeros that
     paged_decode counts in, are set by whoever owns the cache's memory.
     """
 
-    def __init__(self, head_dim: int, backend: str, rotary_table: Tensor) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        backend: str,
+        rotary_table: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
         super().__init__()
-        self.scale = head_dim**-0.5
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.window = window
+        self.soft_cap = soft_cap
         self.attend = BACKENDS[backend]
         self.rotary_table = rotary_table
         self.k_cache = self.v_cache = self.semaphores = torch.empty(0)
@@ -51,28 +61,54 @@ class Attention(nn.Module):
 
 def attend_torch(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """Plain torch: gathered pages and a softmax; the oracle of the others."""
-    tables, lens = context.block_tables, context.context_lens
-    if not q.is_cuda or context.num_decodes < len(q):
-        return paged_attention_torch(q, layer.k_cache, layer.v_cache, tables, lens, context.cu_seqlens_q, layer.scale)
-    # Decodes on a GPU may be in a graph, where the host cannot loop over lengths: all pages, and a mask. What lies
-    # behind a sequence's end may be NaN, of a sequence that has failed: no mask would silence that.
-    k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in (layer.k_cache, layer.v_cache))
-    visible = (torch.arange(k.size(2), device=q.device) < lens[:, None])[:, None, None]
-    k, v = (x.masked_fill(~visible.transpose(2, 3), 0) for x in (k, v))
-    o = F.scaled_dot_product_attention(q[:, :, None], k, v, visible, scale=layer.scale, enable_gqa=True)
-    return o[:, :, 0]
+    caches = layer.k_cache, layer.v_cache
+    tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
+    if q.is_cuda and context.num_decodes == len(q):
+        return decode_without_host(q, *caches, tables, lens, layer.scale, layer.window, layer.soft_cap)
+    return paged_attention_torch(q, *caches, tables, lens, starts, layer.scale, layer.window, layer.soft_cap)
+
+
+def decode_without_host(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """`paged_attention_torch` of one query a sequence, q [B, heads, head_dim], in tensors of fixed shapes.
+
+    Decodes on a GPU may be in a graph, where the host cannot loop over lengths: each row gathers as many pages as a
+    window can touch, without one all, and a mask says what it sees of them.
+    """
+    block_size, max_pages = k_cache.size(1), block_tables.size(1)
+    oldest = (context_lens - window).clamp(min=0) if window else torch.zeros_like(context_lens)
+    num_pages = min(-(-(window - 1) // block_size) + 1, max_pages) if window else max_pages
+    pages = oldest[:, None] // block_size + torch.arange(num_pages, device=q.device)
+    blocks = block_tables.gather(1, pages.clamp(max=max_pages - 1))
+    positions = (pages[:, :, None] * block_size + torch.arange(block_size, device=q.device)).flatten(1)
+    seen = ((positions >= oldest[:, None]) & (positions < context_lens[:, None]))[:, None, None]
+    # Other keys and values may be NaN, of a sequence that has failed: no mask would silence that.
+    k, v = (
+        cache[blocks].flatten(1, 2).transpose(1, 2).masked_fill(~seen.transpose(2, 3), 0)
+        for cache in (k_cache, v_cache)
+    )
+    return softmax_attention(q[:, :, None], k, v, seen, scale, soft_cap)[:, :, 0]
 
 
 def attend_triton(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """Our own kernels: one for the decodes, which come first, one for parts of prompts."""
     caches = layer.k_cache, layer.v_cache
     tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
+    scores = layer.scale, layer.window, layer.soft_cap
     n = context.num_decodes
     if n == len(q):
-        return paged_decode(q, *caches, tables, lens, layer.semaphores, layer.scale)
-    o = paged_prefill(q, *caches, tables[n:], lens[n:], starts[n:], layer.scale)
+        return paged_decode(q, *caches, tables, lens, layer.semaphores, *scores)
+    o = paged_prefill(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
     if n:
-        o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], layer.semaphores, layer.scale)
+        o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], layer.semaphores, *scores)
     return o
 
 
@@ -80,6 +116,9 @@ def attend_flash_attn(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """The flash-attn package."""
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
+    # Its windows are the keys to the left and to the right of a query's own, -1: all; a cap of 0 is none.
+    window_size = (layer.window - 1, 0) if layer.window else (-1, -1)
+    softcap = layer.soft_cap or 0.0
     if context.num_decodes == len(q):
         o = flash_attn_with_kvcache(
             q[:, None],
@@ -88,6 +127,8 @@ def attend_flash_attn(layer: Attention, q: Tensor, context: Context) -> Tensor:
             cache_seqlens=context.context_lens,
             block_table=context.block_tables,
             softmax_scale=layer.scale,
+            window_size=window_size,
+            softcap=softcap,
         )
         return o[:, 0]
     return flash_attn_varlen_func(
@@ -100,6 +141,8 @@ def attend_flash_attn(layer: Attention, q: Tensor, context: Context) -> Tensor:
         max_seqlen_k=context.block_tables.size(1) * layer.k_cache.size(1),
         softmax_scale=layer.scale,
         causal=True,
+        window_size=window_size,
+        softcap=softcap,
         block_table=context.block_tables,
     )
 
