@@ -120,10 +120,14 @@ class Config:
             raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
         self._find_folders()
         self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, self.generation_folder)
-        self._resolve_max_model_len()
-        for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
-            if (value := getattr(self.model_config, name)) % size:
-                raise ValueError(f"tensor_parallel_size={size} must divide {name}={value}")
+        self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
+        heads, kv_heads = self.model_config.num_attention_heads, self.model_config.num_key_value_heads
+        if heads % size:
+            raise ValueError(f"tensor_parallel_size={size} must divide num_attention_heads={heads}")
+        if kv_heads % size and size % kv_heads:
+            raise ValueError(
+                f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
+            )
         if self.dtype == "auto":
             self.dtype = self.model_config.dtype
             if self.dtype not in DTYPES:
@@ -190,17 +194,6 @@ class Config:
             self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
         if self.generation_config not in ("auto", "vllm"):
             self.generation_config = find_generation_config(self.generation_config, **hub)
-
-    def _resolve_max_model_len(self) -> None:
-        most, window = self.model_config.max_position_embeddings, self.model_config.sliding_window
-        if self.lowers_max_model_len and window is not None:
-            most = min(most, window)
-        self.max_model_len = min(self.max_model_len, most)
-        if window is not None and window < self.max_model_len:
-            raise ValueError(
-                f"sliding_window={window} of the checkpoint takes effect at max_model_len={self.max_model_len}, "
-                f"but only full attention is supported; lower max_model_len to {window} or less"
-            )
 
     def _resolve_backends(self) -> None:
         is_flash = self.attention_backend == "flash_attn"

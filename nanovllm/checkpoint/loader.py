@@ -105,9 +105,7 @@ def check_tied_head(head: Any, embedding: Any, dtype: torch.dtype, folder: str, 
         )
 
 
-def checkpoint_targets(
-    model: nn.Module, names: Collection[str]
-) -> Mapping[str, list[tuple[nn.Parameter, Shard]]]:
+def checkpoint_targets(model: nn.Module, names: Collection[str]) -> Mapping[str, list[tuple[nn.Parameter, Shard]]]:
     """Each tensor that a checkpoint with tensors of these names must have -> the parameters that it fills and how."""
     targets = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -122,17 +120,18 @@ def _sources(
     """The tensors of a checkpoint that fill a parameter, and how."""
     shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
     has_experts = parameter.dim() > len(shards[0].full_shape)
-    module, suffix = (name, ".weight") if has_experts else (name[: name.rindex(".")], name[name.rindex(".") :])
-    before, module = module[: module.rindex(".") + 1], module[module.rindex(".") + 1 :]
+    path, kind = (name, "weight") if has_experts else name.rsplit(".", 1)
+    *before, module = path.split(".")
     own_name = original_name(model, name, names)
     if own_name in names or not (has_experts or module in model.packed_modules_mapping):
         for shard in _fused(shards, len(parameter) if has_experts else None):
             yield own_name, shard
         return
     for expert in range(len(parameter)) if has_experts else [None]:
-        infix = "" if expert is None else f"{expert}."
+        number = [] if expert is None else [str(expert)]
         for source, shard in zip(model.packed_modules_mapping.get(module, (module,)), shards, strict=True):
-            yield original_name(model, f"{before}{infix}{source}{suffix}", names), replace(shard, expert=expert)
+            source_name = ".".join([*before, *number, source, kind])
+            yield original_name(model, source_name, names), replace(shard, expert=expert)
 
 
 def _fused(shards: list[Shard], num_experts: int | None) -> Iterator[Shard]:

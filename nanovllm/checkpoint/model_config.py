@@ -8,11 +8,14 @@ Where a key is absent, the default of the family's config class in transformers 
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from nanovllm.checkpoint.facts import JsonFacts
+from nanovllm.checkpoint.families import FAMILIES, Family
 from nanovllm.checkpoint.files import read_object
-from nanovllm.checkpoint.rope import DEFAULT_ROPE_THETA, FULL, ROPE_KEYS, SLIDING, Rope, read_ropes, with_outer_thetas
+from nanovllm.checkpoint.mixture import Mixture, read_mixture
+from nanovllm.checkpoint.rope import ROPE_KEYS, Rope, read_ropes, with_outer_thetas
+from nanovllm.checkpoint.windows import layer_windows
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (
@@ -23,88 +26,12 @@ REFUSED = (
     "kv_sharing_modes",
     "transformers_weights",
     "configuration_files",
+    "use_bidirectional_attention",
 )
-ACTIVATIONS = ("silu", "swish")  # two names of one function
+OTHER_ACTIVATIONS = {"swish": "silu"}  # two names of one function
 DTYPE_KEYS = ("torch_dtype", "dtype")  # two spellings of one key
-DEFAULT_MAX_WINDOW_LAYERS = 28
-LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}  # the last is an older name
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the families' config classes in transformers differ in.
-
-    Attributes:
-        model_type: what config.json calls the family; transformers chooses the model's class by it.
-        max_position_embeddings: default.
-        num_key_value_heads: default; None: num_attention_heads.
-        head_dim: default; None: hidden_size // num_attention_heads.
-        reads_attention_bias: whether `attention_bias` counts; Qwen2's biases are fixed, Mistral has none.
-        reads_mlp_bias: whether `mlp_bias` counts.
-        sliding_window: default.
-        slides: which layers have the window: those that config.json chooses, all of them, or those of Llama, where
-            transformers 5 disagrees with itself: its layers attend to everything, its KV cache forgets all but the
-            window.
-        rope_theta: default.
-        partial_rotary_factor: default; None: the family rotates whole heads.
-        has_local_rope: whether the sliding layers have a rotary embedding of their own.
-    """
-
-    model_type: str
-    max_position_embeddings: int
-    num_key_value_heads: int | None
-    head_dim: int | None
-    reads_attention_bias: bool
-    reads_mlp_bias: bool
-    sliding_window: int | None
-    slides: Literal["by choice", "everywhere", "in the cache"]
-    rope_theta: float = DEFAULT_ROPE_THETA
-    partial_rotary_factor: float | None = None
-    has_local_rope: bool = False
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(
-        model_type="llama",
-        max_position_embeddings=2048,
-        num_key_value_heads=None,
-        head_dim=None,
-        reads_attention_bias=True,
-        reads_mlp_bias=True,
-        sliding_window=None,
-        slides="in the cache",
-    ),
-    "Qwen2ForCausalLM": Family(
-        model_type="qwen2",
-        max_position_embeddings=32768,
-        num_key_value_heads=32,
-        head_dim=None,
-        reads_attention_bias=False,
-        reads_mlp_bias=False,
-        sliding_window=4096,
-        slides="by choice",
-    ),
-    "Qwen3ForCausalLM": Family(
-        model_type="qwen3",
-        max_position_embeddings=32768,
-        num_key_value_heads=32,
-        head_dim=128,
-        reads_attention_bias=True,
-        reads_mlp_bias=False,
-        sliding_window=4096,
-        slides="by choice",
-    ),
-    "MistralForCausalLM": Family(
-        model_type="mistral",
-        max_position_embeddings=131072,
-        num_key_value_heads=8,
-        head_dim=None,
-        reads_attention_bias=False,
-        reads_mlp_bias=False,
-        sliding_window=4096,
-        slides="everywhere",
-    ),
-}
+# What stands outside of the object that says how a model of more than text computes text.
+OUTER_KEYS = ("architectures", "eos_token_id", "tie_word_embeddings", *DTYPE_KEYS, *REFUSED)
 
 
 @dataclass(frozen=True)
@@ -118,8 +45,9 @@ class ModelConfig:
         max_position_embeddings: config.json's, or as many as its rope stretches these to.
         rope: the rotary embedding of all layers, or of those that attend to everything.
         local_rope: that of the layers with a window, None: the same.
-        attention_bias, mlp_bias: False in a family that does not read them.
-        sliding_window: the window of the layers that have one; None where all attend to everything.
+        attention_bias, mlp_bias, qkv_bias: False in a family that does not read them.
+        layer_windows: of each layer the tokens that it attends to, the last ones; None: to all.
+        mixture: the experts of the sparse layers; None: there are none.
         eos_token_ids: those of config.json and of generation_config.json.
     """
 
@@ -138,7 +66,9 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    sliding_window: int | None
+    qkv_bias: bool
+    layer_windows: tuple[int | None, ...]
+    mixture: Mixture | None
     dtype: str
     eos_token_ids: frozenset[int]
 
@@ -161,17 +91,19 @@ class ModelConfig:
         raw = read_object(path)
         if overrides is not None:
             path, raw = f"{path} with hf_overrides={overrides!r}", override(raw, overrides)
-        facts = Facts(path, raw)
         generation = Facts(generation_path, read_object(generation_path))
-        architecture, family = facts.family()
+        architecture, family, facts = Facts(path, raw).family()
         facts.refuse_unsupported(family)
         num_layers, heads = facts.size("num_hidden_layers"), facts.size("num_attention_heads")
         hidden_size = facts.size("hidden_size")
         head_dim = facts.head_dim(family, hidden_size // heads)
-        positions = facts.size("max_position_embeddings", family.max_position_embeddings)
+        positions = facts.size("max_position_embeddings")
         rope, local_rope = facts.ropes(family, head_dim, positions)
         if not family.has_local_rope:  # Gemma 3's number is that of the stretched positions
             positions = rope.max_positions(positions)
+        windows = layer_windows(facts, family, num_layers, frozenset())
+        if family.slides == "in the cache" and any(windows):
+            positions, windows = min(positions, *filter(None, windows)), (None,) * num_layers
         return cls(
             architecture=architecture,
             vocab_size=facts.size("vocab_size"),
@@ -179,19 +111,27 @@ class ModelConfig:
             intermediate_size=facts.size("intermediate_size"),
             num_hidden_layers=num_layers,
             num_attention_heads=heads,
-            num_key_value_heads=facts.num_key_value_heads(family, heads),
+            num_key_value_heads=facts.num_key_value_heads(heads),
             head_dim=head_dim,
             max_position_embeddings=positions,
             rms_norm_eps=facts.number("rms_norm_eps", facts.raw.get("rms_norm_eps", 1e-6)),
             rope=rope,
             local_rope=local_rope,
             tie_word_embeddings=facts.flag("tie_word_embeddings"),
-            attention_bias=family.reads_attention_bias and facts.flag("attention_bias"),
-            mlp_bias=family.reads_mlp_bias and facts.flag("mlp_bias"),
-            sliding_window=facts.sliding_window(family, num_layers),
+            attention_bias="attention_bias" in family.reads and facts.flag("attention_bias"),
+            mlp_bias="mlp_bias" in family.reads and facts.flag("mlp_bias"),
+            qkv_bias="qkv_bias" in family.reads and facts.flag("qkv_bias"),
+            layer_windows=windows,
+            mixture=read_mixture(facts, family, num_layers),
             dtype=facts.dtype(),
             eos_token_ids=facts.eos_token_ids() | generation.eos_token_ids(),
         )
+
+    @property
+    def layer_ropes(self) -> tuple[Rope, ...]:
+        """The rotary embedding of each layer."""
+        has_other = self.local_rope is not None
+        return tuple(self.local_rope if window and has_other else self.rope for window in self.layer_windows)
 
 
 def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -215,8 +155,8 @@ def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 class Facts(JsonFacts):
     """The object of config.json, or of generation_config.json."""
 
-    def family(self) -> tuple[str, Family]:
-        """The architecture, and what is particular to it."""
+    def family(self) -> tuple[str, Family, "Facts"]:
+        """The architecture, what is particular to it, and the facts of its text, the family's defaults among them."""
         architectures = self.raw.get("architectures")
         if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
             raise self.error(f"architectures must be a list that names the model's class, got {architectures!r}")
@@ -227,34 +167,44 @@ class Facts(JsonFacts):
         if (model_type := self.raw.get("model_type", family.model_type)) != family.model_type:
             expected = f"that of {architecture} is {family.model_type!r}"
             raise self.error(f"model_type={model_type!r} contradicts architectures: {expected}")
-        return architecture, family
+        raw = self.raw
+        if family.text_key is not None:
+            if not isinstance(raw.get(family.text_key), dict):
+                raise self.error(f"{family.text_key} must be an object, got {raw.get(family.text_key)!r}")
+            outer = {key: raw[key] for key in OUTER_KEYS if raw.get(key) is not None}
+            raw = raw[family.text_key] | outer
+        return architecture, family, Facts(self.path, family.defaults | raw)
 
     def refuse_unsupported(self, family: Family) -> None:
         """Raises for the first fact that asks for what no layer here does."""
         for key in REFUSED:
             if self.raw.get(key):
                 raise self.error(f"{key}={self.raw[key]!r} is not supported")
-        if (activation := self.raw.get("hidden_act", "silu")) not in ACTIVATIONS:
-            raise self.error(f"hidden_act={activation!r} is not supported, only {' or '.join(ACTIVATIONS)}")
+        key, known = family.activation_key, family.activation
+        if (activation := self.raw.get(key, known)) != known and OTHER_ACTIVATIONS.get(activation) != known:
+            raise self.error(f"{key}={activation!r} is not supported, only {known!r}")
         if not self.raw.get("is_causal", True):
             raise self.error(f"is_causal={self.raw['is_causal']!r} is not supported, only true")
         # transformers 5 reads it for the KV cache, where the family has no way to say what each layer attends to.
-        if (size := self.raw.get("attention_chunk_size")) is not None and family.slides != "by choice":
+        if (size := self.raw.get("attention_chunk_size")) is not None and family.slides in (
+            "in the cache",
+            "everywhere",
+        ):
             raise self.error(f"attention_chunk_size={size!r} is not supported")
 
-    def num_key_value_heads(self, family: Family, heads: int) -> int:
-        """null, unlike no key, is num_attention_heads in every family."""
-        if self.raw.get("num_key_value_heads", family.num_key_value_heads) is None:
+    def num_key_value_heads(self, heads: int) -> int:
+        """null is num_attention_heads in every family, and so is no key in those without a default."""
+        if self.raw.get("num_key_value_heads") is None:
             return heads
-        value = self.size("num_key_value_heads", family.num_key_value_heads)
+        value = self.size("num_key_value_heads")
         if heads % value:
             raise self.error(f"num_key_value_heads={value} must divide num_attention_heads={heads}")
         return value
 
     def head_dim(self, family: Family, quotient: int) -> int:
         """null is `quotient`, hidden_size // num_attention_heads, in the families where no key is."""
-        is_quotient = family.head_dim is None and self.raw.get("head_dim") is None
-        value = quotient if is_quotient else self.size("head_dim", family.head_dim)
+        is_quotient = "head_dim" not in family.defaults and self.raw.get("head_dim") is None
+        value = quotient if is_quotient else self.size("head_dim")
         if value == 0 or value % 2 or value > 256:
             raise self.error(f"head_dim must be even and between 2 and 256, got {value}")
         return value
@@ -263,38 +213,6 @@ class Facts(JsonFacts):
         """The rotary embedding, and that of the layers with a window if it is another one."""
         theta, share = family.rope_theta, family.partial_rotary_factor
         return read_ropes(self, head_dim, positions, theta, share, family.has_local_rope)
-
-    def sliding_window(self, family: Family, num_layers: int) -> int | None:
-        """The window of the layers that have one, None where none has."""
-        is_switched_off = family.slides == "by choice" and not self.flag("use_sliding_window")
-        window = None if is_switched_off else self.raw.get("sliding_window", family.sliding_window)
-        layer_types = self._layer_types(num_layers)
-        if window is None:
-            if SLIDING in layer_types:
-                raise self.error(f"layer_types names {SLIDING!r}, but there is no sliding_window that is in use")
-            return None
-        window = self.size("sliding_window", family.sliding_window)
-        if family.slides == "everywhere":
-            return window
-        if layer_types:
-            return window if SLIDING in layer_types else None
-        if family.slides == "in the cache":
-            return window
-        first = self.raw.get("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
-        if not isinstance(first, int) or isinstance(first, bool):
-            raise self.error(f"max_window_layers must be an integer, got {first!r}")
-        return window if first < num_layers else None
-
-    def _layer_types(self, num_layers: int) -> list[str]:
-        layer_types = self.raw.get("layer_types")
-        if layer_types is None:
-            return []
-        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-            raise self.error(f"layer_types must list num_hidden_layers={num_layers} names, got {layer_types!r}")
-        for name in layer_types:
-            if not isinstance(name, str) or name not in LAYER_TYPES:
-                raise self.error(f"layer_types with {name!r} is not supported, only {' and '.join(LAYER_TYPES)}")
-        return [LAYER_TYPES[name] for name in layer_types]
 
     def dtype(self) -> str:
         """The dtype's name, under its newer or older key."""

@@ -28,7 +28,8 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(nn.Module):
     """Hidden states [N, hidden] -> this rank's logits [N, vocab / ranks rounded up], one rank's after the other's.
 
-    Beyond the vocabulary they are -inf. With `tied_weight`, the embedding's table, the weight is a part of that and no parameter of its own.
+    Beyond the vocabulary they are -inf. With `tied_weight`, the embedding's table, the weight is a part of that and no
+    parameter of its own.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, tied_weight: Tensor | None) -> None:

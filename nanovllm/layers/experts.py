@@ -1,9 +1,10 @@
-"""A mixture of experts in place of an MLP: a router gives each token to a few of many (arXiv 1701.06538, 2101.03961)."""
+"""A mixture of experts in place of an MLP: a router gives each token to a few of many (arXiv 1701.06538)."""
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
+from nanovllm.checkpoint.mixture import Mixture
 from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.tuning import FEW_TOKENS
@@ -15,20 +16,17 @@ from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
 class Router(nn.Module):
-    """Gives each of the rows [N, hidden] to the top_k of num_experts with the largest logits; alike on all ranks."""
+    """Gives each of the rows [N, hidden] to the experts with the largest logits; alike on all ranks."""
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, is_renormalised: bool, tp: TensorParallel
-    ) -> None:
-        """is_renormalised: the weights of a row's experts sum to 1; else they are the softmax over all of them."""
+    def __init__(self, hidden_size: int, mixture: Mixture, tp: TensorParallel) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.is_renormalised = is_renormalised
-        self.weight = tp.parameter(num_experts, hidden_size)
-        self.counts = torch.zeros(num_experts, dtype=torch.int32, device=tp.device)  # `route` counts in it
+        self.mixture = mixture
+        self.weight = tp.parameter(mixture.num_experts, hidden_size)
+        self.counts = torch.zeros(mixture.num_experts, dtype=torch.int32, device=tp.device)  # `route` counts in it
 
     def forward(self, x: Normalised | Tensor) -> Routing:
-        return route(apply_linear(x, self.weight), self.top_k, self.is_renormalised, self.counts)
+        logits = apply_linear(x, self.weight)
+        return route(logits, self.mixture.num_experts_per_tok, self.mixture.norm_topk_prob, self.counts)
 
 
 class Experts(nn.Module):
@@ -37,8 +35,9 @@ class Experts(nn.Module):
     Each rank has a share of every expert, and so as much to do as the others.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
+    def __init__(self, hidden_size: int, mixture: Mixture, tp: TensorParallel) -> None:
         super().__init__()
+        num_experts, intermediate_size = mixture.num_experts, mixture.intermediate_size
         _, start, size = part_of(intermediate_size, tp)
         self.gate_up_proj = tp.parameter(num_experts, 2 * size, hidden_size)
         self.gate_up_proj.shards = [
@@ -51,20 +50,11 @@ class Experts(nn.Module):
 class SparseMLP(nn.Module):
     """x + the sum, weighted by the router, of the SwiGLU MLPs of each token's experts."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        is_renormalised: bool,
-        tp: TensorParallel,
-    ) -> None:
-        """`is_renormalised`: see Router."""
+    def __init__(self, hidden_size: int, mixture: Mixture, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.gate = Router(hidden_size, num_experts, top_k, is_renormalised, tp)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, tp)
+        self.gate = Router(hidden_size, mixture, tp)
+        self.experts = Experts(hidden_size, mixture, tp)
 
     def forward(self, x: Normalised | Tensor, residual: Residual) -> Residual:
         if isinstance(x, Normalised) and len(x.x) > FEW_TOKENS:

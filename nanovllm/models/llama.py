@@ -1,6 +1,6 @@
-"""Llama 2 and 3 (arXiv 2302.13971, 2407.21783), and Mistral (arXiv 2310.06825) within its window."""
+"""Llama 2 and 3 (arXiv 2302.13971, 2407.21783), and Mistral (arXiv 2310.06825)."""
 
-from nanovllm.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
+from nanovllm.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
 class LlamaAttention(Qwen3Attention):
@@ -9,7 +9,13 @@ class LlamaAttention(Qwen3Attention):
     has_qk_norm = False
 
 
-class LlamaForCausalLM(Qwen3ForCausalLM):
-    """The decoder of Qwen3 with Llama's attention."""
+class LlamaDecoderLayer(Qwen3DecoderLayer):
+    """Qwen3's with Llama's attention."""
 
     attention_class = LlamaAttention
+
+
+class LlamaForCausalLM(Qwen3ForCausalLM):
+    """The decoder of Qwen3 with Llama's layers."""
+
+    layer_class = LlamaDecoderLayer

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671)."""
 
-from nanovllm.models.qwen3 import Qwen3Attention, Qwen3ForCausalLM
+from nanovllm.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
 class Qwen2Attention(Qwen3Attention):
@@ -10,7 +10,13 @@ class Qwen2Attention(Qwen3Attention):
     has_qkv_bias = True
 
 
-class Qwen2ForCausalLM(Qwen3ForCausalLM):
-    """The decoder of Qwen3 with Qwen2's attention."""
+class Qwen2DecoderLayer(Qwen3DecoderLayer):
+    """Qwen3's with Qwen2's attention."""
 
     attention_class = Qwen2Attention
+
+
+class Qwen2ForCausalLM(Qwen3ForCausalLM):
+    """The decoder of Qwen3 with Qwen2's layers."""
+
+    layer_class = Qwen2DecoderLayer

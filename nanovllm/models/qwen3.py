@@ -28,7 +28,7 @@ class Qwen3Attention(nn.Module):
     has_qk_norm: ClassVar[bool] = True
     has_qkv_bias: ClassVar[bool] = False  # whatever config.json says of biases
 
-    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__()
         c = config.model_config
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -36,7 +36,7 @@ class Qwen3Attention(nn.Module):
         self.qkv_proj = QKVParallelLinear(c.hidden_size, head_dim, heads, kv_heads, has_qkv_bias, tp)
         self.q_norm = RMSNorm(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
         self.k_norm = RMSNorm(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
-        self.attn = Attention(head_dim, config.attention_backend, rotary_table)
+        self.attn = Attention(head_dim, config.attention_backend, rotary_table, window=c.layer_windows[index])
         self.o_proj = RowParallelLinear(heads * head_dim, c.hidden_size, c.attention_bias, tp)
 
     def forward(self, positions: Tensor, x: Normalised | Tensor, context: Context, residual: Residual) -> Residual:
@@ -63,21 +63,20 @@ class Qwen3MLP(nn.Module):
 class Qwen3DecoderLayer(nn.Module):
     """x = x + attention(norm(x)), x = x + mlp(norm(x))."""
 
-    def __init__(
-        self,
-        config: Config,
-        tp: TensorParallel,
-        rotary_table: Tensor,
-        attention_class: type[Qwen3Attention],
-        is_last: bool,
-    ) -> None:
+    attention_class: ClassVar[type[Qwen3Attention]] = Qwen3Attention
+
+    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__()
         c = config.model_config
-        self.self_attn = attention_class(config, tp, rotary_table)
-        self.mlp = Qwen3MLP(config, tp)
+        self.self_attn = self.attention_class(config, tp, rotary_table, index)
+        self.mlp = self.make_mlp(config, tp, index)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
-        self.is_last = is_last
+        self.is_last = index == c.num_hidden_layers - 1
+
+    def make_mlp(self, config: Config, tp: TensorParallel, index: int) -> nn.Module:
+        """The layer's MLP, by the layer's index, or what a family has in its place."""
+        return Qwen3MLP(config, tp)
 
     def forward(self, positions: Tensor, x: Residual, context: Context) -> Residual:
         x = self.self_attn(positions, self.input_layernorm(x), context, residual=x)
@@ -89,14 +88,13 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     """Token ids [N] to the normalised hidden states [N, hidden], or of the M tokens that are sampled from."""
 
-    def __init__(self, config: Config, tp: TensorParallel, attention_class: type[Qwen3Attention]) -> None:
+    def __init__(self, config: Config, tp: TensorParallel, layer_class: type[Qwen3DecoderLayer]) -> None:
         super().__init__()
         c = config.model_config
-        table = rotary_table(c.rope, c.head_dim, config.max_model_len, tp.device)
+        tables = {rope: rotary_table(rope, c.head_dim, config.max_model_len, tp.device) for rope in {*c.layer_ropes}}
         self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, tp, table, attention_class, is_last=index == c.num_hidden_layers - 1)
-            for index in range(c.num_hidden_layers)
+            layer_class(config, tp, tables[rope], index) for index, rope in enumerate(c.layer_ropes)
         )
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
 
@@ -116,12 +114,12 @@ class Qwen3ForCausalLM(nn.Module):
     }
     checkpoint_layouts: ClassVar[tuple[dict[str, str], ...]] = ()  # other names of tensors: ours -> theirs
     ignored_tensors: ClassVar[tuple[str, ...]] = ()  # what the names begin with that are passed over
-    attention_class: ClassVar[type[Qwen3Attention]] = Qwen3Attention
+    layer_class: ClassVar[type[Qwen3DecoderLayer]] = Qwen3DecoderLayer
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
-        self.model = Qwen3Model(config, tp, self.attention_class)
+        self.model = Qwen3Model(config, tp, self.layer_class)
         tied_weight = self.model.embed_tokens.weight if c.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, tied_weight)
 

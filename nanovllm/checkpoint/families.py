@@ -1,0 +1,99 @@
+"""What the supported families differ in, as far as config.json goes: their config classes in transformers, in a table.
+
+To add a model is to add its family here and its class to models/__init__.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's config class.
+
+    Attributes:
+        model_type: what config.json calls the family; transformers chooses the model's class by it.
+        defaults: of keys that config.json may lack.
+        reads: which of the keys count that do so in some families only. Qwen2's biases are fixed, Mistral has none.
+        activation: the only one of its MLPs, under `activation_key`.
+        slides: which layers have the sliding window, where config.json does not say so itself.
+            "everywhere": all of them.
+            "if asked": all of them, if use_sliding_window.
+            "from a layer on": those from max_window_layers on, if use_sliding_window.
+            "every other": every other one before max_window_layers, from the first on, if use_sliding_window.
+            "by pattern": all but each sliding_window_pattern-th.
+            "without rope": those whose queries and keys do not rotate, if use_sliding_window.
+            "in the cache": transformers 5 disagrees with itself: layers attend to everything, its KV cache forgets all
+                but the window. The model is taken to have no more positions than that.
+        rope_theta: default.
+        partial_rotary_factor: default; None: the family rotates whole heads.
+        has_local_rope: whether the sliding layers have a rotary embedding of their own.
+        num_experts: of its sparse layers, default; None: it has none.
+        expert_size_key: what says how wide an expert is.
+        text_key: the object of config.json that says all this, of a model that takes more than text.
+    """
+
+    model_type: str
+    defaults: dict[str, Any]
+    reads: frozenset[str] = frozenset()
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    slides: Literal[
+        "everywhere", "if asked", "from a layer on", "every other", "by pattern", "without rope", "in the cache"
+    ] = "in the cache"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float | None = None
+    has_local_rope: bool = False
+    num_experts: int | None = None
+    expert_size_key: str = "moe_intermediate_size"
+    text_key: str | None = None
+
+
+QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+SPARSE_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"})
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048}, frozenset({"attention_bias", "mlp_bias"})),
+    "MistralForCausalLM": Family(
+        "mistral",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        slides="everywhere",
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+        slides="everywhere",
+        rope_theta=1e6,
+        num_experts=8,
+        expert_size_key="intermediate_size",
+    ),
+    "Qwen2ForCausalLM": Family("qwen2", QWEN_DEFAULTS, slides="from a layer on"),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe",
+        QWEN_DEFAULTS
+        | {
+            "num_key_value_heads": 16,
+            "qkv_bias": True,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        frozenset({"qkv_bias", "shared_expert_intermediate_size"}) | SPARSE_KEYS,
+        slides="every other",
+        num_experts=60,
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", QWEN_DEFAULTS | {"head_dim": 128}, frozenset({"attention_bias"}), slides="from a layer on"
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        QWEN_DEFAULTS | {"num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        frozenset({"attention_bias"}) | SPARSE_KEYS,
+        slides="if asked",
+        num_experts=128,
+    ),
+}
