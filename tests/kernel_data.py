@@ -31,16 +31,17 @@ def assert_rows_close(actual, expected, dtype):
 def paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype, window=None):
     """Queries, and a cache whose unused rows are NaN, behind tables whose unused entries point nowhere.
 
-    Unused is also what stands before the window of a sequence's first query.
+    Unused is also what stands before the window of a sequence's first query; whole pages of it are one of only NaN.
     """
     needed = [-(-context // block_size) for context in contexts]
     k_cache, v_cache = torch.full(
         (2, sum(needed) + 2, block_size, kv_heads, dim), math.nan, device=DEVICE, dtype=dtype
     )
-    free = torch.randperm(sum(needed) + 2).tolist()
+    dead, *free = torch.randperm(sum(needed) + 2).tolist()
     tables = torch.full((len(contexts), max(needed) + 1), 2**30, dtype=torch.int32)
     for s, (q_len, context) in enumerate(zip(q_lens, contexts, strict=True)):
         oldest = max(context - q_len + 1 - window, 0) if window else 0
+        tables[s, : oldest // block_size] = dead
         for i in range(oldest // block_size, needed[s]):
             tables[s, i] = block = free.pop()
             used = slice(max(oldest - i * block_size, 0), min(block_size, context - i * block_size))
