@@ -111,10 +111,11 @@ def test_draws_are_those_of_the_cpu(checkpoint, enforce_eager):
     assert sum(a == b for a, b in zip(got, want, strict=True)) >= len(want) - 1
 
 
+@pytest.mark.parametrize("layer_options", [{}, {"window": 40}, {"window": 40, "soft_cap": 0.5}], ids=str)
 @pytest.mark.parametrize("q_len", [1, 5], ids=["decode", "prefill"])
 @pytest.mark.parametrize("backend", ["triton", "torch", "flash_attn"])
-def test_what_lies_behind_a_sequences_end_is_not_seen(backend, q_len):
-    """It may be NaN, of a sequence that failed and left the block."""
+def test_what_a_sequence_has_not_or_no_more_is_not_seen(backend, q_len, layer_options):
+    """What lies behind its end, or in pages before its window, may be NaN, of a sequence that failed and left them."""
     if backend == "flash_attn":
         pytest.importorskip("flash_attn")
     torch.manual_seed(0)
@@ -130,15 +131,19 @@ def test_what_lies_behind_a_sequences_end_is_not_seen(backend, q_len):
         max_seqlen_q=q_len,
         logits_indices=None,
     )
-    layer = Attention(64, backend, torch.randn(64, 64, device="cuda"))
+    layer = Attention(64, backend, torch.randn(64, 64, device="cuda"), **layer_options)
     layer.semaphores = torch.zeros(8, dtype=torch.int32, device="cuda")
     qkv = torch.randn(4 * q_len, 8 * 64, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(4 * q_len, dtype=torch.int32, device="cuda")
     cache = torch.randn(2, 8, 256, 2, 64, device="cuda", dtype=torch.bfloat16)
-    is_behind = torch.arange(512, device="cuda") >= lens[:, None]
+    slots = torch.arange(512, device="cuda")
+    is_unseen = slots >= lens[:, None]
+    if layer.window:
+        oldest = (lens - q_len + 1 - layer.window).clamp(min=0)
+        is_unseen |= slots < (oldest // 256 * 256)[:, None]
     outputs = []
     for filling in (0.0, float("nan")):
-        cache.view(2, 4, 512, 2, 64)[:, is_behind] = filling
+        cache.view(2, 4, 512, 2, 64)[:, is_unseen] = filling
         layer.k_cache, layer.v_cache = cache
         outputs.append(layer(qkv, positions, context, None, None))
     assert outputs[0].isfinite().all() and torch.equal(*outputs)

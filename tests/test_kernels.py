@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from interpreter import run_in_interpreter
+from kernel_data import DOT_DTYPES, DTYPES, assert_rows_close, ints, paged_inputs, randn
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_torch
@@ -24,10 +25,6 @@ from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcach
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers (and it is slow).
-DOT_DTYPES = DTYPES[:1] if INTERPRETED else DTYPES
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -60,21 +57,6 @@ def poisoned_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-
-
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def ints(values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
-
-
-def assert_rows_close(actual, expected, dtype):
-    """The error of each row (last dimension) is small against the row."""
-    assert actual.shape == expected.shape and actual.dtype == dtype
-    error = (actual.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-6)
-    assert error.max().item() <= TOLERANCE[dtype]  # false for NaN
 
 
 @plain_test
@@ -188,27 +170,9 @@ def test_rope_is_a_rotation_in_the_complex_plane(dim):
 # Paged attention
 
 
-def paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype):
-    """Queries, and a cache whose unused rows are NaN, behind tables whose unused entries point nowhere."""
-    needed = [-(-context // block_size) for context in contexts]
-    k_cache, v_cache = torch.full(
-        (2, sum(needed) + 2, block_size, kv_heads, dim), math.nan, device=DEVICE, dtype=dtype
-    )
-    free = torch.randperm(sum(needed) + 2).tolist()
-    tables = torch.full((len(contexts), max(needed) + 1), 2**30, dtype=torch.int32)
-    for s, context in enumerate(contexts):
-        for i in range(needed[s]):
-            tables[s, i] = block = free.pop()
-            used = min(block_size, context - i * block_size)
-            k_cache[block, :used] = randn(used, kv_heads, dim, dtype=dtype)
-            v_cache[block, :used] = randn(used, kv_heads, dim, dtype=dtype)
-    starts = ints([0, *q_lens]).cumsum(0, dtype=torch.int32)
-    return randn(sum(q_lens), heads, dim, dtype=dtype), k_cache, v_cache, tables.to(DEVICE), ints(contexts), starts
-
-
-def reference(q, k_cache, v_cache, tables, contexts, starts, scale):
+def reference(q, k_cache, v_cache, *others):
     """The torch function in float32."""
-    return paged_attention_torch(q.float(), k_cache.float(), v_cache.float(), tables, contexts, starts, scale)
+    return paged_attention_torch(q.float(), k_cache.float(), v_cache.float(), *others)
 
 
 @plain_test
@@ -285,19 +249,20 @@ def test_paged_decode_of_few_rows_is_split(contexts, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_paged_decode_in_a_cuda_graph_follows_the_context():
+@pytest.mark.parametrize("window", [None, 100])
+def test_paged_decode_in_a_cuda_graph_follows_the_context(window):
     contexts = [900, 3, 0, 260]
     q, k_cache, v_cache, tables, lens, starts = paged_inputs([1] * 4, contexts, 8, 4, 128, 256, torch.bfloat16)
     semaphores = torch.zeros(16, dtype=torch.int32, device=DEVICE)
-    paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1)
+    paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1, window)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1)
+        o = paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1, window)
     for contexts in ([900, 3, 0, 260], [1, 2, 0, 256], [513, 0, 0, 0]):
         lens.copy_(ints(contexts))
         o.fill_(math.nan)
         graph.replay()
-        assert_rows_close(o, reference(q, k_cache, v_cache, tables, lens, starts, 0.1), torch.bfloat16)
+        assert_rows_close(o, reference(q, k_cache, v_cache, tables, lens, starts, 0.1, window), torch.bfloat16)
         assert not semaphores.any()
 
 

@@ -125,15 +125,17 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 # What an engine launches, each for one data type
 
 
-def launch_attention(dtype: torch.dtype, dim: int, block_size: int, heads: int = 16, kv_heads: int = 8) -> None:
+def launch_attention(
+    dtype: torch.dtype, dim: int, block_size: int, heads: int = 16, kv_heads: int = 8, **scores: float
+) -> None:
     """Decodes of one row, of some and of many, which takes wide tiles; a prefill."""
     k_cache, v_cache = empty(2, 64, block_size, kv_heads, dim, dtype=dtype)
     for rows in (1, 12, 256):
         q = empty(rows, heads, dim, dtype=dtype)
         tables = empty(rows, MAX_MODEL_LEN // block_size, dtype=I32)
         lens, semaphores = empty(rows, dtype=I32), empty(rows * kv_heads, dtype=I32)
-        paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1)
-    paged_prefill(q, k_cache, v_cache, tables, lens, empty(rows + 1, dtype=I32), 0.1)
+        paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1, **scores)
+    paged_prefill(q, k_cache, v_cache, tables, lens, empty(rows + 1, dtype=I32), 0.1, **scores)
 
 
 def launch_rope(dtype: torch.dtype, dim: int, heads: int = 16, kv_heads: int = 8) -> None:
@@ -217,6 +219,7 @@ OTHERS = [(capability, dtype) for capability in GPUS for dtype in (BF16, F32)]
 def test_attention(compile_for, capability, dtype, dim, block_size):
     compiled = compile_for(capability)
     launch_attention(dtype, dim, block_size)
+    launch_attention(dtype, dim, block_size, window=4096, soft_cap=50.0)
     launch_rope(dtype, dim)
     assert_fits(compiled, capability)
 

@@ -68,7 +68,8 @@ def paged_attention_torch(
         q: [N, Hq, D], the queries of S sequences one after another.
         k_cache: [num_blocks, block_size, Hkv, D].
         v_cache: the same.
-        block_tables: int32 [S, max_blocks], arbitrary past a sequence's context and before its first query's window.
+        block_tables: int32 [S, max_blocks], arbitrary past a sequence's context; before its first query's window any
+            blocks, whatever they hold.
         context_lens: int32 [S], the tokens in the cache, this step's included.
         cu_seqlens_q: int32 [S + 1], where each sequence's queries begin.
         scale: of q k^T, before the softmax.
