@@ -108,7 +108,7 @@ def test_floor(tmp_path, monkeypatch):
     monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4e12, 800e12))
     dummy_model.write_dummy_model("qwen3-0.6b", str(tmp_path), with_tokenizer=False)
     config = ModelConfig.from_folder(str(tmp_path))
-    layers, head = floors.count_weights(config)
+    layers, _, head = floors.count_weights(config)
     assert layers + head == 596_049_920 - 65_536  # of the published checkpoint, less its norms
     floor = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), prefix=0, num_gpus=1)
     assert floor.kv_bytes == 13_853_760_356_352
@@ -120,6 +120,22 @@ def test_floor(tmp_path, monkeypatch):
     two = floors.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)] * 2, prefix=9, num_gpus=2)
     assert two.weight_bytes == one.weight_bytes
     assert two.prefill_flops - one.prefill_flops == 2 * (layers + head) + 4 * 28 * 16 * 128 * 10  # attended pairs
+
+
+def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4.4e12, 790e12))
+    dummy_model.write_dummy_model("qwen3-30b-a3b", str(tmp_path), with_tokenizer=False)
+    config = ModelConfig.from_folder(str(tmp_path))
+    layers, expert, head = floors.count_weights(config)
+    assert layers + 128 * expert + 2 * head == pytest.approx(30.53e9, rel=1e-3)  # parameters of the published model
+    assert floors.step_bytes(config, "bfloat16", 1) == 2 * (layers + 8 * expert + head)
+    assert floors.step_bytes(config, "bfloat16", 10**6) == 2 * (layers + 128 * expert + head)
+    # With two requests, an expert is spared with probability (15 / 16)^2.
+    assert floors.step_bytes(config, "bfloat16", 2) == pytest.approx(2 * (layers + (128 - 112.5) * expert + head))
+    dummy_model.write_dummy_model("mistral-7b", str(tmp_path), with_tokenizer=False)
+    config = ModelConfig.from_folder(str(tmp_path))
+    assert floors.cache_bytes(config, "bfloat16", [100, 4096, 30000]) == 131_072 * (100 + 2 * 4096)
+    assert floors.attended_pairs(config, 4098) == 32 * (4096 * 4097 // 2 + 2 * 4096)
 
 
 def test_trace_summary_counts_overlaps_once(tmp_path):

@@ -11,6 +11,16 @@ from tokenizers.pre_tokenizers import ByteLevel
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_act": "silu"}
 QWEN3 |= {"head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 LLAMA3 = QWEN3 | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256}
+QWEN3_MOE = QWEN3 | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 128}
+QWEN3_MOE |= {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32000, "hidden_act": "silu"}
+MISTRAL |= {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": 4096}
+MIXTRAL = MISTRAL | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+MIXTRAL |= {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262208, "head_dim": 256}
+GEMMA3 |= {"hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6}
+GEMMA3 |= {"query_pre_attn_scalar": 256, "sliding_window": 1024, "sliding_window_pattern": 6, "rope_theta": 1e6}
+GEMMA3 |= {"rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {  # facts, SIZES, whether head and embedding are tied
     "qwen3-0.6b": (QWEN3, (1024, 3072, 28, 16, 8), True),
@@ -19,7 +29,11 @@ SHAPES = {  # facts, SIZES, whether head and embedding are tied
     "qwen3-8b": (QWEN3, (4096, 12288, 36, 32, 8), False),
     "qwen3-14b": (QWEN3, (5120, 17408, 40, 40, 8), False),
     "qwen3-32b": (QWEN3, (5120, 25600, 64, 64, 8), False),
+    "qwen3-30b-a3b": (QWEN3_MOE, (2048, 6144, 48, 32, 4), False),
     "llama-3.1-8b": (LLAMA3, (4096, 14336, 32, 32, 8), False),
+    "mistral-7b": (MISTRAL, (4096, 14336, 32, 32, 8), False),
+    "mixtral-8x7b": (MIXTRAL, (4096, 14336, 32, 32, 8), False),
+    "gemma3-4b": (GEMMA3, (2560, 10240, 34, 8, 4), True),
 }
 
 

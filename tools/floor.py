@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,13 @@ class Floor:
     """The least time the requests could take, were the GPU busy with nothing but what cannot be avoided.
 
     A decode step reads all weights once (of the input embedding only a row a request, which is not counted) and each
-    request's keys and values. A request of P prompt and N output tokens takes N - 1 decode steps with contexts of
-    P + 1 to P + N - 1 tokens, and there are at least as many steps as the longest output takes. Prefill is bound by
-    arithmetic: two FLOPs for each weight and token, four for each head element and pair of tokens that attend, and
-    the head for last tokens only; a shared prefix is computed once. So
+    request's keys and values. Of experts it reads those that its requests are routed to: where all are equally likely,
+    one of E is spared by B requests of K experts each with probability (1 - K / E) ** B. Where layers have a window,
+    it reads the keys and values within. A request of P prompt and N output tokens takes N - 1 decode steps with
+    contexts of P + 1 to P + N - 1 tokens; all requests begin at once, so that those with more than t output tokens are
+    in step t. Prefill is bound by arithmetic: two FLOPs for each weight and token (of experts, its own), four for
+    each head element and pair of tokens that attend, and the head for last tokens only; a shared prefix is computed
+    once. So
 
         seconds = ((kv_bytes + weight_bytes) / bandwidth + prefill_flops / flops_per_second) / number of GPUs
 
@@ -35,36 +40,72 @@ class Floor:
     @classmethod
     def measure(cls, config: ModelConfig, dtype: str, requests: list[Request], prefix: int, num_gpus: int) -> Floor:
         """Counts the work of requests that share their first `prefix` tokens; measures the current device."""
-        layer_weights, head_weights = count_weights(config)
-        step_bytes, token_bytes = decode_bytes(config, dtype)
         lens = [(len(request.prompt), request.max_tokens) for request in requests]
-        kv_bytes = token_bytes * sum((n - 1) * p + n * (n - 1) // 2 for p, n in lens)
-        weight_bytes = step_bytes * (max(n for _, n in lens) - 1)
-        num_prompt_tokens = sum(p for p, _ in lens)
-        num_cached_tokens = prefix * (len(lens) - 1)
-        attended_pairs = (sum(p * (p + 1) for p, _ in lens) - num_cached_tokens * (prefix + 1)) // 2
-        prefill_flops = (
-            2 * layer_weights * (num_prompt_tokens - num_cached_tokens)
-            + 2 * head_weights * len(lens)
-            + 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * attended_pairs
+        kv_bytes = sum(cache_bytes(config, dtype, range(p + 1, p + n)) for p, n in lens)
+        longest = max(n for _, n in lens)
+        weight_bytes = sum(
+            step_bytes(config, dtype, batch) * steps
+            for batch, steps in Counter(sum(n > step for _, n in lens) for step in range(1, longest)).items()
         )
+        layers, experts, head = count_weights(config)
+        mixture = config.mixture
+        per_token = layers + (mixture.num_experts_per_tok * experts if mixture is not None else 0)
+        num_prompt_tokens = sum(p for p, _ in lens) - prefix * (len(lens) - 1)
+        attended = sum(attended_pairs(config, p) for p, _ in lens) - (len(lens) - 1) * attended_pairs(config, prefix)
+        head_elements = config.num_attention_heads * config.head_dim
+        prefill_flops = 2 * per_token * num_prompt_tokens + 2 * head * len(lens) + 4 * head_elements * attended
         bandwidth, flops_per_second = measure_gpu(dtype)
         seconds = ((kv_bytes + weight_bytes) / bandwidth + prefill_flops / flops_per_second) / num_gpus
-        return cls(kv_bytes, weight_bytes, prefill_flops, bandwidth, flops_per_second, seconds)
+        return cls(kv_bytes, round(weight_bytes), prefill_flops, bandwidth, flops_per_second, seconds)
 
 
-def count_weights(config: ModelConfig) -> tuple[int, int]:
-    """Elements of all layers' matrices and of the head's; norms and biases are too small to count."""
+def count_weights(config: ModelConfig) -> tuple[int, int, int]:
+    """Elements of matrices: all layers' but the experts', those of one expert of each sparse layer, and the head's.
+
+    Norms and biases are too small to count.
+    """
+    mixture, num_layers = config.mixture, config.num_hidden_layers
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
-    return config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
+    num_sparse = len(mixture.layers) if mixture is not None else 0
+    layers = num_layers * attention + (num_layers - num_sparse) * 3 * config.intermediate_size
+    experts = 0
+    if mixture is not None:
+        layers += num_sparse * (mixture.num_experts + 3 * mixture.shared_intermediate_size)
+        experts = num_sparse * 3 * mixture.intermediate_size
+    return config.hidden_size * layers, config.hidden_size * experts, config.hidden_size * config.vocab_size
 
 
-def decode_bytes(config: ModelConfig, dtype: str) -> tuple[int, int]:
-    """Bytes of weights that a decode step reads, and of one token's keys and values in all layers."""
-    size = 4 if dtype == "float32" else 2
-    kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return size * sum(count_weights(config)), size * kv_elements
+def step_bytes(config: ModelConfig, dtype: str, batch: int) -> float:
+    """Bytes of weights that a decode step of some requests reads, of experts as many as are expected to be needed."""
+    layers, experts, head = count_weights(config)
+    num_read = 0.0
+    if (mixture := config.mixture) is not None:
+        share = mixture.num_experts_per_tok / mixture.num_experts
+        num_read = mixture.num_experts * (1 - (1 - share) ** batch)
+    return element_bytes(dtype) * (layers + num_read * experts + head)
+
+
+def cache_bytes(config: ModelConfig, dtype: str, contexts: Sequence[int]) -> int:
+    """Bytes of the keys and values, in all layers, that queries with such contexts read, their own among them."""
+    seen = sum(
+        num_layers * sum(min(context, window or context) for context in contexts)
+        for window, num_layers in Counter(config.layer_windows).items()
+    )
+    return element_bytes(dtype) * 2 * config.num_key_value_heads * config.head_dim * seen
+
+
+def attended_pairs(config: ModelConfig, length: int) -> int:
+    """Pairs of a prompt's tokens that attend, in all layers."""
+    pairs = 0
+    for window in config.layer_windows:
+        whole = min(length, window or length)  # tokens that see all before them
+        pairs += whole * (whole + 1) // 2 + (length - whole) * whole
+    return pairs
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of an element."""
+    return 4 if dtype == "float32" else 2
 
 
 def measure_gpu(dtype: str) -> tuple[float, float]:
