@@ -22,13 +22,15 @@ from nanovllm.kernels import HAS_TRITON, tuning
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.adjust_logits import LogitTables, adjust_logits
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
+from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.logprobs import top_logprobs
 from nanovllm.kernels.paged_attention import _compiled_for, paged_decode, paged_prefill
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.routing import route
 from nanovllm.kernels.sampling import draw, filter_thresholds
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
-from nanovllm.parallel.all_reduce import Peers, add_sum, max_over_ranks, send_linear
+from nanovllm.parallel.all_reduce import Peers, add_sum, max_over_ranks, send_linear, send_part
 
 if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton's compiler", allow_module_level=True)
@@ -180,6 +182,15 @@ def launch_adjustments(dtype: torch.dtype) -> None:
         top_logprobs(logits, longs, num_top)
 
 
+def launch_experts(dtype: torch.dtype) -> None:
+    """A router and its experts, for so many tokens that each kind of tile comes."""
+    for num_tokens in (1, 8, 256, 512, 4096):
+        routing = route(empty(num_tokens, 128, dtype=dtype), 8, True, empty(128, dtype=I32))
+        x, residual = (empty(num_tokens, 2048, dtype=dtype) for _ in range(2))
+        h = gate_up_experts(x, empty(128, 1536, 2048, dtype=dtype), routing)
+        down_experts(h, empty(128, 2048, 768, dtype=dtype), routing, residual)
+
+
 def launch_sums(dtype: torch.dtype, ranks: int) -> None:
     """Sums over ranks in each of their forms."""
     buffers = [empty(2**24, dtype=torch.uint8)] * ranks
@@ -188,6 +199,7 @@ def launch_sums(dtype: torch.dtype, ranks: int) -> None:
         peers = Peers(buffers, form, (ADDRESS,) * ranks, ranks - 1, 256, empty(1, dtype=I32))
         if form == "packets":
             send_linear(x, empty(HIDDEN_SIZE, HIDDEN_SIZE, dtype=dtype), None, peers)
+            send_part(x, peers)
         add_sum(empty(4 * ranks, HIDDEN_SIZE, dtype=dtype), norm, 1e-6, peers)
     max_over_ranks(empty(4, dtype=I64), peers)
 
@@ -247,6 +259,13 @@ def test_adjustments(compile_for, capability, dtype):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, BF16)]))
+def test_experts(compile_for, capability, dtype):
+    compiled = compile_for(capability)
+    launch_experts(dtype)
+    assert_fits(compiled, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, BF16)]))
 def test_sums_over_ranks(compile_for, capability, dtype):
     compiled = compile_for(capability)
     for ranks in (2, 8):
@@ -267,6 +286,7 @@ def test_no_kernel_is_left_out(launch_on):
     launch_linear(BF16, 1)
     launch_rows(BF16)
     launch_adjustments(BF16)
+    launch_experts(BF16)
     launch_sums(BF16, 2)
     assert launched == {name for name in kernels if name.endswith("_kernel")}
 
