@@ -9,7 +9,7 @@ from interpreter import DEVICE, INTERPRETED, kernel_test, run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, tl
 from nanovllm.kernels.linear import linear_torch
-from nanovllm.parallel.all_reduce import POLLS, Peers, max_over_ranks, max_over_ranks_torch, receive
+from nanovllm.parallel.all_reduce import POLLS, Peers, max_over_ranks, max_over_ranks_torch, receive, send_part
 from nanovllm.parallel.all_reduce import add_sum as rms_norm
 from nanovllm.parallel.all_reduce import add_sum_torch as rms_norm_torch
 from nanovllm.parallel.all_reduce import send_linear as linear
@@ -172,6 +172,32 @@ def test_a_sum_of_shares(dtype, rows, size, normed):
     assert torch.equal(sums[0][middle:], residual[middle:]) and torch.equal(sums[1][:middle], residual[:middle])
     for peers in ranks:
         assert (flags(peers) == 2).all()
+
+
+@kernel_test
+@pytest.mark.parametrize("form", ["packets", "parts", "shares"])
+@pytest.mark.parametrize(("rows", "size"), [(2, 8), (7, 200), (8, 1030)])
+def test_parts_that_are_there_already(form, rows, size):
+    """They are left where the kernel that adds them looks, as a product's are."""
+    dtype = DTYPES[1]
+    ranks = make_ranks(4 * (rows + 2) * size * dtype.itemsize, form)
+    parts = torch.randn(2, rows, size, device=DEVICE).to(dtype)
+    for peers in ranks:
+        send_part(parts[peers.rank], peers)
+    synchronize()
+    middle = (rows + 1) // 2 if form == "shares" else rows
+    for peers in ranks:
+        for sender in ranks:
+            if form == "shares":
+                mine = parts[sender.rank][peers.rank * middle : (peers.rank + 1) * middle]
+                place = peers.view(peers.rank, sender.rank * middle, len(mine), size, dtype)
+            else:
+                mine = parts[sender.rank] if form == "packets" or sender is peers else None
+                place = peers.view(peers.rank, sender.rank * rows, rows, size, dtype)
+            if mine is None:  # the kernel that adds sends it
+                assert (place.view(torch.uint8) == 255).all()
+            else:
+                assert torch.equal(place, mine)
 
 
 @kernel_test
