@@ -6,7 +6,7 @@ from nanovllm.checkpoint.rope import FULL, SLIDING
 
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}  # the last is an older name
 IF_ASKED = ("if asked", "from a layer on", "every other", "without rope")  # by use_sliding_window
-DEFAULT_PATTERN = 2
+DEFAULT_PATTERN = 2  # and the only one of a family that does not read sliding_window_pattern
 
 
 def layer_windows(
@@ -18,7 +18,8 @@ def layer_windows(
     """
     is_off = family.slides in IF_ASKED and not facts.flag("use_sliding_window")
     layer_types = _layer_types(facts, num_layers)
-    if is_off or facts.raw.get("sliding_window") is None:
+    # By a pattern without a window transformers fails: it is not said which layers have the local rope.
+    if is_off or (facts.raw.get("sliding_window") is None and family.slides != "by pattern"):
         if SLIDING in layer_types:
             raise facts.error(f"layer_types names {SLIDING!r}, but there is no sliding_window that is in use")
         return (None,) * num_layers
@@ -29,7 +30,8 @@ def layer_windows(
     elif layer_types:
         slides = [layer_type == SLIDING for layer_type in layer_types]
     elif family.slides == "by pattern":
-        pattern = facts.size("sliding_window_pattern", DEFAULT_PATTERN)
+        key = "sliding_window_pattern"
+        pattern = facts.size(key, DEFAULT_PATTERN) if key in family.reads else DEFAULT_PATTERN
         slides = [(layer + 1) % pattern != 0 for layer in layers]
     elif family.slides == "without rope":
         slides = [layer in unrotated for layer in layers]
