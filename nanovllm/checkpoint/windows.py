@@ -18,11 +18,11 @@ def layer_windows(
     """
     is_off = family.slides in IF_ASKED and not facts.flag("use_sliding_window")
     layer_types = _layer_types(facts, num_layers)
-    # By a pattern without a window transformers fails: it is not said which layers have the local rope.
-    if is_off or (facts.raw.get("sliding_window") is None and family.slides != "by pattern"):
+    if is_off or facts.raw.get("sliding_window") is None:
         if SLIDING in layer_types:
             raise facts.error(f"layer_types names {SLIDING!r}, but there is no sliding_window that is in use")
-        return (None,) * num_layers
+        if layer_types or family.slides != "by pattern":  # where layers slide that nobody names, null is an error
+            return (None,) * num_layers
     window = facts.size("sliding_window")
     layers = range(num_layers)
     if family.slides in ("everywhere", "if asked"):
