@@ -7,7 +7,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCAB_SIZE = 320
 MAX_POSITIONS = 512
@@ -51,6 +60,25 @@ CONFIGS = {
     "llama": lambda: with_rope(LlamaConfig, LLAMA3_ROPE, **SHAPE, head_dim=24, tie_word_embeddings=False),
     "llama_bias": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**SHAPE | {"num_key_value_heads": 4}, head_dim=20, sliding_window=None),
+    # Windows much shorter than most prompts, on every other layer, and caps that most scores and logits feel.
+    "gemma2": lambda: Gemma2Config(
+        **SHAPE,
+        head_dim=28,
+        query_pre_attn_scalar=20,
+        sliding_window=24,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=1.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SHAPE | {"num_hidden_layers": 4, "num_key_value_heads": 1},
+        head_dim=36,
+        query_pre_attn_scalar=20,
+        sliding_window=24,
+        sliding_window_pattern=2,
+        rope_theta=5000.0,
+        rope_local_base_freq=100.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
 }
 FAMILIES = list(CONFIGS)
 
@@ -64,9 +92,13 @@ class Checkpoint:
         # The same weights from every version of transformers; matrices so large that the best logit leads clearly.
         # Norms and biases too are random, so that none can be skipped or swapped unseen.
         generator = torch.Generator().manual_seed(SEED)
+        is_gemma = config.model_type.startswith("gemma")
+        norm_mean = 0.0 if is_gemma else 1.0  # Gemma's add 1 to their weights
         for name, parameter in sorted(self.model.named_parameters()):
-            mean = 1.0 if "norm" in name else 0.0
-            parameter.data.normal_(mean, 0.2, generator=generator)
+            mean = norm_mean if "norm" in name else 0.0
+            # Gemma scales embeddings: less of them, so that the tied head does not only repeat tokens.
+            std = 0.05 if is_gemma and "embed_tokens" in name else 0.2
+            parameter.data.normal_(mean, std, generator=generator)
         self.model.generation_config.eos_token_id = EOS_TOKEN_IDS
         self.model.save_pretrained(folder)
         self.greedy = cache(self._greedy)

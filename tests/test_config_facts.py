@@ -18,25 +18,40 @@ import pytest
 import torch
 import transformers
 from checkpoints import LLAMA3_ROPE, SHAPE, random_prompt
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from nanovllm.checkpoint.model_config import FAMILIES, ModelConfig
-from nanovllm.checkpoint.rope import Rope
 from nanovllm.models import ARCHITECTURES
 
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 CONFIG_CLASSES: dict[str, type[PretrainedConfig]] = {
+    "Gemma2ForCausalLM": Gemma2Config,
+    "Gemma3ForCausalLM": Gemma3TextConfig,
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
 }
+GEMMA2 = ["Gemma2ForCausalLM"]
+GEMMA3 = ["Gemma3ForCausalLM"]
+GEMMA = GEMMA2 + GEMMA3
 LLAMA = ["LlamaForCausalLM"]
 MISTRAL = ["MistralForCausalLM"]
 QWEN2 = ["Qwen2ForCausalLM"]
 QWEN3 = ["Qwen3ForCausalLM"]
 QWEN = QWEN2 + QWEN3
 ALL = list(CONFIG_CLASSES)
+WITHOUT_PATTERN = LLAMA + MISTRAL + QWEN
+NO_LOCAL = WITHOUT_PATTERN + GEMMA2  # no rotary embedding of the sliding layers' own
 HONOURED, HARMLESS, REFUSED = "honoured", "harmless", "refused"
 PROMPT = random_prompt(3, 24)
 SLIDING = ["sliding_attention"] * SHAPE["num_hidden_layers"]
@@ -65,16 +80,33 @@ ROWS = [
     Row("num_key_value_heads", HONOURED, None),
     Row("head_dim", HONOURED, 8),
     Row("head_dim", HONOURED, None, LLAMA + MISTRAL),
-    Row("head_dim", REFUSED, None, QWEN3),  # not its default, and transformers refuses it
+    Row("head_dim", REFUSED, None, QWEN3 + GEMMA),  # not its default, and transformers refuses it
     Row("max_position_embeddings", HONOURED, 256),
     Row("rms_norm_eps", HONOURED, 1e-5),
-    Row("tie_word_embeddings", HONOURED, True),
-    Row("hidden_act", REFUSED, "gelu"),
-    Row("hidden_act", HARMLESS, "swish"),
-    Row("attention_bias", HONOURED, True, LLAMA + QWEN3),
+    Row("tie_word_embeddings", HONOURED, True, WITHOUT_PATTERN),
+    Row("tie_word_embeddings", HONOURED, False, GEMMA),
+    Row("hidden_act", REFUSED, "gelu", WITHOUT_PATTERN),
+    Row("hidden_act", HARMLESS, "swish", WITHOUT_PATTERN),
+    Row("hidden_act", HARMLESS, "gelu", GEMMA),
+    Row("hidden_activation", REFUSED, "gelu", GEMMA),
+    Row("hidden_activation", HARMLESS, "gelu_pytorch_tanh", GEMMA),
+    Row("query_pre_attn_scalar", HONOURED, 20, GEMMA),
+    Row("query_pre_attn_scalar", HONOURED, 32, GEMMA),
+    Row("query_pre_attn_scalar", REFUSED, 0, GEMMA),
+    Row("query_pre_attn_scalar", REFUSED, None, GEMMA),
+    Row("query_pre_attn_scalar", HARMLESS, 20, WITHOUT_PATTERN),
+    Row("attn_logit_softcapping", HONOURED, 20.0, GEMMA2),
+    Row("attn_logit_softcapping", HONOURED, None, GEMMA2),
+    Row("attn_logit_softcapping", REFUSED, -1.0, GEMMA2),
+    Row("attn_logit_softcapping", HARMLESS, 0.5, GEMMA3 + WITHOUT_PATTERN),
+    Row("final_logit_softcapping", HONOURED, 20.0, GEMMA),
+    Row("final_logit_softcapping", HONOURED, None, GEMMA2),
+    Row("final_logit_softcapping", REFUSED, "30", GEMMA),
+    Row("final_logit_softcapping", HARMLESS, 20.0, WITHOUT_PATTERN),
+    Row("attention_bias", HONOURED, True, LLAMA + QWEN3 + GEMMA),
     Row("attention_bias", HARMLESS, True, QWEN2 + MISTRAL),
     Row("mlp_bias", HONOURED, True, LLAMA),
-    Row("mlp_bias", HARMLESS, True, QWEN + MISTRAL),
+    Row("mlp_bias", HARMLESS, True, QWEN + MISTRAL + GEMMA),
     # Rotary embeddings, in both spellings.
     Row("rope_theta", HONOURED, 500.0),
     Row("rope_scaling", HONOURED, {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}),
@@ -82,35 +114,46 @@ ROWS = [
     Row("rope_scaling", HONOURED, {"type": "linear", "factor": 2.0}),
     Row("rope_scaling", HONOURED, {"rope_type": "dynamic", "factor": 2.0}),
     Row("rope_scaling", REFUSED, {"rope_type": "proportional", "factor": 2.0}),
-    Row("rope_parameters", HONOURED, LLAMA3_ROPE),
-    Row("rope_parameters", HONOURED, {"rope_type": "default", "rope_theta": 500.0}),
-    Row("rope_parameters", HARMLESS, {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1]}),
-    Row("rope_parameters", HONOURED, {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}),
+    Row("rope_parameters", HONOURED, LLAMA3_ROPE, NO_LOCAL),
+    Row("rope_parameters", REFUSED, LLAMA3_ROPE, GEMMA3),
+    Row("rope_parameters", HONOURED, {"rope_type": "default", "rope_theta": 500.0}, NO_LOCAL),
+    Row("rope_parameters", HARMLESS, {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1]}, NO_LOCAL),
+    Row("rope_parameters", HONOURED, {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}, NO_LOCAL),
     Row("rope_parameters", REFUSED, {"rope_type": "yarn", "factor": None, "rope_theta": 10000.0}),
-    Row("rope_parameters", REFUSED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
+    Row("rope_parameters", REFUSED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, NO_LOCAL),
+    Row("rope_parameters", HONOURED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, GEMMA3),
+    Row("rope_local_base_freq", HONOURED, 500.0, GEMMA3),
+    Row("rope_local_base_freq", HARMLESS, 500.0, NO_LOCAL),
     Row("partial_rotary_factor", REFUSED, 0.5),  # 4.51 reads it for the default type, 5 for llama3
     Row("partial_rotary_factor", HARMLESS, 1.0),
     # What a token attends to.
     Row("is_causal", REFUSED, False),
     Row("is_causal", HARMLESS, True),
-    Row("sliding_window", HONOURED, 8, LLAMA + MISTRAL),
+    Row("use_bidirectional_attention", REFUSED, True),
+    Row("use_bidirectional_attention", HARMLESS, False, GEMMA),
+    Row("sliding_window", HONOURED, 8, LLAMA + MISTRAL + GEMMA),
+    Row("sliding_window", REFUSED, None, GEMMA),
+    Row("sliding_window_pattern", HONOURED, 2, GEMMA3),
+    Row("sliding_window_pattern", HARMLESS, 1, GEMMA2 + WITHOUT_PATTERN),
     # A window that is switched off; the mask of 4.51 has it all the same.
     Row("sliding_window", HARMLESS, 8 if IS_TRANSFORMERS_5 else 64, QWEN),
     Row("sliding_window", HARMLESS, None, LLAMA),
     Row("sliding_window", HONOURED, 8, QWEN, {"use_sliding_window": True, "max_window_layers": 1}),
     Row("use_sliding_window", HONOURED, True, QWEN, {"sliding_window": 8, "max_window_layers": 1}),
     Row("use_sliding_window", HARMLESS, True, QWEN, {"sliding_window": 64}),  # 28 layers are before the first
-    Row("use_sliding_window", HARMLESS, True, LLAMA + MISTRAL),
+    Row("use_sliding_window", HARMLESS, True, LLAMA + MISTRAL + GEMMA),
     Row("max_window_layers", HONOURED, 1, QWEN, {"sliding_window": 8, "use_sliding_window": True}),
     Row("max_window_layers", HARMLESS, 0),
     Row("layer_types", HONOURED, SLIDING, QWEN, {"sliding_window": 8, "use_sliding_window": True}),
-    Row("layer_types", HARMLESS, ["full_attention"] * 2),
-    Row("layer_types", HARMLESS, ["attention", "full_attention"]),
+    Row("layer_types", HONOURED, ["full_attention"] * 2, GEMMA),
+    Row("layer_types", HONOURED, ["full_attention", "sliding_attention"], GEMMA),
+    Row("layer_types", HARMLESS, ["full_attention"] * 2, WITHOUT_PATTERN),
+    Row("layer_types", HARMLESS, ["attention", "full_attention"], WITHOUT_PATTERN),
     Row("layer_types", REFUSED, SLIDING, ALL, {"sliding_window": None}),
     Row("layer_types", REFUSED, ["full_attention", "linear_attention"]),
     Row("layer_types", REFUSED, ["full_attention"]),
     Row("attention_chunk_size", REFUSED, 8, LLAMA + MISTRAL),
-    Row("attention_chunk_size", HARMLESS, 8, QWEN),
+    Row("attention_chunk_size", HARMLESS, 8, QWEN + GEMMA),
     # The weights.
     Row("dtype", HONOURED, "bfloat16"),
     Row("torch_dtype", HONOURED, "bfloat16"),
@@ -252,7 +295,8 @@ def test_every_field_is_settled(family):
 
 
 def test_the_families_are_those_that_have_a_model():
-    assert set(FAMILIES) == set(ARCHITECTURES) == set(CONFIG_CLASSES)
+    assert set(FAMILIES) == set(ARCHITECTURES)
+    assert {name for name, family in FAMILIES.items() if family.text_key is None} == set(CONFIG_CLASSES)
     for family, config_class in CONFIG_CLASSES.items():
         assert FAMILIES[family].model_type == config_class.model_type
 
@@ -297,16 +341,24 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         assert getattr(config, name) == getattr(known, name, False), name
     assert config.head_dim == getattr(known, "head_dim", 8)
-    assert config.sliding_window == (4096 if family in MISTRAL else None)
+    layer_types = ["sliding_attention"] * 2 if family in MISTRAL else getattr(known, "layer_types", None)
+    windows = tuple(4096 if layer_type == "sliding_attention" else None for layer_type in layer_types or [None] * 2)
+    assert config.layer_windows == windows
     rope = getattr(known, "rope_parameters", None) or {"rope_theta": getattr(known, "rope_theta", None)}
-    assert config.rope == Rope("default", rope["rope_theta"]) and config.local_rope is None
+    thetas = {ropes["rope_theta"] for ropes in rope.values()} if family in GEMMA3 else {rope["rope_theta"]}
+    assert {config.rope.theta} | ({config.local_rope.theta} if config.local_rope else set()) == thetas
+    assert config.rope.kind == "default"
+    scalar = getattr(known, "query_pre_attn_scalar", None)
+    assert config.attention_scale == (scalar and scalar**-0.5)
+    assert config.final_logit_softcapping == getattr(known, "final_logit_softcapping", None)
+    assert config.attn_logit_softcapping == getattr(known, "attn_logit_softcapping", None)
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_null_heads_are_as_many_as_the_query_heads(tmp_path, family):
     config = BASE[family] | {"num_key_value_heads": None}
     assert read(tmp_path, config).num_key_value_heads == SHAPE["num_attention_heads"]
-    if family not in MISTRAL or not IS_TRANSFORMERS_5:  # Mistral's class refuses null in transformers 5
+    if family not in MISTRAL + GEMMA or not IS_TRANSFORMERS_5:  # their classes refuse null in transformers 5
         assert CONFIG_CLASSES[family](**config).num_key_value_heads == SHAPE["num_attention_heads"]
 
 

@@ -15,7 +15,7 @@ from interpreter import run_in_interpreter
 from kernel_data import DOT_DTYPES, DTYPES, assert_rows_close, ints, paged_inputs, randn
 
 from nanovllm.kernels import HAS_TRITON
-from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.activation import GATES, gelu_tanh_and_mul_torch, silu_and_mul_torch
 from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.kernels.sampling import draw, filter_thresholds, unpack_token_ids
@@ -93,18 +93,42 @@ def test_rms_norm(rows, size, dtype):
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 128), (7, 96), (3, 2560)])
+def test_rms_norm_added_to_a_residual(rows, size, dtype):
+    """The weight may be of float32."""
+    x, base = randn(rows, size, dtype=dtype), randn(rows, size + 24, dtype=dtype)
+    weight, before = 1 + randn(size) / 1000, base.clone()
+    y = rms_norm(x, weight, 1e-6, residual=base[:, :size])
+    assert y.data_ptr() == base.data_ptr() and torch.equal(base[:, size:], before[:, size:])
+    normalised = rms_norm_torch(x.float(), weight, 1e-6).to(dtype)
+    assert_rows_close(y, before[:, :size].float() + normalised.float(), dtype)
+
+
+@kernel_test
+@pytest.mark.parametrize("function", [rms_norm, rms_norm_torch])
+def test_what_is_added_is_rounded_first(function):
+    """1.0039 is 1 in bfloat16, with which 256 is 257 and so 256; added up at once it would be 258."""
+    x, residual = torch.ones(1, 4, device=DEVICE).bfloat16(), torch.full((1, 4), 256.0, device=DEVICE).bfloat16()
+    assert function(x, torch.full((4,), 1.0039, device=DEVICE), 0.0, residual).tolist() == [[256.0] * 4]
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (4, 1024), (3, 1500)])
-def test_silu_and_mul(rows, size, dtype):
+@pytest.mark.parametrize("gate", GATES)
+def test_gates(gate, rows, size, dtype):
     x = randn(rows, 2 * size + 8, dtype=dtype)[:, : 2 * size]
     x[0, :2] = ints([100.0, -100.0], dtype)
-    assert_rows_close(silu_and_mul(x), silu_and_mul_torch(x.float()), dtype)
+    expected = {"silu": silu_and_mul_torch, "gelu_tanh": gelu_tanh_and_mul_torch}[gate](x.float())
+    assert_rows_close(GATES[gate](x), expected, dtype)
 
 
 @kernel_test
 def test_no_rows():
     weight = randn(64)
     assert rms_norm(randn(0, 64), weight, 1e-6).shape == (0, 64)
-    assert silu_and_mul(randn(0, 64)).shape == (0, 32)
+    assert rms_norm(randn(0, 64), weight, 1e-6, randn(0, 64)).shape == (0, 64)
+    assert all(gate_and_mul(randn(0, 64)).shape == (0, 32) for gate_and_mul in GATES.values())
 
 
 # Rotary embedding and the KV store

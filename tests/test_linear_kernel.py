@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
 DOT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-COMBINATIONS = list(itertools.product([False, True], repeat=4))
+COMBINATIONS = list(itertools.product(*[[False, True]] * 3, [None, "silu", "gelu_tanh"]))
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -37,7 +37,7 @@ def plain_test(test):
     return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
 
 
-def inputs(rows, n, k, dtype, biased, normed, added, gated, device=DEVICE):
+def inputs(rows, n, k, dtype, biased, normed, added, gate, device=DEVICE):
     """Arguments of `linear`, x and residual with gaps of NaN between their rows."""
 
     def randn(*shape):
@@ -54,12 +54,12 @@ def inputs(rows, n, k, dtype, biased, normed, added, gated, device=DEVICE):
         "bias": randn(n) if biased else None,
         "norm": randn(k) if normed else None,
         "eps": 0.5 if normed else 0.0,
-        "residual": gaps(rows, n // 2 if gated else n) if added else None,
-        "gated": gated,
+        "residual": gaps(rows, n // 2 if gate else n) if added else None,
+        "gate": gate,
     }
 
 
-def definition(x, weight, bias, norm, eps, residual, gated):
+def definition(x, weight, bias, norm, eps, residual, gate):
     """`linear` in float64."""
     x, weight, bias, norm, residual = (
         None if tensor is None else tensor.double() for tensor in (x, weight, bias, norm, residual)
@@ -69,9 +69,9 @@ def definition(x, weight, bias, norm, eps, residual, gated):
     y = x @ weight.T
     if bias is not None:
         y = y + bias
-    if gated:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+    if gate is not None:
+        gates, ups = y.chunk(2, dim=-1)
+        y = (F.silu(gates) if gate == "silu" else F.gelu(gates, approximate="tanh")) * ups
     return y if residual is None else residual + y
 
 
@@ -129,15 +129,23 @@ def test_every_combination(any_rows, combination, dtype):
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("rows", range(1, 18))
 def test_every_number_of_rows(any_rows, rows, dtype):
-    check(inputs(rows, 34, 200, dtype, False, True, True, False))
+    check(inputs(rows, 34, 200, dtype, False, True, True, None))
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_norm_in_float32(any_rows, rows, dtype):
+    arguments = inputs(rows, 40, 200, dtype, False, True, False, None)
+    check(arguments | {"norm": 1 + torch.randn(200, device=DEVICE) / 1000})
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (130, 64), (2, 5003)])
 def test_odd_sizes(any_rows, n, k, dtype):
-    check(inputs(2, n, k, dtype, True, True, True, False))
-    check(inputs(1, 2 * n, k, dtype, False, False, False, True))
+    check(inputs(2, n, k, dtype, True, True, True, None))
+    check(inputs(1, 2 * n, k, dtype, False, False, False, "silu"))
 
 
 @kernel_test
@@ -146,13 +154,13 @@ def test_odd_sizes(any_rows, n, k, dtype):
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_every_tile_shape(any_rows, monkeypatch, rows, column, dtype):
     monkeypatch.setattr(linear_module, "TILES", [[row[column]] * 4 for row in linear_module.TILES])
-    check(inputs(rows, 70, 4100, dtype, False, True, False, True))
+    check(inputs(rows, 70, 4100, dtype, False, True, False, "silu"))
 
 
 @kernel_test
 @pytest.mark.parametrize("rows", [0, linear_module.SMALL_BATCH, linear_module.SMALL_BATCH + 1])
 def test_any_batch(rows):
-    arguments = inputs(rows, 24, 40, torch.float32, False, True, True, False)
+    arguments = inputs(rows, 24, 40, torch.float32, False, True, True, None)
     if rows:
         check(arguments)
     else:
@@ -167,7 +175,7 @@ def test_a_chain_of_layers_in_a_cuda_graph(size):
     layers = [
         [
             inputs(1, n, k, torch.bfloat16, *flags)
-            for n, k, flags in ((2 * size, size, (0, 1, 0, 0)), (size, 2 * size, (0,) * 4))
+            for n, k, flags in ((2 * size, size, (0, 1, 0, None)), (size, 2 * size, (0, 0, 0, None)))
         ]
         for _ in range(16)
     ]
@@ -185,8 +193,8 @@ def test_a_chain_of_layers_in_a_cuda_graph(size):
         run()
     expected = start.double()
     for first, second in layers:
-        y = definition(expected, first["weight"], None, first["norm"], 1e-6, None, False)
-        expected = definition(y, second["weight"], None, None, 0.0, expected, False)
+        y = definition(expected, first["weight"], None, first["norm"], 1e-6, None, None)
+        expected = definition(y, second["weight"], None, None, 0.0, expected, None)
     results = []
     for _ in range(20):
         h.copy_(start)

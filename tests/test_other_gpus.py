@@ -19,7 +19,7 @@ import torch
 import nanovllm.kernels
 import nanovllm.parallel
 from nanovllm.kernels import HAS_TRITON, tuning
-from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.activation import GATES
 from nanovllm.kernels.adjust_logits import LogitTables, adjust_logits
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.kernels.experts import down_experts, gate_up_experts
@@ -155,13 +155,17 @@ def launch_linear(dtype: torch.dtype, rows: int) -> None:
     norm = empty(HIDDEN_SIZE, dtype=dtype)
     for features in (2048, 4096, 8192, 24576):
         x, weight = empty(rows, HIDDEN_SIZE, dtype=dtype), empty(features, HIDDEN_SIZE, dtype=dtype)
-        linear(x, weight, None, norm, 1e-6, residual=empty(rows, features // 2, dtype=dtype), gated=True)
+        for gate in GATES:
+            linear(x, weight, None, norm, 1e-6, residual=empty(rows, features // 2, dtype=dtype), gate=gate)
 
 
 def launch_rows(dtype: torch.dtype) -> None:
     """What treats a batch row by row: norm, activation, sampling, the decode batch on the device."""
-    rms_norm(empty(4, HIDDEN_SIZE, dtype=dtype), empty(HIDDEN_SIZE, dtype=dtype), 1e-6)
-    silu_and_mul(empty(4, 2 * HIDDEN_SIZE, dtype=dtype))
+    x = empty(4, HIDDEN_SIZE, dtype=dtype)
+    rms_norm(x, empty(HIDDEN_SIZE, dtype=dtype), 1e-6)
+    rms_norm(x, empty(HIDDEN_SIZE, dtype=F32), 1e-6, residual=empty(4, HIDDEN_SIZE, dtype=dtype))
+    for gate_and_mul in GATES.values():
+        gate_and_mul(empty(4, 2 * HIDDEN_SIZE, dtype=dtype))
     logits, reals, longs = empty(4, VOCAB_SIZE, dtype=dtype), empty(4, dtype=F32), empty(4, dtype=I64)
     low = filter_thresholds(logits, longs, reals, longs, reals, reals)
     packed = draw(logits, longs, reals, longs, longs, 0, low)

@@ -335,6 +335,7 @@ def test_overrides_of_two_ropes(overrides, rope, local_rope):
         ({"rope_parameters": {"full_attention": [1]}}, True, r"rope_parameters's full_attention.*\[1\]"),
         ({"rope_parameters": {"sliding_attention": LINEAR | {"factor": 0}}}, True, "sliding_attention's factor.*0"),
         ({"rope_local_base_freq": -1}, True, "rope_local_base_freq.*-1"),
+        ({"rope_parameters": SLIDING_ROPE}, True, "rope_parameters must .*full_attention and sliding_attention.*300"),
         (
             {"rope_scaling": LINEAR, "rope_parameters": {"sliding_attention": SLIDING_ROPE}},
             True,

@@ -37,9 +37,10 @@ def check_greedy_tokens(checkpoint: Checkpoint, **options) -> None:
 
 
 @interpreted
-def test_greedy_tokens_of_one_rank(checkpoint):
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_greedy_tokens_of_one_rank(checkpoint, family):
     """Decodes take the fused kernels for few rows, prompts the others."""
-    check_greedy_tokens(checkpoint("qwen3"))
+    check_greedy_tokens(checkpoint(family))
 
 
 @interpreted
@@ -59,7 +60,7 @@ def test_options_of_one_rank(checkpoint):
 
 
 @interpreted
-@pytest.mark.parametrize(("family", "num_ranks"), [("llama_bias", 2), ("mistral", 4)])
+@pytest.mark.parametrize(("family", "num_ranks"), [("llama_bias", 2), ("mistral", 4), ("gemma2", 2)])
 def test_greedy_tokens_of_several_ranks(checkpoint, monkeypatch, tmp_path, family, num_ranks):
     sharing = SharingRank(tmp_path)
     monkeypatch.setattr(ranks, "run_rank", sharing)

@@ -3,7 +3,7 @@
 To add a model is to add its family here and its class to models/__init__.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -56,7 +56,43 @@ QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 SPARSE_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"})
+GEMMA_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+GEMMA_KEYS = frozenset({"attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"})
+# Gemma 3's class has a soft cap of scores too, which its attention does not read.
+GEMMA3 = Family(
+    "gemma3_text",
+    GEMMA_DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6},
+    GEMMA_KEYS | {"sliding_window_pattern"},
+    activation="gelu_pytorch_tanh",
+    activation_key="hidden_activation",
+    slides="by pattern",
+    rope_theta=1e6,
+    has_local_rope=True,
+)
 FAMILIES = {
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        GEMMA_DEFAULTS
+        | {
+            "vocab_size": 256000,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        GEMMA_KEYS | {"attn_logit_softcapping"},
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        slides="by pattern",
+    ),
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(GEMMA3, model_type="gemma3", text_key="text_config"),
     "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048}, frozenset({"attention_bias", "mlp_bias"})),
     "MistralForCausalLM": Family(
         "mistral",

@@ -41,6 +41,7 @@ class Shard:
     Attributes:
         full_shape: of the checkpoint's tensor.
         expert: whose weights the tensor has, if those of one out of a parameter's.
+        added: to each element, in the parameter's dtype.
     """
 
     full_shape: tuple[int, ...]
@@ -49,12 +50,15 @@ class Shard:
     offset: int
     size: int
     expert: int | None = None
+    added: float = 0.0
 
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
         """Copies a slice of the tensor, of which nothing else is read."""
         place = parameter.data if self.expert is None else parameter.data[self.expert]
         slices = (slice(None),) * self.dim + (slice(self.start, self.start + self.size),)
-        place.narrow(self.dim, self.offset, self.size).copy_(source[slices])
+        place = place.narrow(self.dim, self.offset, self.size).copy_(source[slices])
+        if self.added:
+            place += self.added
 
 
 def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:

@@ -46,6 +46,8 @@ class ModelConfig:
         rope: the rotary embedding of all layers, or of those that attend to everything.
         local_rope: that of the layers with a window, None: the same.
         attention_bias, mlp_bias, qkv_bias: False in a family that does not read them.
+        attention_scale: of queries times keys; None: head_dim ** -0.5.
+        attn_logit_softcapping, final_logit_softcapping: soft caps of scores and of logits; None: there is none.
         layer_windows: of each layer the tokens that it attends to, the last ones; None: to all.
         mixture: the experts of the sparse layers; None: there are none.
         eos_token_ids: those of config.json and of generation_config.json.
@@ -67,6 +69,9 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     qkv_bias: bool
+    attention_scale: float | None
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
     layer_windows: tuple[int | None, ...]
     mixture: Mixture | None
     dtype: str
@@ -121,6 +126,9 @@ class ModelConfig:
             attention_bias="attention_bias" in family.reads and facts.flag("attention_bias"),
             mlp_bias="mlp_bias" in family.reads and facts.flag("mlp_bias"),
             qkv_bias="qkv_bias" in family.reads and facts.flag("qkv_bias"),
+            attention_scale=facts.attention_scale(family),
+            attn_logit_softcapping=facts.soft_cap(family, "attn_logit_softcapping"),
+            final_logit_softcapping=facts.soft_cap(family, "final_logit_softcapping"),
             layer_windows=windows,
             mixture=read_mixture(facts, family, num_layers),
             dtype=facts.dtype(),
@@ -213,6 +221,16 @@ class Facts(JsonFacts):
         """The rotary embedding, and that of the layers with a window if it is another one."""
         theta, share = family.rope_theta, family.partial_rotary_factor
         return read_ropes(self, head_dim, positions, theta, share, family.has_local_rope)
+
+    def attention_scale(self, family: Family) -> float | None:
+        """What queries times keys are multiplied by, if it does not follow from head_dim."""
+        key = "query_pre_attn_scalar"
+        return self.number(key, self.raw.get(key)) ** -0.5 if key in family.reads else None
+
+    def soft_cap(self, family: Family, key: str) -> float | None:
+        """A positive number; null is no cap."""
+        is_none = key not in family.reads or self.raw.get(key) is None
+        return None if is_none else self.number(key, self.raw[key])
 
     def dtype(self) -> str:
         """The dtype's name, under its newer or older key."""

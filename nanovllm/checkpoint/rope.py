@@ -88,6 +88,9 @@ def read_ropes(
     if of_types and not (has_local_rope and all(name in LAYER_TYPES for name in given)):
         name = of_types[0]
         raise facts.error(f"{key} of a layer type, here {name}={given[name]!r}, is not supported")
+    if has_local_rope and key == "rope_parameters" and given and not of_types:
+        # transformers 5 reads nothing of it.
+        raise facts.error(f"{key} must have an object for each of {' and '.join(LAYER_TYPES)}, got {given!r}")
 
     def read(layer_type: str, theta: float) -> Rope:
         if of_types:

@@ -6,7 +6,7 @@ from nanovllm.checkpoint.rope import FULL, SLIDING
 
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}  # the last is an older name
 IF_ASKED = ("if asked", "from a layer on", "every other", "without rope")  # by use_sliding_window
-DEFAULT_PATTERN = 2
+DEFAULT_PATTERN = 2  # and the only one of a family that does not read sliding_window_pattern
 
 
 def layer_windows(
@@ -21,7 +21,8 @@ def layer_windows(
     if is_off or facts.raw.get("sliding_window") is None:
         if SLIDING in layer_types:
             raise facts.error(f"layer_types names {SLIDING!r}, but there is no sliding_window that is in use")
-        return (None,) * num_layers
+        if layer_types or family.slides != "by pattern":  # where layers slide that nobody names, null is an error
+            return (None,) * num_layers
     window = facts.size("sliding_window")
     layers = range(num_layers)
     if family.slides in ("everywhere", "if asked"):
@@ -29,7 +30,8 @@ def layer_windows(
     elif layer_types:
         slides = [layer_type == SLIDING for layer_type in layer_types]
     elif family.slides == "by pattern":
-        pattern = facts.size("sliding_window_pattern", DEFAULT_PATTERN)
+        key = "sliding_window_pattern"
+        pattern = facts.size(key, DEFAULT_PATTERN) if key in family.reads else DEFAULT_PATTERN
         slides = [(layer + 1) % pattern != 0 for layer in layers]
     elif family.slides == "without rope":
         slides = [layer in unrotated for layer in layers]

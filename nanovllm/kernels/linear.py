@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.activation import GATES, Gate, gate_and_mul
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.tuning import LARGE_WEIGHT, SMALL_BATCH, TILES, fitting_warps, gpu_of
 
@@ -34,7 +34,7 @@ def _linear_kernel(
     N,
     destination,
     K: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     ADDED: tl.constexpr,
     STORE: tl.constexpr,
     IS_LATE: tl.constexpr,
@@ -50,6 +50,7 @@ def _linear_kernel(
     is fused in has no place outside of it.
     """
     STEP: tl.constexpr = WARPS * BLOCK_K
+    GATED: tl.constexpr = GATE is not None
     features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = features < N
     if GATED:  # a gate beside its up
@@ -90,7 +91,7 @@ def _linear_kernel(
     SHARE: tl.constexpr = 2 if GATED else 1
     if GATED:
         gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
-        y = gate / (1.0 + tl.exp(-gate)) * up
+        y = gate_and_mul(gate, up, GATE)
     n = tl.program_id(0) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
     mask = (m < rows)[:, None] & (n < N // SHARE)[None, :]
     offs = m[:, None] * y_stride + n[None, :]
@@ -106,17 +107,17 @@ def linear_torch(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    gated: bool = False,
+    gate: Gate | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """What `linear` computes, one operation after another; also its way with many rows, perhaps into `out`."""
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    if residual is not None and bias is None and not gated:
+    if residual is not None and bias is None and gate is None:
         return residual.addmm_(x, weight.t())
     y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-    if gated:
-        y = silu_and_mul(y)
+    if gate is not None:
+        y = GATES[gate](y)
     return y if residual is None else residual.add_(y)
 
 
@@ -127,22 +128,23 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    gated: bool = False,
+    gate: Gate | None = None,
 ) -> Tensor:
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
     x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],
-    the weight of an RMSNorm of x's rows with `eps`. gated: the features are N/2 gates, then N/2 ups, and y is
-    silu(gate) * up. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
-    returned. All in one dtype: float32, float16 or bfloat16; sums in float32. Returns [M, N] (gated: [M, N/2]).
+    the weight of an RMSNorm of x's rows with `eps`. gate: the features are N/2 gates, then N/2 ups, and y is
+    activation(gates) * ups. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
+    returned. All in one dtype: float32, float16 or bfloat16, but that norm may be float32; sums in float32. Returns
+    [M, N] (gated: [M, N/2]).
     """
     rows, num_features = len(x), len(weight)
     if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
-        return linear_torch(x, weight, bias, norm, eps, residual, gated)
+        return linear_torch(x, weight, bias, norm, eps, residual, gate)
     y = residual
     if y is None:
-        y = torch.empty((rows, num_features // 2 if gated else num_features), dtype=x.dtype, device=x.device)
-    launch_linear(x, weight, bias, norm, eps, y, gated, is_added=residual is not None)
+        y = torch.empty((rows, num_features // 2 if gate else num_features), dtype=x.dtype, device=x.device)
+    launch_linear(x, weight, bias, norm, eps, y, gate, is_added=residual is not None)
     return y
 
 
@@ -153,7 +155,7 @@ def launch_linear(
     norm: Tensor | None,
     eps: float,
     y: Tensor | None,
-    gated: bool,
+    gate: Gate | None,
     is_added: bool,
     store: triton.JITFunction = store_rows,
     destination: tuple | None = None,
@@ -182,7 +184,7 @@ def launch_linear(
         num_features,
         destination,
         K=size,
-        GATED=gated,
+        GATE=gate,
         ADDED=is_added,
         STORE=store,
         IS_LATE=is_large,

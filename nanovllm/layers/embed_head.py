@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,15 +26,34 @@ class VocabParallelEmbedding(nn.Module):
         return F.embedding(input_ids, self.weight)
 
 
+class ScaledEmbedding(VocabParallelEmbedding):
+    """Rows times sqrt(hidden), which is rounded to the model's dtype, as it was when the model was trained (Gemma)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
+        super().__init__(vocab_size, hidden_size, tp)
+        self.scale = torch.tensor(math.sqrt(hidden_size), device="cpu").to(tp.dtype).item()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids).mul_(self.scale)
+
+
 class ParallelLMHead(nn.Module):
     """Hidden states [N, hidden] -> this rank's logits [N, vocab / ranks rounded up], one rank's after the other's.
 
-    Beyond the vocabulary they are -inf. With `tied_weight`, the embedding's table, the weight is a part of that and no
-    parameter of its own.
+    A `soft_cap` makes logits cap * tanh(logits / cap). Beyond the vocabulary they are -inf. With `tied_weight`, the
+    embedding's table, the weight is a part of that and no parameter of its own.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, tied_weight: Tensor | None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        tp: TensorParallel,
+        tied_weight: Tensor | None,
+        soft_cap: float | None = None,
+    ) -> None:
         super().__init__()
+        self.soft_cap = soft_cap
         _, start, size = part_of(vocab_size, tp)
         self.num_missing = -(-vocab_size // tp.size) - size
         if tied_weight is None:
@@ -44,4 +64,6 @@ class ParallelLMHead(nn.Module):
 
     def forward(self, x: Normalised | Tensor) -> Tensor:
         logits = apply_linear(x, self.weight)
+        if self.soft_cap is not None:
+            logits = logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return F.pad(logits, (0, self.num_missing), value=-math.inf) if self.num_missing else logits

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from nanovllm.checkpoint.loader import Shard
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import PendingSum
@@ -38,6 +40,22 @@ class RMSNorm(nn.Module):
         if isinstance(x, PendingSum):
             return x.add_and_normalise(self.weight, self.eps)
         return Normalised(x, self.weight, self.eps)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + the normalised rows of x, in place of the residual; of what all ranks have."""
+        return rms_norm(x, self.weight, self.eps, residual)
+
+
+class UnitOffsetRMSNorm(RMSNorm):
+    """Checkpoints have its weight less 1 (Gemma).
+
+    The whole of it is kept in float32: beside the 1, bfloat16 has no room for all bits of what it is added to.
+    """
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel) -> None:
+        super().__init__(size, eps, tp)
+        self.weight = tp.parameter(size, dtype=torch.float32)
+        self.weight.shards = [Shard((size,), 0, 0, 0, size, added=1.0)]
 
 
 def rows_of(x: Normalised | Tensor, start: int, end: int) -> Normalised | Tensor:

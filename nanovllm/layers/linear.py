@@ -11,18 +11,21 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
+from nanovllm.kernels.activation import Gate
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.residual import Residual
-from nanovllm.parallel.row_parallel import linear_and_sum
+from nanovllm.parallel.row_parallel import linear_and_sum, linear_sum
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 
-def apply_linear(x: Normalised | Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
-    """x W^T + bias, with what is yet to be computed of x fused in; gated: silu of its first half times its second."""
+def apply_linear(
+    x: Normalised | Tensor, weight: Tensor, bias: Tensor | None = None, gate: Gate | None = None
+) -> Tensor:
+    """x W^T + bias, with what is yet to be computed of x fused in; gate: of its first half, times its second."""
     if isinstance(x, Normalised):
-        return linear(x.x, weight, bias, norm=x.weight, eps=x.eps, gated=gated)
-    return linear(x, weight, bias, gated=gated)
+        return linear(x.x, weight, bias, norm=x.weight, eps=x.eps, gate=gate)
+    return linear(x, weight, bias, gate=gate)
 
 
 class Part(NamedTuple):
@@ -96,7 +99,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """residual + x W^T + b with the input features split over the ranks: x [N, in / ranks], residual [N, out].
 
-    The residual is changed in place, and given back.
+    The residual is changed in place, and given back. Without one, the product alone is, summed over the ranks.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
@@ -107,7 +110,9 @@ class RowParallelLinear(nn.Module):
         self.weight.shards = [Shard((output_size, input_size), 1, start, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: Tensor, residual: Residual) -> Residual:
-        if self.tp.size > 1:
-            return linear_and_sum(x, self.weight, self.bias, residual, self.tp)
-        return linear(x, self.weight, self.bias, residual=residual)
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Residual:
+        if self.tp.size == 1:
+            return linear(x, self.weight, self.bias, residual=residual)
+        if residual is None:
+            return linear_sum(x, self.weight, self.bias, self.tp)
+        return linear_and_sum(x, self.weight, self.bias, residual, self.tp)

@@ -1,5 +1,7 @@
 """The supported model families by the name that a checkpoint's config.json gives in `architectures`."""
 
+from nanovllm.models.gemma2 import Gemma2ForCausalLM
+from nanovllm.models.gemma3 import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.mixtral import MixtralForCausalLM
 from nanovllm.models.qwen2 import Qwen2ForCausalLM
@@ -8,6 +10,9 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
 
 ARCHITECTURES: dict[str, type[Qwen3ForCausalLM]] = {
+    "Gemma2ForCausalLM": Gemma2ForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "Gemma3ForConditionalGeneration": Gemma3ForConditionalGeneration,
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": LlamaForCausalLM,
     "MixtralForCausalLM": MixtralForCausalLM,

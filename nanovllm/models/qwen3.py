@@ -27,6 +27,7 @@ class Qwen3Attention(nn.Module):
 
     has_qk_norm: ClassVar[bool] = True
     has_qkv_bias: ClassVar[bool] = False  # whatever config.json says of biases
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__()
@@ -34,12 +35,15 @@ class Qwen3Attention(nn.Module):
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         has_qkv_bias = c.attention_bias or self.has_qkv_bias
         self.qkv_proj = QKVParallelLinear(c.hidden_size, head_dim, heads, kv_heads, has_qkv_bias, tp)
-        self.q_norm = RMSNorm(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
-        self.k_norm = RMSNorm(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
-        self.attn = Attention(head_dim, config.attention_backend, rotary_table, window=c.layer_windows[index])
+        self.q_norm = self.norm_class(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
+        self.k_norm = self.norm_class(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
+        scores = c.attention_scale, c.layer_windows[index], c.attn_logit_softcapping
+        self.attn = Attention(head_dim, config.attention_backend, rotary_table, *scores)
         self.o_proj = RowParallelLinear(heads * head_dim, c.hidden_size, c.attention_bias, tp)
 
-    def forward(self, positions: Tensor, x: Normalised | Tensor, context: Context, residual: Residual) -> Residual:
+    def forward(
+        self, positions: Tensor, x: Normalised | Tensor, context: Context, residual: Residual | None
+    ) -> Residual:
         qkv = self.qkv_proj(x)
         o = self.attn(qkv, positions, context, self.q_norm, self.k_norm)
         return self.o_proj(o, residual)
@@ -48,14 +52,16 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """x + down(silu(gate) * up)."""
 
+    activation_class: ClassVar[type[nn.Module]] = SiluAndMul
+
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
         self.gate_up_proj = MergedColumnParallelLinear(c.hidden_size, c.intermediate_size, c.mlp_bias, tp)
-        self.act_fn = SiluAndMul()
+        self.act_fn = self.activation_class()
         self.down_proj = RowParallelLinear(c.intermediate_size, c.hidden_size, c.mlp_bias, tp)
 
-    def forward(self, x: Normalised | Tensor, residual: Residual) -> Residual:
+    def forward(self, x: Normalised | Tensor, residual: Residual | None) -> Residual:
         gate_up = self.gate_up_proj(x)
         return self.down_proj(self.act_fn(gate_up), residual)
 
@@ -64,14 +70,15 @@ class Qwen3DecoderLayer(nn.Module):
     """x = x + attention(norm(x)), x = x + mlp(norm(x))."""
 
     attention_class: ClassVar[type[Qwen3Attention]] = Qwen3Attention
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__()
         c = config.model_config
         self.self_attn = self.attention_class(config, tp, rotary_table, index)
         self.mlp = self.make_mlp(config, tp, index)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
+        self.input_layernorm = self.norm_class(c.hidden_size, c.rms_norm_eps, tp)
+        self.post_attention_layernorm = self.norm_class(c.hidden_size, c.rms_norm_eps, tp)
         self.is_last = index == c.num_hidden_layers - 1
 
     def make_mlp(self, config: Config, tp: TensorParallel, index: int) -> nn.Module:
@@ -88,15 +95,17 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     """Token ids [N] to the normalised hidden states [N, hidden], or of the M tokens that are sampled from."""
 
+    embedding_class: ClassVar[type[VocabParallelEmbedding]] = VocabParallelEmbedding
+
     def __init__(self, config: Config, tp: TensorParallel, layer_class: type[Qwen3DecoderLayer]) -> None:
         super().__init__()
         c = config.model_config
         tables = {rope: rotary_table(rope, c.head_dim, config.max_model_len, tp.device) for rope in {*c.layer_ropes}}
-        self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
+        self.embed_tokens = self.embedding_class(c.vocab_size, c.hidden_size, tp)
         self.layers = nn.ModuleList(
             layer_class(config, tp, tables[rope], index) for index, rope in enumerate(c.layer_ropes)
         )
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, tp)
+        self.norm = layer_class.norm_class(c.hidden_size, c.rms_norm_eps, tp)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Normalised | Tensor:
         x = self.embed_tokens(input_ids)
@@ -114,14 +123,15 @@ class Qwen3ForCausalLM(nn.Module):
     }
     checkpoint_layouts: ClassVar[tuple[dict[str, str], ...]] = ()  # other names of tensors: ours -> theirs
     ignored_tensors: ClassVar[tuple[str, ...]] = ()  # what the names begin with that are passed over
+    model_class: ClassVar[type[Qwen3Model]] = Qwen3Model
     layer_class: ClassVar[type[Qwen3DecoderLayer]] = Qwen3DecoderLayer
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
-        self.model = Qwen3Model(config, tp, self.layer_class)
+        self.model = self.model_class(config, tp, self.layer_class)
         tied_weight = self.model.embed_tokens.weight if c.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, tied_weight)
+        self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, tied_weight, c.final_logit_softcapping)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: Context) -> Normalised | Tensor:
         """Token ids and positions [N] -> hidden states for `compute_logits`, [M, hidden], see `only_sampled`."""

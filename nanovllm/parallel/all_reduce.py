@@ -247,7 +247,7 @@ def send_linear(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Peers) ->
         linear_torch(x, weight, bias, out=peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype))
     else:
         destination = (peers.addresses, peers.offset, peers.rank, rows * size, x)
-        launch_linear(x, weight, bias, None, 0.0, None, False, False, store=_send_rows, destination=destination)
+        launch_linear(x, weight, bias, None, 0.0, None, None, False, store=_send_rows, destination=destination)
 
 
 @triton.jit

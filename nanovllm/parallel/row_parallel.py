@@ -46,6 +46,12 @@ def linear_and_sum(
     return PendingSum(stream, peers)
 
 
+def linear_sum(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """The sum over ranks of x W^T, + bias: x [N, in / ranks]; it is made at once, for what must see it whole."""
+    y = linear_and_sum(x, weight, bias, x.new_zeros(len(x), len(weight)), tp)
+    return y.add() if isinstance(y, PendingSum) else y
+
+
 def add_parts(part: Tensor, residual: Tensor | PendingSum, tp: TensorParallel) -> Tensor | PendingSum:
     """residual + the sum over ranks of their parts: both [N, out], as `linear_and_sum` of what was computed."""
     stream = residual.x if isinstance(residual, PendingSum) else residual

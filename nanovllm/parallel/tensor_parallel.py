@@ -89,9 +89,9 @@ class TensorParallel:
         if self.is_aborted:
             raise RuntimeError("the ranks were given up")
 
-    def parameter(self, *shape: int) -> nn.Parameter:
-        """A parameter of this rank, yet to be filled."""
-        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
+    def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """A parameter of this rank, yet to be filled; None: in the model's dtype."""
+        return nn.Parameter(torch.empty(*shape, dtype=dtype or self.dtype, device=self.device), requires_grad=False)
 
     def next_peers(self, rows: int) -> Peers | None:
         """The ranks' memory for the step's next sum, of some rows; None if `all_reduce` is to make it."""
