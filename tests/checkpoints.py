@@ -7,14 +7,26 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB_SIZE = 320
 MAX_POSITIONS = 512
 # Enough of them that some requests end by one. Token 1 is in config.json, all are in generation_config.json.
 EOS_TOKEN_IDS = [1, *range(40, 46)]
-# Chosen so that the best logits of `mixed_prompts` lead by 4e-4 at least, far more than float32 arithmetic errs.
+# Chosen so that the best logits of `mixed_prompts` lead by 4e-4 at least, and the last expert that a router chooses
+# by 1e-4: far more than float32 arithmetic errs.
 SEED = 2
+SEEDS = {"qwen2_moe": 3}  # of families where another one is needed
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -26,6 +38,7 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -51,19 +64,33 @@ CONFIGS = {
     "llama": lambda: with_rope(LlamaConfig, LLAMA3_ROPE, **SHAPE, head_dim=24, tie_word_embeddings=False),
     "llama_bias": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**SHAPE | {"num_key_value_heads": 4}, head_dim=20, sliding_window=None),
+    # Windows that are shorter than most prompts, and not of whole blocks.
+    "mistral_window": lambda: MistralConfig(**SHAPE, head_dim=20, sliding_window=24),
+    "qwen2_window": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    # One dense layer and a sparse one.
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, head_dim=32, num_experts=6, norm_topk_prob=True, mlp_only_layers=[0]
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **SHAPE | {"intermediate_size": 48}, head_dim=24, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SHAPE, **EXPERTS, num_experts=5, norm_topk_prob=False, shared_expert_intermediate_size=56
+    ),
 }
 FAMILIES = list(CONFIGS)
+FIRST_FAMILIES = FAMILIES[:5]  # which go through all scenarios by default, the others through some
 
 
 class Checkpoint:
     """A random float32 model: its folder, and transformers' model of it."""
 
-    def __init__(self, config: PretrainedConfig, folder: Path) -> None:
+    def __init__(self, config: PretrainedConfig, folder: Path, seed: int = SEED) -> None:
         self.path = str(folder)
         self.model = AutoModelForCausalLM.from_config(config).float().eval()
         # The same weights from every version of transformers; matrices so large that the best logit leads clearly.
         # Norms and biases too are random, so that none can be skipped or swapped unseen.
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         for name, parameter in sorted(self.model.named_parameters()):
             mean = 1.0 if "norm" in name else 0.0
             parameter.data.normal_(mean, 0.2, generator=generator)

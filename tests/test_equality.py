@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
-from checkpoints import EOS_TOKEN_IDS, FAMILIES, MAX_POSITIONS, mixed_prompts, random_prompt
+from checkpoints import EOS_TOKEN_IDS, FAMILIES, FIRST_FAMILIES, MAX_POSITIONS, mixed_prompts, random_prompt
 from engines import (
     GREEDY,
     MAX_TOKENS,
@@ -24,10 +25,25 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.sampling_params import RequestOutputKind
 
 
-@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
-@pytest.mark.parametrize("block_size", [16, pytest.param(64, marks=pytest.mark.slow), 256])
+def matrix() -> list:
+    """Every family, block size and way to schedule; slow where others are likely to fail with it."""
+    cases = list(product(FAMILIES, [16, 64, 256], [True, False]))
+    return [
+        pytest.param(
+            *(family, block_size, is_async),
+            id=f"{family}-{block_size}-{'async' if is_async else 'sync'}",
+            marks=() if is_quick(family, block_size, is_async) else pytest.mark.slow,
+        )
+        for family, block_size, is_async in cases
+    ]
+
+
+def is_quick(family: str, block_size: int, is_async: bool) -> bool:
+    return block_size != 64 if family in FIRST_FAMILIES else (block_size, is_async) == (16, True)
+
+
+@pytest.mark.parametrize(("family", "block_size", "async_scheduling"), matrix())
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(checkpoint, family, scenario, block_size, async_scheduling):
     check_scenario(checkpoint(family), scenario, block_size, async_scheduling=async_scheduling)
 
