@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 VOCAB_SIZE = 320
@@ -47,6 +51,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # so that the scaling changes what 300 tokens attend to
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 4 for i in range(12)],
+    "long_factor": [1.0 + i for i in range(12)],
+}
 
 
 def with_rope(config: type[PretrainedConfig], rope: dict, **options) -> PretrainedConfig:
@@ -76,6 +86,23 @@ CONFIGS = {
     ),
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **SHAPE, **EXPERTS, num_experts=5, norm_topk_prob=False, shared_expert_intermediate_size=56
+    ),
+    "phi3": lambda: with_rope(
+        Phi3Config,
+        LONGROPE,
+        **SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 1},  # heads of 32, of which 24 rotate
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=320,
+        sliding_window=100,
+        pad_token_id=None,
+    ),
+    # One layer has rope, the other a window.
+    "smollm3": lambda: SmolLM3Config(
+        **SHAPE, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=50, pad_token_id=None
+    ),
+    "olmo2": lambda: Olmo2Config(**SHAPE, attention_bias=True),
+    "granite": lambda: GraniteConfig(
+        **SHAPE, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.15, logits_scaling=2.0
     ),
 }
 FAMILIES = list(CONFIGS)

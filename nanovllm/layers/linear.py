@@ -96,7 +96,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """residual + x W^T + b with the input features split over the ranks: x [N, in / ranks], residual [N, out].
 
-    The residual is changed in place, and given back.
+    The residual is changed in place, and given back. Without one, the product is.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallel) -> None:
@@ -107,7 +107,10 @@ class RowParallelLinear(nn.Module):
         self.weight.shards = [Shard((output_size, input_size), 1, start, 0, size)]
         self.bias = tp.parameter(output_size) if bias else None
 
-    def forward(self, x: Tensor, residual: Residual) -> Residual:
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Residual:
+        if residual is None:
+            own_bias = self.bias if self.tp.rank == 0 else None
+            return self.tp.all_reduce(linear(x, self.weight, own_bias))
         if self.tp.size > 1:
             return linear_and_sum(x, self.weight, self.bias, residual, self.tp)
         return linear(x, self.weight, self.bias, residual=residual)
