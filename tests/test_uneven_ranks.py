@@ -7,14 +7,17 @@ import torch
 from checkpoints import EXPERTS, SHAPE, Checkpoint, mixed_prompts, random_prompt
 from engines import engine, expected, generate, tokens
 from sampling_oracle import check_prompt, check_sample, complete
-from transformers import LlamaConfig, Qwen2MoeConfig, Qwen3Config
+from transformers import LlamaConfig, Olmo2Config, Qwen2MoeConfig, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
 
 ODD = SHAPE | {"vocab_size": 321, "intermediate_size": 97, "num_key_value_heads": 1}
 MODELS = {
     "tied": lambda: Qwen3Config(**ODD, head_dim=32, tie_word_embeddings=True),
-    "biased": lambda: LlamaConfig(**ODD, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "biased": lambda: LlamaConfig(
+        **ODD | {"num_key_value_heads": 2}, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
+    "normalised heads": lambda: Olmo2Config(**ODD),
     "sparse": lambda: Qwen2MoeConfig(
         **ODD | EXPERTS | {"moe_intermediate_size": 41},
         num_experts=5,
@@ -22,7 +25,7 @@ MODELS = {
         experts_implementation="eager",  # transformers' other one has no odd sizes
     ),
 }
-SEEDS = {"tied": 2, "biased": 3, "sparse": 5}  # chosen as that of tests/checkpoints.py
+SEEDS = {"tied": 2, "biased": 3, "sparse": 5, "normalised heads": 4}  # chosen as that of tests/checkpoints.py
 PROMPTS = [random_prompt(length, length, 321) for length in (30, 5, 61)]
 REQUESTS = {
     "plain": {"temperature": 1.0},
@@ -48,9 +51,9 @@ def odd_checkpoint(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("name", "num_ranks"), [("tied", 2), ("biased", 4), ("sparse", 2)])
+@pytest.mark.parametrize(("name", "num_ranks"), [("tied", 2), ("biased", 4), ("sparse", 2), ("normalised heads", 2)])
 def test_uneven_ranks(odd_checkpoint, name, num_ranks):
-    """One KV head, which all ranks have, and shares of everything else of which the last is the smallest."""
+    """KV heads that several ranks have, and shares of everything else of which the last is the smallest."""
     checkpoint = odd_checkpoint(name)
     with engine(checkpoint.path, tensor_parallel_size=num_ranks, max_logprobs=-1) as llm:
         assert tokens(generate(llm, mixed_prompts())) == expected(checkpoint, mixed_prompts())
@@ -71,9 +74,3 @@ def check_all_logprobs(llm: LLM, checkpoint: Checkpoint) -> None:
     for entry, logprobs in zip(entries, [*want.prompt_logprobs, *want.logprobs], strict=True):
         assert set(entry) == set(range(321))
         assert torch.allclose(torch.tensor([entry[i].logprob for i in range(321)]), logprobs, atol=1e-4)
-
-
-def test_two_kv_heads_of_four_ranks(checkpoint):
-    checkpoint, prompts = checkpoint("llama"), mixed_prompts()
-    with engine(checkpoint.path, tensor_parallel_size=4, max_num_batched_tokens=64) as llm:
-        assert tokens(generate(llm, prompts)) == expected(checkpoint, prompts)
