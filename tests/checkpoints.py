@@ -30,7 +30,7 @@ EOS_TOKEN_IDS = [1, *range(40, 46)]
 # Chosen so that the best logits of `mixed_prompts` lead by 4e-4 at least, and the last expert that a router chooses
 # by 1e-4: far more than float32 arithmetic errs.
 SEED = 2
-SEEDS = {"qwen2_moe": 3, "olmo2": 16}  # of families where another one is needed
+SEEDS = {"mistral_window": 3, "qwen2_moe": 3, "olmo2": 16}  # of families where another one is needed
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,

@@ -583,7 +583,7 @@ NUM_TOKENS = len(PROMPT) + GREEDY.max_tokens
     ("family", "changes"),
     [
         ("mistral", {}),
-        ("mistral", {"layer_types": ["full_attention"] * 2}),  # which it does not read
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),  # Ministral, as transformers has it
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
     ],
