@@ -11,19 +11,28 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 VOCAB_SIZE = 320
 MAX_POSITIONS = 512
 # Enough of them that some requests end by one. Token 1 is in config.json, all are in generation_config.json.
 EOS_TOKEN_IDS = [1, *range(40, 46)]
-# Chosen so that the best logits of `mixed_prompts` lead by 4e-4 at least, far more than float32 arithmetic errs.
+# Chosen so that the best logits of `mixed_prompts` lead by 4e-4 at least, and the last expert that a router chooses
+# by 1e-4: far more than float32 arithmetic errs.
 SEED = 2
+SEEDS = {"mistral_window": 3, "qwen2_moe": 3, "olmo2": 16}  # of families where another one is needed
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -35,6 +44,7 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -42,6 +52,12 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # so that the scaling changes what 300 tokens attend to
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 4 for i in range(12)],
+    "long_factor": [1.0 + i for i in range(12)],
 }
 
 
@@ -79,19 +95,50 @@ CONFIGS = {
         rope_local_base_freq=100.0,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
+    # Windows that are shorter than most prompts, and not of whole blocks.
+    "mistral_window": lambda: MistralConfig(**SHAPE, head_dim=20, sliding_window=24),
+    "qwen2_window": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    # One dense layer and a sparse one.
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, head_dim=32, num_experts=6, norm_topk_prob=True, mlp_only_layers=[0]
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **SHAPE | {"intermediate_size": 48}, head_dim=24, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SHAPE, **EXPERTS, num_experts=5, norm_topk_prob=False, shared_expert_intermediate_size=56
+    ),
+    "phi3": lambda: with_rope(
+        Phi3Config,
+        LONGROPE,
+        **SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 1},  # heads of 32, of which 24 rotate
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=320,
+        sliding_window=100,
+        pad_token_id=None,
+    ),
+    # One layer has rope, the other a window.
+    "smollm3": lambda: SmolLM3Config(
+        **SHAPE, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=50, pad_token_id=None
+    ),
+    "olmo2": lambda: Olmo2Config(**SHAPE, attention_bias=True),
+    "granite": lambda: GraniteConfig(
+        **SHAPE, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.15, logits_scaling=2.0
+    ),
 }
 FAMILIES = list(CONFIGS)
+FIRST_FAMILIES = FAMILIES[:5]  # which go through all scenarios by default, the others through some
 
 
 class Checkpoint:
     """A random float32 model: its folder, and transformers' model of it."""
 
-    def __init__(self, config: PretrainedConfig, folder: Path) -> None:
+    def __init__(self, config: PretrainedConfig, folder: Path, seed: int = SEED) -> None:
         self.path = str(folder)
         self.model = AutoModelForCausalLM.from_config(config).float().eval()
         # The same weights from every version of transformers; matrices so large that the best logit leads clearly.
         # Norms and biases too are random, so that none can be skipped or swapped unseen.
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         is_gemma = config.model_type.startswith("gemma")
         norm_mean = 0.0 if is_gemma else 1.0  # Gemma's add 1 to their weights
         for name, parameter in sorted(self.model.named_parameters()):

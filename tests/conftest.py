@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from checkpoints import CONFIGS, Checkpoint
+from checkpoints import CONFIGS, SEED, SEEDS, Checkpoint
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,8 @@ def checkpoint(tmp_path_factory):
 
     def get(family: str) -> Checkpoint:
         if family not in made:
-            made[family] = Checkpoint(CONFIGS[family](), tmp_path_factory.mktemp(family))
+            folder, seed = tmp_path_factory.mktemp(family), SEEDS.get(family, SEED)
+            made[family] = Checkpoint(CONFIGS[family](), folder, seed)
         return made[family]
 
     return get

@@ -22,38 +22,64 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
-from nanovllm.checkpoint.model_config import FAMILIES, ModelConfig
+from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS
+from nanovllm.checkpoint.mixture import Mixture
+from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.models import ARCHITECTURES
 
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 CONFIG_CLASSES: dict[str, type[PretrainedConfig]] = {
     "Gemma2ForCausalLM": Gemma2Config,
     "Gemma3ForCausalLM": Gemma3TextConfig,
+    "GraniteForCausalLM": GraniteConfig,
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
+    "MixtralForCausalLM": MixtralConfig,
+    "Olmo2ForCausalLM": Olmo2Config,
+    "Phi3ForCausalLM": Phi3Config,
     "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen2MoeForCausalLM": Qwen2MoeConfig,
     "Qwen3ForCausalLM": Qwen3Config,
+    "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    "SmolLM3ForCausalLM": SmolLM3Config,
 }
-GEMMA2 = ["Gemma2ForCausalLM"]
-GEMMA3 = ["Gemma3ForCausalLM"]
-GEMMA = GEMMA2 + GEMMA3
-LLAMA = ["LlamaForCausalLM"]
-MISTRAL = ["MistralForCausalLM"]
-QWEN2 = ["Qwen2ForCausalLM"]
-QWEN3 = ["Qwen3ForCausalLM"]
-QWEN = QWEN2 + QWEN3
 ALL = list(CONFIG_CLASSES)
-WITHOUT_PATTERN = LLAMA + MISTRAL + QWEN
-NO_LOCAL = WITHOUT_PATTERN + GEMMA2  # no rotary embedding of the sliding layers' own
+GEMMA2, GEMMA3, GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3 = (
+    [name] for name in ALL
+)
+GEMMA = GEMMA2 + GEMMA3
+QWEN = QWEN2 + QWEN3
+QWEN_MOE = QWEN2_MOE + QWEN3_MOE
+MOE = MIXTRAL + QWEN_MOE
+# By what the families make of sliding_window.
+IN_CACHE = LLAMA + GRANITE + OLMO2
+EVERYWHERE = MISTRAL + MIXTRAL + PHI3
+IF_ASKED = QWEN + QWEN_MOE + SMOLLM3
+
+
+def but(*families: list[str]) -> list[str]:
+    """All families but some."""
+    return [family for family in ALL if all(family not in others for others in families)]
+
+
 HONOURED, HARMLESS, REFUSED = "honoured", "harmless", "refused"
 PROMPT = random_prompt(3, 24)
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1]}
+LONGROPE = {"short_factor": [1.5] * 8, "long_factor": [2.0] * 8}
 SLIDING = ["sliding_attention"] * SHAPE["num_hidden_layers"]
 
 
@@ -79,14 +105,26 @@ ROWS = [
     Row("num_key_value_heads", HONOURED, 1),
     Row("num_key_value_heads", HONOURED, None),
     Row("head_dim", HONOURED, 8),
-    Row("head_dim", HONOURED, None, LLAMA + MISTRAL),
+    Row("head_dim", HONOURED, None, LLAMA + MISTRAL + MIXTRAL),
     Row("head_dim", REFUSED, None, QWEN3 + GEMMA),  # not its default, and transformers refuses it
     Row("max_position_embeddings", HONOURED, 256),
-    Row("rms_norm_eps", HONOURED, 1e-5),
-    Row("tie_word_embeddings", HONOURED, True, WITHOUT_PATTERN),
-    Row("tie_word_embeddings", HONOURED, False, GEMMA),
-    Row("hidden_act", REFUSED, "gelu", WITHOUT_PATTERN),
-    Row("hidden_act", HARMLESS, "swish", WITHOUT_PATTERN),
+    Row("rms_norm_eps", HONOURED, 1e-4),
+    Row("tie_word_embeddings", HONOURED, True, but(SMOLLM3, GEMMA)),
+    Row("tie_word_embeddings", HONOURED, False, SMOLLM3 + GEMMA),
+    Row("hidden_act", REFUSED, "gelu", but(GEMMA)),
+    Row("hidden_act", HARMLESS, "swish", but(GEMMA)),
+    Row("attention_bias", HONOURED, True, IN_CACHE + SMOLLM3 + QWEN3 + QWEN3_MOE + GEMMA),
+    Row("attention_bias", HARMLESS, True, MISTRAL + MIXTRAL + PHI3 + QWEN2 + QWEN2_MOE),
+    Row("mlp_bias", HONOURED, True, LLAMA + GRANITE + SMOLLM3),
+    Row("mlp_bias", HARMLESS, True, but(LLAMA, GRANITE, SMOLLM3)),
+    Row("qkv_bias", HONOURED, False, QWEN2_MOE),
+    Row("qkv_bias", HARMLESS, False, but(QWEN2_MOE)),
+    Row("embedding_multiplier", HONOURED, 2.0, GRANITE),
+    Row("residual_multiplier", HONOURED, 2, GRANITE),
+    Row("attention_multiplier", HONOURED, 2.0, GRANITE),
+    Row("logits_scaling", HONOURED, 2.0, GRANITE),
+    Row("logits_scaling", REFUSED, 0, GRANITE),
+    Row("logits_scaling", HARMLESS, 2.0, but(GRANITE)),
     Row("hidden_act", HARMLESS, "gelu", GEMMA),
     Row("hidden_activation", REFUSED, "gelu", GEMMA),
     Row("hidden_activation", HARMLESS, "gelu_pytorch_tanh", GEMMA),
@@ -94,66 +132,105 @@ ROWS = [
     Row("query_pre_attn_scalar", HONOURED, 32, GEMMA),
     Row("query_pre_attn_scalar", REFUSED, 0, GEMMA),
     Row("query_pre_attn_scalar", REFUSED, None, GEMMA),
-    Row("query_pre_attn_scalar", HARMLESS, 20, WITHOUT_PATTERN),
+    Row("query_pre_attn_scalar", HARMLESS, 20, but(GEMMA)),
     Row("attn_logit_softcapping", HONOURED, 20.0, GEMMA2),
     Row("attn_logit_softcapping", HONOURED, None, GEMMA2),
     Row("attn_logit_softcapping", REFUSED, -1.0, GEMMA2),
-    Row("attn_logit_softcapping", HARMLESS, 0.5, GEMMA3 + WITHOUT_PATTERN),
+    Row("attn_logit_softcapping", HARMLESS, 0.5, but(GEMMA2)),
     Row("final_logit_softcapping", HONOURED, 20.0, GEMMA),
     Row("final_logit_softcapping", HONOURED, None, GEMMA2),
     Row("final_logit_softcapping", REFUSED, "30", GEMMA),
-    Row("final_logit_softcapping", HARMLESS, 20.0, WITHOUT_PATTERN),
-    Row("attention_bias", HONOURED, True, LLAMA + QWEN3 + GEMMA),
-    Row("attention_bias", HARMLESS, True, QWEN2 + MISTRAL),
-    Row("mlp_bias", HONOURED, True, LLAMA),
-    Row("mlp_bias", HARMLESS, True, QWEN + MISTRAL + GEMMA),
+    Row("final_logit_softcapping", HARMLESS, 20.0, but(GEMMA)),
+    # Mixtures of experts.
+    Row("num_experts", HONOURED, 5, QWEN_MOE),
+    Row("num_local_experts", HONOURED, 5, MIXTRAL),
+    Row("num_local_experts", REFUSED, 5, QWEN3_MOE),  # beside num_experts
+    Row("num_experts_per_tok", HONOURED, 1, MOE),
+    Row("num_experts_per_tok", REFUSED, 9, MOE),
+    Row("moe_intermediate_size", HONOURED, 24, QWEN_MOE),
+    Row("moe_intermediate_size", HARMLESS, 24, MIXTRAL),
+    Row("shared_expert_intermediate_size", HONOURED, 24, QWEN2_MOE),
+    Row("shared_expert_intermediate_size", HARMLESS, 24, QWEN3_MOE),
+    Row("norm_topk_prob", HONOURED, True, QWEN_MOE),
+    Row("norm_topk_prob", HARMLESS, False, MIXTRAL),
+    Row("decoder_sparse_step", HONOURED, 2, QWEN_MOE),
+    Row("decoder_sparse_step", HARMLESS, 2, but(QWEN_MOE)),
+    Row("mlp_only_layers", HONOURED, [1], QWEN_MOE),
+    Row("mlp_only_layers", HARMLESS, None, QWEN_MOE),
+    Row("mlp_only_layers", HARMLESS, [7], QWEN_MOE),
+    Row("mlp_only_layers", REFUSED, 1, QWEN_MOE),
+    Row("output_router_logits", HARMLESS, True),
+    Row("router_aux_loss_coef", HARMLESS, 0.5, MOE),
+    Row("router_jitter_noise", HARMLESS, 0.5, MIXTRAL),
     # Rotary embeddings, in both spellings.
     Row("rope_theta", HONOURED, 500.0),
-    Row("rope_scaling", HONOURED, {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}),
+    Row("rope_scaling", HONOURED, {k: value for k, value in LLAMA3_ROPE.items() if k != "rope_theta"}, but(PHI3)),
     Row("rope_scaling", HARMLESS, {"type": "default"}, ALL if IS_TRANSFORMERS_5 else []),
     Row("rope_scaling", HONOURED, {"type": "linear", "factor": 2.0}),
     Row("rope_scaling", HONOURED, {"rope_type": "dynamic", "factor": 2.0}),
     Row("rope_scaling", REFUSED, {"rope_type": "proportional", "factor": 2.0}),
-    Row("rope_parameters", HONOURED, LLAMA3_ROPE, NO_LOCAL),
+    Row("rope_parameters", HONOURED, LLAMA3_ROPE, but(PHI3, GEMMA3)),
     Row("rope_parameters", REFUSED, LLAMA3_ROPE, GEMMA3),
-    Row("rope_parameters", HONOURED, {"rope_type": "default", "rope_theta": 500.0}, NO_LOCAL),
-    Row("rope_parameters", HARMLESS, {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1]}, NO_LOCAL),
-    Row("rope_parameters", HONOURED, {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}, NO_LOCAL),
+    Row("rope_parameters", HONOURED, {"rope_type": "default", "rope_theta": 500.0}, but(GEMMA3)),
+    Row("rope_parameters", HARMLESS, DEFAULT_ROPE, but(MIXTRAL, SMOLLM3, GEMMA3)),
+    Row("rope_parameters", HARMLESS, DEFAULT_ROPE | {"rope_theta": 1e6}, MIXTRAL),
+    Row("rope_parameters", HARMLESS, DEFAULT_ROPE | {"rope_theta": 2e6}, SMOLLM3),
+    Row("rope_parameters", HONOURED, {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}, but(PHI3, GEMMA3)),
     Row("rope_parameters", REFUSED, {"rope_type": "yarn", "factor": None, "rope_theta": 10000.0}),
-    Row("rope_parameters", REFUSED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, NO_LOCAL),
+    Row("rope_parameters", REFUSED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, but(GEMMA3)),
     Row("rope_parameters", HONOURED, {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, GEMMA3),
     Row("rope_local_base_freq", HONOURED, 500.0, GEMMA3),
-    Row("rope_local_base_freq", HARMLESS, 500.0, NO_LOCAL),
-    Row("partial_rotary_factor", REFUSED, 0.5),  # 4.51 reads it for the default type, 5 for llama3
+    Row("rope_local_base_freq", HARMLESS, 500.0, but(GEMMA3)),
+    Row("partial_rotary_factor", HONOURED, 0.5, PHI3),
+    Row("partial_rotary_factor", REFUSED, 0.5, but(PHI3)),  # 4.51 reads it for the default type, 5 for llama3
     Row("partial_rotary_factor", HARMLESS, 1.0),
+    Row("rope_scaling", HONOURED, {"type": "yarn"} | LONGROPE, PHI3),
+    Row("rope_scaling", REFUSED, {"type": "yarn", "factor": 2.0}, PHI3),
+    Row("original_max_position_embeddings", HONOURED, 64, PHI3, {"rope_scaling": {"type": "su"} | LONGROPE}),
+    Row("no_rope_layers", HONOURED, [0, 1], SMOLLM3),
+    Row("no_rope_layers", HARMLESS, [1, 1, 0], SMOLLM3),  # which are more than there are layers
+    Row("no_rope_layers", REFUSED, [1], SMOLLM3),
+    Row("no_rope_layers", REFUSED, [1, 2], SMOLLM3),
+    Row("no_rope_layer_interval", HONOURED, 2, SMOLLM3),
+    Row("no_rope_layer_interval", HARMLESS, 3, SMOLLM3),
+    Row("no_rope_layers", HARMLESS, [0, 1], but(SMOLLM3)),
     # What a token attends to.
     Row("is_causal", REFUSED, False),
     Row("is_causal", HARMLESS, True),
     Row("use_bidirectional_attention", REFUSED, True),
     Row("use_bidirectional_attention", HARMLESS, False, GEMMA),
-    Row("sliding_window", HONOURED, 8, LLAMA + MISTRAL + GEMMA),
+    Row("sliding_window", HONOURED, 8, IN_CACHE + EVERYWHERE + GEMMA),
     Row("sliding_window", REFUSED, None, GEMMA),
     Row("sliding_window_pattern", HONOURED, 2, GEMMA3),
-    Row("sliding_window_pattern", HARMLESS, 1, GEMMA2 + WITHOUT_PATTERN),
+    Row("sliding_window_pattern", HARMLESS, 1, but(GEMMA3)),
     # A window that is switched off; the mask of 4.51 has it all the same.
-    Row("sliding_window", HARMLESS, 8 if IS_TRANSFORMERS_5 else 64, QWEN),
-    Row("sliding_window", HARMLESS, None, LLAMA),
-    Row("sliding_window", HONOURED, 8, QWEN, {"use_sliding_window": True, "max_window_layers": 1}),
-    Row("use_sliding_window", HONOURED, True, QWEN, {"sliding_window": 8, "max_window_layers": 1}),
-    Row("use_sliding_window", HARMLESS, True, QWEN, {"sliding_window": 64}),  # 28 layers are before the first
-    Row("use_sliding_window", HARMLESS, True, LLAMA + MISTRAL + GEMMA),
+    Row("sliding_window", HARMLESS, 8 if IS_TRANSFORMERS_5 else 64, IF_ASKED),
+    Row("sliding_window", HARMLESS, None, IN_CACHE + EVERYWHERE),
+    Row("sliding_window", HONOURED, 8, QWEN + QWEN_MOE, {"use_sliding_window": True, "max_window_layers": 1}),
+    Row("sliding_window", HONOURED, 8, SMOLLM3, {"use_sliding_window": True, "no_rope_layers": [1, 0]}),
+    Row("use_sliding_window", HONOURED, True, QWEN + QWEN_MOE, {"sliding_window": 8, "max_window_layers": 1}),
+    Row("use_sliding_window", HONOURED, True, SMOLLM3, {"sliding_window": 8, "no_rope_layers": [1, 0]}),
+    # 28 layers are before the first, or three before the one without rope.
+    Row("use_sliding_window", HARMLESS, True, QWEN + SMOLLM3, {"sliding_window": 64}),
+    Row("use_sliding_window", HARMLESS, True, IN_CACHE + EVERYWHERE + GEMMA),
     Row("max_window_layers", HONOURED, 1, QWEN, {"sliding_window": 8, "use_sliding_window": True}),
+    Row("max_window_layers", HONOURED, 0, QWEN2_MOE, {"sliding_window": 8, "use_sliding_window": True}),
     Row("max_window_layers", HARMLESS, 0),
-    Row("layer_types", HONOURED, SLIDING, QWEN, {"sliding_window": 8, "use_sliding_window": True}),
+    Row(
+        "layer_types",
+        *(HONOURED, SLIDING, QWEN + QWEN2_MOE + SMOLLM3),
+        {"sliding_window": 8, "use_sliding_window": True},
+    ),
+    Row("layer_types", HONOURED, ["full_attention", "sliding_attention"], MISTRAL, {"sliding_window": 8}),
     Row("layer_types", HONOURED, ["full_attention"] * 2, GEMMA),
     Row("layer_types", HONOURED, ["full_attention", "sliding_attention"], GEMMA),
-    Row("layer_types", HARMLESS, ["full_attention"] * 2, WITHOUT_PATTERN),
-    Row("layer_types", HARMLESS, ["attention", "full_attention"], WITHOUT_PATTERN),
+    Row("layer_types", HARMLESS, ["full_attention"] * 2, but(GEMMA)),
+    Row("layer_types", HARMLESS, ["attention", "full_attention"], but(GEMMA)),
     Row("layer_types", REFUSED, SLIDING, ALL, {"sliding_window": None}),
     Row("layer_types", REFUSED, ["full_attention", "linear_attention"]),
     Row("layer_types", REFUSED, ["full_attention"]),
-    Row("attention_chunk_size", REFUSED, 8, LLAMA + MISTRAL),
-    Row("attention_chunk_size", HARMLESS, 8, QWEN + GEMMA),
+    Row("attention_chunk_size", REFUSED, 8, IN_CACHE + EVERYWHERE + QWEN3_MOE),
+    Row("attention_chunk_size", HARMLESS, 8, QWEN + QWEN2_MOE + SMOLLM3 + GEMMA),
     # The weights.
     Row("dtype", HONOURED, "bfloat16"),
     Row("torch_dtype", HONOURED, "bfloat16"),
@@ -176,6 +253,8 @@ ROWS = [
     Row("transformers_version", HARMLESS, "4.30.0"),
     Row("initializer_range", HARMLESS, 0.5),
     Row("attention_dropout", HARMLESS, 0.5),
+    Row("resid_pdrop", HARMLESS, 0.5),
+    Row("embd_pdrop", HARMLESS, 0.5),
     Row("pretraining_tp", HARMLESS, 2),
     Row("use_cache", HARMLESS, False),
     Row("output_hidden_states", HARMLESS, True),
@@ -230,12 +309,14 @@ GENERATION = {
 }
 ROWS += [Row(field, HARMLESS, value) for field, value in GENERATION.items()]
 CASES = [(family, row) for family in ALL for row in ROWS if family in row.families]
-# Qwen2's config class has no head_dim, but its layers read one.
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40}
 BASE = {
     family: SHAPE
     | {"architectures": [family], "model_type": FAMILIES[family].model_type, "torch_dtype": "float32"}
+    | {"pad_token_id": None}  # others are beyond the vocabulary
     | ({"sliding_window": None} if family in MISTRAL else {})
-    | ({} if family in QWEN2 else {"head_dim": 32})
+    | ({"head_dim": 32} if family in LLAMA + MISTRAL + MIXTRAL + QWEN3 + QWEN3_MOE else {})
+    | (EXPERTS | {"num_local_experts" if family in MIXTRAL else "num_experts": 4} if family in MOE else {})
     for family in ALL
 }
 MINIMAL_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -338,12 +419,24 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
     known = CONFIG_CLASSES[family](**minimal)
     for name in (*MINIMAL_KEYS, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"):
         assert getattr(config, name) == getattr(known, name), name
-    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias"):
         assert getattr(config, name) == getattr(known, name, False), name
-    assert config.head_dim == getattr(known, "head_dim", 8)
+    for name in MULTIPLIERS:
+        assert getattr(config, name) == getattr(known, name, 1.0), name
+    assert config.head_dim == (getattr(known, "head_dim", None) or 8)
     layer_types = ["sliding_attention"] * 2 if family in MISTRAL else getattr(known, "layer_types", None)
     windows = tuple(4096 if layer_type == "sliding_attention" else None for layer_type in layer_types or [None] * 2)
     assert config.layer_windows == windows
+    assert (config.mixture is None) == (family not in MOE)
+    if config.mixture is not None:
+        assert config.mixture == Mixture(
+            layers=frozenset({0, 1}),
+            num_experts=getattr(known, "num_experts", None) or known.num_local_experts,
+            num_experts_per_tok=known.num_experts_per_tok,
+            intermediate_size=getattr(known, "moe_intermediate_size", known.intermediate_size),
+            shared_intermediate_size=getattr(known, "shared_expert_intermediate_size", 0),
+            norm_topk_prob=getattr(known, "norm_topk_prob", True),
+        )
     rope = getattr(known, "rope_parameters", None) or {"rope_theta": getattr(known, "rope_theta", None)}
     thetas = {ropes["rope_theta"] for ropes in rope.values()} if family in GEMMA3 else {rope["rope_theta"]}
     assert {config.rope.theta} | ({config.local_rope.theta} if config.local_rope else set()) == thetas
@@ -358,7 +451,9 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
 def test_null_heads_are_as_many_as_the_query_heads(tmp_path, family):
     config = BASE[family] | {"num_key_value_heads": None}
     assert read(tmp_path, config).num_key_value_heads == SHAPE["num_attention_heads"]
-    if family not in MISTRAL + GEMMA or not IS_TRANSFORMERS_5:  # their classes refuse null in transformers 5
+    if (
+        family not in MISTRAL + MIXTRAL + QWEN_MOE + GEMMA or not IS_TRANSFORMERS_5
+    ):  # whose classes fail with null there
         assert CONFIG_CLASSES[family](**config).num_key_value_heads == SHAPE["num_attention_heads"]
 
 

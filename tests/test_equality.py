@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
-from checkpoints import EOS_TOKEN_IDS, FAMILIES, MAX_POSITIONS, mixed_prompts, random_prompt
+from checkpoints import EOS_TOKEN_IDS, FAMILIES, FIRST_FAMILIES, MAX_POSITIONS, mixed_prompts, random_prompt
 from engines import (
     GREEDY,
     MAX_TOKENS,
@@ -24,10 +25,25 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.sampling_params import RequestOutputKind
 
 
-@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
-@pytest.mark.parametrize("block_size", [16, pytest.param(64, marks=pytest.mark.slow), 256])
+def matrix() -> list:
+    """Every family, block size and way to schedule; slow where others are likely to fail with it."""
+    cases = list(product(FAMILIES, [16, 64, 256], [True, False]))
+    return [
+        pytest.param(
+            *(family, block_size, is_async),
+            id=f"{family}-{block_size}-{'async' if is_async else 'sync'}",
+            marks=() if is_quick(family, block_size, is_async) else pytest.mark.slow,
+        )
+        for family, block_size, is_async in cases
+    ]
+
+
+def is_quick(family: str, block_size: int, is_async: bool) -> bool:
+    return block_size != 64 if family in FIRST_FAMILIES else (block_size, is_async) == (16, True)
+
+
+@pytest.mark.parametrize(("family", "block_size", "async_scheduling"), matrix())
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(checkpoint, family, scenario, block_size, async_scheduling):
     check_scenario(checkpoint(family), scenario, block_size, async_scheduling=async_scheduling)
 
@@ -227,6 +243,8 @@ def test_draws_without_a_seed_follow_the_engine_seed(checkpoint):
         ("mistral", {"max_num_seqs": 3}),
         ("gemma2", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}),
         pytest.param("gemma3", {"max_num_batched_tokens": 24, "async_scheduling": False}, marks=pytest.mark.slow),
+        pytest.param("phi3", {"max_num_batched_tokens": 24}, marks=pytest.mark.slow),
+        pytest.param("granite", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks(checkpoint, family, options):

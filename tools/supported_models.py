@@ -1,6 +1,6 @@
 """The table of README that says which models are supported, made from the code.
 
-    python -m tools.supported_models
+python -m tools.supported_models
 """
 
 from __future__ import annotations

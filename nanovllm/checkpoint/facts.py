@@ -34,7 +34,7 @@ class JsonFacts:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or False, which is the default of all of them; null was taken for False before transformers 5."""
+        """True or False; False where there is no key, and for null, as before transformers 5."""
         value = self.raw.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.error(f"{key} must be true or false, got {value!r}")

@@ -3,7 +3,7 @@
 To add a model is to add its family here and its class to models/__init__.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -18,7 +18,8 @@ class Family:
         activation: the only one of its MLPs, under `activation_key`.
         slides: which layers have the sliding window, where config.json does not say so itself.
             "everywhere": all of them.
-            "if asked": all of them, if use_sliding_window.
+            "always": all of them, whatever config.json says.
+            "if asked": all of them, whatever else config.json says, if use_sliding_window.
             "from a layer on": those from max_window_layers on, if use_sliding_window.
             "every other": every other one before max_window_layers, from the first on, if use_sliding_window.
             "by pattern": all but each sliding_window_pattern-th.
@@ -27,6 +28,7 @@ class Family:
                 but the window. The model is taken to have no more positions than that.
         rope_theta: default.
         partial_rotary_factor: default; None: the family rotates whole heads.
+        rope_names: what it calls kinds of rotary embeddings, where that is not their name.
         has_local_rope: whether the sliding layers have a rotary embedding of their own.
         num_experts: of its sparse layers, default; None: it has none.
         expert_size_key: what says how wide an expert is.
@@ -39,10 +41,18 @@ class Family:
     activation: str = "silu"
     activation_key: str = "hidden_act"
     slides: Literal[
-        "everywhere", "if asked", "from a layer on", "every other", "by pattern", "without rope", "in the cache"
+        "everywhere",
+        "always",
+        "if asked",
+        "from a layer on",
+        "every other",
+        "by pattern",
+        "without rope",
+        "in the cache",
     ] = "in the cache"
     rope_theta: float = 10000.0
     partial_rotary_factor: float | None = None
+    rope_names: dict[str, str] = field(default_factory=dict)
     has_local_rope: bool = False
     num_experts: int | None = None
     expert_size_key: str = "moe_intermediate_size"
@@ -56,6 +66,8 @@ QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 SPARSE_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"})
+BIASES = frozenset({"attention_bias", "mlp_bias"})
+MULTIPLIERS = frozenset({"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"})
 GEMMA_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -93,7 +105,8 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, model_type="gemma3", text_key="text_config"),
-    "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048}, frozenset({"attention_bias", "mlp_bias"})),
+    "GraniteForCausalLM": Family("granite", {"max_position_embeddings": 2048}, BIASES | MULTIPLIERS),
+    "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048}, BIASES),
     "MistralForCausalLM": Family(
         "mistral",
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -102,10 +115,20 @@ FAMILIES = {
     "MixtralForCausalLM": Family(
         "mixtral",
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
-        slides="everywhere",
+        slides="always",
         rope_theta=1e6,
         num_experts=8,
         expert_size_key="intermediate_size",
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2", {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}, frozenset({"attention_bias"})
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3",
+        {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        slides="always",
+        partial_rotary_factor=1.0,
+        rope_names={"yarn": "longrope"},
     ),
     "Qwen2ForCausalLM": Family("qwen2", QWEN_DEFAULTS, slides="from a layer on"),
     "Qwen2MoeForCausalLM": Family(
@@ -131,5 +154,17 @@ FAMILIES = {
         frozenset({"attention_bias"}) | SPARSE_KEYS,
         slides="if asked",
         num_experts=128,
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
+        BIASES | {"no_rope_layers", "no_rope_layer_interval"},
+        slides="without rope",
+        rope_theta=2e6,
     ),
 }

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.checkpoint.facts import JsonFacts
-from nanovllm.checkpoint.families import FAMILIES, Family
+from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS, Family
 from nanovllm.checkpoint.files import read_object
 from nanovllm.checkpoint.mixture import Mixture, read_mixture
-from nanovllm.checkpoint.rope import ROPE_KEYS, Rope, read_ropes, with_outer_thetas
-from nanovllm.checkpoint.windows import layer_windows
+from nanovllm.checkpoint.rope import OLDER_NAMES, ROPE_KEYS, Rope, read_ropes, with_outer_thetas
+from nanovllm.checkpoint.windows import layer_windows, unrotated_layers
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (
@@ -51,6 +51,9 @@ class ModelConfig:
         layer_windows: of each layer the tokens that it attends to, the last ones; None: to all.
         mixture: the experts of the sparse layers; None: there are none.
         eos_token_ids: those of config.json and of generation_config.json.
+        unrotated_layers: those whose queries and keys do not rotate.
+        embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling: Granite's: of the embeddings,
+            of what a layer adds to the residual stream, of q k^T, and what logits are divided by.
     """
 
     architecture: str
@@ -76,6 +79,11 @@ class ModelConfig:
     mixture: Mixture | None
     dtype: str
     eos_token_ids: frozenset[int]
+    unrotated_layers: frozenset[int] = frozenset()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     @classmethod
     def from_folder(
@@ -106,7 +114,8 @@ class ModelConfig:
         rope, local_rope = facts.ropes(family, head_dim, positions)
         if not family.has_local_rope:  # Gemma 3's number is that of the stretched positions
             positions = rope.max_positions(positions)
-        windows = layer_windows(facts, family, num_layers, frozenset())
+        unrotated = unrotated_layers(facts, family, num_layers)
+        windows = layer_windows(facts, family, num_layers, unrotated)
         if family.slides == "in the cache" and any(windows):
             positions, windows = min(positions, *filter(None, windows)), (None,) * num_layers
         return cls(
@@ -133,13 +142,16 @@ class ModelConfig:
             mixture=read_mixture(facts, family, num_layers),
             dtype=facts.dtype(),
             eos_token_ids=facts.eos_token_ids() | generation.eos_token_ids(),
+            unrotated_layers=unrotated,
+            **{key: facts.number(key, facts.raw.get(key, 1.0)) for key in MULTIPLIERS & family.reads},
         )
 
     @property
-    def layer_ropes(self) -> tuple[Rope, ...]:
-        """The rotary embedding of each layer."""
-        has_other = self.local_rope is not None
-        return tuple(self.local_rope if window and has_other else self.rope for window in self.layer_windows)
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary embedding of each layer; None: its queries and keys do not rotate."""
+        sliding = self.rope if self.local_rope is None else self.local_rope
+        ropes = [sliding if window else self.rope for window in self.layer_windows]
+        return tuple(None if layer in self.unrotated_layers else rope for layer, rope in enumerate(ropes))
 
 
 def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -194,10 +206,8 @@ class Facts(JsonFacts):
         if not self.raw.get("is_causal", True):
             raise self.error(f"is_causal={self.raw['is_causal']!r} is not supported, only true")
         # transformers 5 reads it for the KV cache, where the family has no way to say what each layer attends to.
-        if (size := self.raw.get("attention_chunk_size")) is not None and family.slides in (
-            "in the cache",
-            "everywhere",
-        ):
+        is_read = family.slides in ("in the cache", "everywhere", "always", "if asked")
+        if is_read and (size := self.raw.get("attention_chunk_size")) is not None:
             raise self.error(f"attention_chunk_size={size!r} is not supported")
 
     def num_key_value_heads(self, heads: int) -> int:
@@ -220,7 +230,8 @@ class Facts(JsonFacts):
     def ropes(self, family: Family, head_dim: int, positions: int) -> tuple[Rope, Rope | None]:
         """The rotary embedding, and that of the layers with a window if it is another one."""
         theta, share = family.rope_theta, family.partial_rotary_factor
-        return read_ropes(self, head_dim, positions, theta, share, family.has_local_rope)
+        names = OLDER_NAMES | family.rope_names
+        return read_ropes(self, head_dim, positions, theta, share, family.has_local_rope, names)
 
     def attention_scale(self, family: Family) -> float | None:
         """What queries times keys are multiplied by, if it does not follow from head_dim."""

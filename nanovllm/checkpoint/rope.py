@@ -5,6 +5,7 @@ transformers do, transformers 5 is right. This file knows nothing of angles: lay
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -68,6 +69,7 @@ def read_ropes(
     theta: float = DEFAULT_ROPE_THETA,
     share: float | None = None,
     has_local_rope: bool = False,
+    names: Mapping[str, str] = OLDER_NAMES,
 ) -> tuple[Rope, Rope | None]:
     """The rope of a model's layers, and that of its sliding layers if it is another one.
 
@@ -79,6 +81,7 @@ def read_ropes(
         share: the family's default of `partial_rotary_factor`; None: a family that rotates whole heads.
         has_local_rope: whether the family's sliding layers have a rope of their own (Gemma 3): an object inside of
             `rope_parameters`, or `rope_local_base_freq` as the theta of a rope without scaling.
+        names: of kinds, other than their own.
     """
     key = "rope_scaling" if facts.raw.get("rope_scaling") else "rope_parameters"
     given = facts.raw.get(key) or {}
@@ -99,7 +102,7 @@ def read_ropes(
             name, mine = key, given if layer_type == FULL else {}
         if not isinstance(mine, dict):
             raise facts.error(f"{name} must be an object, got {mine!r}")
-        return RopeFacts(facts, name, mine, head_dim, max_positions, share).rope(OUTER_THETA[layer_type], theta)
+        return RopeFacts(facts, name, mine, head_dim, max_positions, share, names).rope(OUTER_THETA[layer_type], theta)
 
     rope = read(FULL, theta)
     if not has_local_rope:
@@ -132,7 +135,7 @@ class RopeFacts:
     """One rotary object of config.json; its methods raise a ValueError as those of JsonFacts do.
 
     Attributes:
-        facts, head_dim, max_positions, share: see read_ropes.
+        facts, head_dim, max_positions, share, names: see read_ropes.
         key: what errors call the object.
         given: the object.
     """
@@ -143,6 +146,7 @@ class RopeFacts:
     head_dim: int
     max_positions: int
     share: float | None
+    names: Mapping[str, str]
 
     def rope(self, theta_key: str, default_theta: float) -> Rope:
         """The whole of it; theta_key is what theta is called outside of the object."""
@@ -177,7 +181,7 @@ class RopeFacts:
 
     def _kind(self) -> Kind:
         types = [self.given[name] for name in ("rope_type", "type") if name in self.given] or ["default"]
-        kinds = [OLDER_NAMES.get(name, name) if isinstance(name, str) else name for name in types]
+        kinds = [self.names.get(name, name) if isinstance(name, str) else name for name in types]
         if kinds[0] not in get_args(Kind) or kinds[0] != kinds[-1]:
             known = ", ".join(get_args(Kind))
             raise self._error(f"of type {' and '.join(map(repr, types))} is not supported, only one of {known}")

@@ -1,4 +1,4 @@
-"""Which layers attend to the last tokens only. Knows nothing of how."""
+"""Which layers attend to the last tokens only, and which do not rotate. Knows nothing of how."""
 
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.families import Family
@@ -7,6 +7,19 @@ from nanovllm.checkpoint.rope import FULL, SLIDING
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}  # the last is an older name
 IF_ASKED = ("if asked", "from a layer on", "every other", "without rope")  # by use_sliding_window
 DEFAULT_PATTERN = 2  # and the only one of a family that does not read sliding_window_pattern
+
+
+def unrotated_layers(facts: JsonFacts, family: Family, num_layers: int) -> frozenset[int]:
+    """The layers whose queries and keys do not rotate."""
+    if "no_rope_layers" not in family.reads:
+        return frozenset()
+    layers = facts.raw.get("no_rope_layers")  # 1 where they do
+    if layers is None:
+        interval = facts.size("no_rope_layer_interval")
+        return frozenset(range(interval - 1, num_layers, interval))
+    if not isinstance(layers, list) or len(layers) < num_layers or any(layer not in (0, 1) for layer in layers):
+        raise facts.error(f"no_rope_layers must list num_hidden_layers={num_layers} zeros and ones, got {layers!r}")
+    return frozenset(index for index in range(num_layers) if not layers[index])
 
 
 def layer_windows(
@@ -25,7 +38,7 @@ def layer_windows(
             return (None,) * num_layers
     window = facts.size("sliding_window")
     layers = range(num_layers)
-    if family.slides in ("everywhere", "if asked"):
+    if family.slides in ("always", "if asked"):
         slides = [True] * num_layers
     elif layer_types:
         slides = [layer_type == SLIDING for layer_type in layer_types]
@@ -35,7 +48,7 @@ def layer_windows(
         slides = [(layer + 1) % pattern != 0 for layer in layers]
     elif family.slides == "without rope":
         slides = [layer in unrotated for layer in layers]
-    elif family.slides == "in the cache":
+    elif family.slides in ("everywhere", "in the cache"):
         slides = [True] * num_layers
     else:
         border = facts.raw.get("max_window_layers")

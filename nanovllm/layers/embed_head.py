@@ -16,14 +16,18 @@ class VocabParallelEmbedding(nn.Module):
     """Token ids [N] -> rows of the table [vocab, hidden].
 
     The table is whole on every rank, whatever its name says: one split by vocabulary would take a sum over the ranks.
+    Rows may be multiplied by a number, which families set.
     """
+
+    multiplier = 1.0
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = tp.parameter(vocab_size, hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return F.embedding(input_ids, self.weight)
+        x = F.embedding(input_ids, self.weight)
+        return x if self.multiplier == 1 else x.mul_(self.multiplier)
 
 
 class ScaledEmbedding(VocabParallelEmbedding):

@@ -1,5 +1,6 @@
 """Root-mean-square layer normalisation (arXiv 1910.07467)."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,23 @@ class UnitOffsetRMSNorm(RMSNorm):
         super().__init__(size, eps, tp)
         self.weight = tp.parameter(size, dtype=torch.float32)
         self.weight.shards = [Shard((size,), 0, 0, 0, size, added=1.0)]
+
+
+class HeadsRMSNorm(nn.Module):
+    """Normalises rows of all heads, of which each rank has as many [N, size]: those of `shard`, of a projection."""
+
+    def __init__(self, shard: Shard, eps: float, tp: TensorParallel) -> None:
+        super().__init__()
+        self.eps = eps
+        self.tp = tp
+        self.weight = tp.parameter(shard.size)
+        self.weight.shards = [replace(shard, full_shape=shard.full_shape[:1], offset=0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return rms_norm(x, self.weight, self.eps)
+        squares = self.tp.all_reduce(x.float().square().mean(-1, keepdim=True)) / self.tp.size
+        return (x * (squares + self.eps).rsqrt() * self.weight).to(x.dtype)
 
 
 def rows_of(x: Normalised | Tensor, start: int, end: int) -> Normalised | Tensor:

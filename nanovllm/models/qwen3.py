@@ -23,7 +23,10 @@ from nanovllm.utils.context import Context
 
 
 class Qwen3Attention(nn.Module):
-    """x + o(attention(q, k, v)): each query and key head is normalised, then rotated by its position."""
+    """x + o(attention(q, k, v)): each query and key head is normalised, then rotated by its position.
+
+    Without a residual x, the second part of the sum is what it gives; so does the MLP.
+    """
 
     has_qk_norm: ClassVar[bool] = True
     has_qkv_bias: ClassVar[bool] = False  # whatever config.json says of biases
@@ -42,7 +45,7 @@ class Qwen3Attention(nn.Module):
         self.o_proj = RowParallelLinear(heads * head_dim, c.hidden_size, c.attention_bias, tp)
 
     def forward(
-        self, positions: Tensor, x: Normalised | Tensor, context: Context, residual: Residual | None
+        self, positions: Tensor, x: Normalised | Tensor, context: Context, residual: Residual | None = None
     ) -> Residual:
         qkv = self.qkv_proj(x)
         o = self.attn(qkv, positions, context, self.q_norm, self.k_norm)
@@ -61,7 +64,7 @@ class Qwen3MLP(nn.Module):
         self.act_fn = self.activation_class()
         self.down_proj = RowParallelLinear(c.intermediate_size, c.hidden_size, c.mlp_bias, tp)
 
-    def forward(self, x: Normalised | Tensor, residual: Residual | None) -> Residual:
+    def forward(self, x: Normalised | Tensor, residual: Residual | None = None) -> Residual:
         gate_up = self.gate_up_proj(x)
         return self.down_proj(self.act_fn(gate_up), residual)
 

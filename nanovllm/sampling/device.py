@@ -58,7 +58,7 @@ class AdjustedSampler:
     def sample(self, logits: Tensor, step: StepTensors, shape: StepShape) -> Tensor:
         """The draws, packed, int64 [S], of this rank's logits [S, vocab / ranks]."""
         rows = self.rows
-        logits = adjusted = self.tp.all_gather(logits)
+        logits = adjusted = self._whole(logits)
         row_ints, row_floats, positions = rows.row_ints, rows.row_floats, step.context.context_lens
         if shape.adjusting:
             tables = LogitTables(
@@ -86,7 +86,7 @@ class AdjustedSampler:
         parts = []
         for start in range(0, len(targets), PROMPT_ROWS):
             end = min(start + PROMPT_ROWS, len(targets))
-            logits = self.tp.all_gather(model.compute_logits(rows_of(hidden_states, start, end)))
+            logits = self._whole(model.compute_logits(rows_of(hidden_states, start, end)))
             parts.append(pack_logprobs(logits, targets[start:end], num_logprobs - 1))
         packed = torch.cat(parts)
         if packed.is_cuda:
@@ -97,6 +97,10 @@ class AdjustedSampler:
         """The host's memory where the logprobs of the step just launched will be, by row; does not wait."""
         entry = self.logprob_rings[num_logprobs][step_count % RING_SIZE]
         return entry.copy_(self.logprobs[num_logprobs], non_blocking=True)
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """All logits, [N, vocab], of this rank's; the last rank's may go beyond the vocabulary."""
+        return self.tp.all_gather(logits)[:, : self.vocab_size].contiguous()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.tp.device)
