@@ -207,8 +207,8 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "disable_hybrid_kv_cache_manager": FLAG,
         "use_v2_block_manager": FLAG,
     },
-    "layers attend to everything, and a max_model_len at which a window takes effect is refused": {
-        "disable_sliding_window": FLAG
+    "layers have the windows that config.json gives them; max_model_len may keep texts within": {
+        "disable_sliding_window": OFF
     },
     "no attention backend cascades": {"disable_cascade_attn": FLAG},
     "no supported model has Mamba layers": {
