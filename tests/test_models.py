@@ -17,7 +17,7 @@ from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneratio
 from nanovllm import SamplingParams
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.checkpoint.rope import Rope
-from nanovllm.layers.embed_head import ParallelLMHead, ScaledEmbedding
+from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.layernorm import UnitOffsetRMSNorm
 
 PROMPTS = [random_prompt(21, 60), random_prompt(22, 9)]
@@ -134,13 +134,14 @@ def rank(number: int, size: int, dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(rank=number, size=size, dtype=dtype, parameter=parameter)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 3072**0.5), (torch.bfloat16, 55.5)])
-def test_scaled_embeddings(dtype, scale):
-    """Gemma's are multiplied by a number of the model's dtype: 55.5 in place of 55.4256."""
-    embedding = ScaledEmbedding(2, 3072, rank(0, 1, dtype))
-    embedding.weight.data.fill_(1.0)
-    assert torch.equal(embedding(torch.tensor([1])), torch.full((1, 3072), scale, dtype=dtype))
-    assert (embedding.weight == 1).all()
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 72**0.5), ("bfloat16", 8.5)])
+def test_scaled_embeddings(checkpoint, dtype, scale):
+    """Gemma's are multiplied by a number of the model's dtype: 8.5 in place of 8.4853."""
+    options = {"dtype": dtype, "load_format": "dummy", "hf_overrides": {"hidden_size": 72}}
+    with engine(checkpoint("gemma2").path, **options) as llm:
+        embedding = llm.ranks.runner.model.model.embed_tokens
+        x = embedding(torch.tensor([5]))[0]
+        torch.testing.assert_close(x, embedding.weight[5] * torch.tensor(scale, dtype=x.dtype))
 
 
 def test_logits_with_a_soft_cap_beyond_the_vocabulary():

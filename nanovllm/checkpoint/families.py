@@ -67,7 +67,7 @@ QWEN_DEFAULTS = {
 }
 SPARSE_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"})
 BIASES = frozenset({"attention_bias", "mlp_bias"})
-MULTIPLIERS = frozenset({"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"})
+MULTIPLIERS = frozenset({"embedding_multiplier", "residual_multiplier", "logits_scaling"})
 GEMMA_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -105,7 +105,9 @@ FAMILIES = {
     ),
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": replace(GEMMA3, model_type="gemma3", text_key="text_config"),
-    "GraniteForCausalLM": Family("granite", {"max_position_embeddings": 2048}, BIASES | MULTIPLIERS),
+    "GraniteForCausalLM": Family(
+        "granite", {"max_position_embeddings": 2048}, BIASES | MULTIPLIERS | {"attention_multiplier"}
+    ),
     "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048}, BIASES),
     "MistralForCausalLM": Family(
         "mistral",

@@ -52,8 +52,8 @@ class ModelConfig:
         mixture: the experts of the sparse layers; None: there are none.
         eos_token_ids: those of config.json and of generation_config.json.
         unrotated_layers: those whose queries and keys do not rotate.
-        embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling: Granite's: of the embeddings,
-            of what a layer adds to the residual stream, of q k^T, and what logits are divided by.
+        embedding_multiplier, residual_multiplier, logits_scaling: Granite's: of the embeddings, of what a layer adds
+            to the residual stream, and what logits are divided by.
     """
 
     architecture: str
@@ -82,7 +82,6 @@ class ModelConfig:
     unrotated_layers: frozenset[int] = frozenset()
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    attention_multiplier: float = 1.0
     logits_scaling: float = 1.0
 
     @classmethod
@@ -235,6 +234,8 @@ class Facts(JsonFacts):
 
     def attention_scale(self, family: Family) -> float | None:
         """What queries times keys are multiplied by, if it does not follow from head_dim."""
+        if "attention_multiplier" in family.reads:
+            return self.number("attention_multiplier", self.raw.get("attention_multiplier", 1.0))
         key = "query_pre_attn_scalar"
         return self.number(key, self.raw.get(key)) ** -0.5 if key in family.reads else None
 

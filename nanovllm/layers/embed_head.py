@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,17 +27,6 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.weight)
         return x if self.multiplier == 1 else x.mul_(self.multiplier)
-
-
-class ScaledEmbedding(VocabParallelEmbedding):
-    """Rows times sqrt(hidden), which is rounded to the model's dtype, as it was when the model was trained (Gemma)."""
-
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__(vocab_size, hidden_size, tp)
-        self.scale = torch.tensor(math.sqrt(hidden_size), device="cpu").to(tp.dtype).item()
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return super().forward(input_ids).mul_(self.scale)
 
 
 class ParallelLMHead(nn.Module):

@@ -3,15 +3,17 @@
 Scores and logits have soft caps. Every other layer attends to a window.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 from nanovllm.config import Config
 from nanovllm.layers.activation import GeluAndMul
-from nanovllm.layers.embed_head import ScaledEmbedding
 from nanovllm.layers.layernorm import UnitOffsetRMSNorm
 from nanovllm.layers.residual import only_sampled
 from nanovllm.models.llama import LlamaAttention
-from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3MLP, Qwen3Model
+from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3MLP
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
 
@@ -49,14 +51,13 @@ class Gemma2DecoderLayer(Qwen3DecoderLayer):
         return self.post_feedforward_layernorm.add_to(x, y)
 
 
-class Gemma2Model(Qwen3Model):
-    """Embeddings are scaled."""
-
-    embedding_class = ScaledEmbedding
-
-
 class Gemma2ForCausalLM(Qwen3ForCausalLM):
-    """The decoder of Qwen3 with Gemma's layers."""
+    """The decoder of Qwen3 with Gemma's layers, and embeddings times sqrt(hidden)."""
 
-    model_class = Gemma2Model
     layer_class = Gemma2DecoderLayer
+
+    def __init__(self, config: Config, tp: TensorParallel) -> None:
+        super().__init__(config, tp)
+        scale = math.sqrt(config.model_config.hidden_size)
+        # Rounded, as it was when the models were trained.
+        self.model.embed_tokens.multiplier = torch.tensor(scale, device="cpu").to(tp.dtype).item()

@@ -16,7 +16,6 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__(config, tp, rotary_table, index)
-        self.self_attn.attn.scale = config.model_config.attention_multiplier
         self.residual_multiplier = config.model_config.residual_multiplier
 
     def forward(self, positions: Tensor, x: Residual, context: Context) -> Residual:

@@ -40,8 +40,14 @@ class Qwen3Attention(nn.Module):
         self.qkv_proj = QKVParallelLinear(c.hidden_size, head_dim, heads, kv_heads, has_qkv_bias, tp)
         self.q_norm = self.norm_class(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
         self.k_norm = self.norm_class(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
-        scores = c.attention_scale, c.layer_windows[index], c.attn_logit_softcapping
-        self.attn = Attention(head_dim, config.attention_backend, rotary_table, *scores)
+        self.attn = Attention(
+            head_dim,
+            config.attention_backend,
+            rotary_table,
+            scale=c.attention_scale,
+            window=c.layer_windows[index],
+            soft_cap=c.attn_logit_softcapping,
+        )
         self.o_proj = RowParallelLinear(heads * head_dim, c.hidden_size, c.attention_bias, tp)
 
     def forward(
@@ -98,13 +104,11 @@ class Qwen3DecoderLayer(nn.Module):
 class Qwen3Model(nn.Module):
     """Token ids [N] to the normalised hidden states [N, hidden], or of the M tokens that are sampled from."""
 
-    embedding_class: ClassVar[type[VocabParallelEmbedding]] = VocabParallelEmbedding
-
     def __init__(self, config: Config, tp: TensorParallel, layer_class: type[Qwen3DecoderLayer]) -> None:
         super().__init__()
         c = config.model_config
         tables = {rope: rotary_table(rope, c.head_dim, config.max_model_len, tp.device) for rope in {*c.layer_ropes}}
-        self.embed_tokens = self.embedding_class(c.vocab_size, c.hidden_size, tp)
+        self.embed_tokens = VocabParallelEmbedding(c.vocab_size, c.hidden_size, tp)
         self.layers = nn.ModuleList(
             layer_class(config, tp, tables[rope], index) for index, rope in enumerate(c.layer_ropes)
         )
@@ -126,13 +130,12 @@ class Qwen3ForCausalLM(nn.Module):
     }
     checkpoint_layouts: ClassVar[tuple[dict[str, str], ...]] = ()  # other names of tensors: ours -> theirs
     ignored_tensors: ClassVar[tuple[str, ...]] = ()  # what the names begin with that are passed over
-    model_class: ClassVar[type[Qwen3Model]] = Qwen3Model
     layer_class: ClassVar[type[Qwen3DecoderLayer]] = Qwen3DecoderLayer
 
     def __init__(self, config: Config, tp: TensorParallel) -> None:
         super().__init__()
         c = config.model_config
-        self.model = self.model_class(config, tp, self.layer_class)
+        self.model = Qwen3Model(config, tp, self.layer_class)
         tied_weight = self.model.embed_tokens.weight if c.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(c.vocab_size, c.hidden_size, tp, tied_weight, c.final_logit_softcapping)
 
