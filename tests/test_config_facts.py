@@ -442,7 +442,8 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
     assert {config.rope.theta} | ({config.local_rope.theta} if config.local_rope else set()) == thetas
     assert config.rope.kind == "default"
     scalar = getattr(known, "query_pre_attn_scalar", None)
-    assert config.attention_scale == (scalar and scalar**-0.5)
+    scale = getattr(known, "attention_multiplier", None)
+    assert config.attention_scale == (scalar**-0.5 if scalar else scale)
     assert config.final_logit_softcapping == getattr(known, "final_logit_softcapping", None)
     assert config.attn_logit_softcapping == getattr(known, "attn_logit_softcapping", None)
 
