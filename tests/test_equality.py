@@ -241,8 +241,9 @@ def test_draws_without_a_seed_follow_the_engine_seed(checkpoint):
         ("qwen2", {"max_num_batched_tokens": 24, "async_scheduling": False}),
         ("llama", {"num_kvcache_blocks": 3, "kvcache_block_size": 256}),
         ("mistral", {"max_num_seqs": 3}),
-        ("gemma2", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}),
-        pytest.param("gemma3", {"max_num_batched_tokens": 24, "async_scheduling": False}, marks=pytest.mark.slow),
+        # By default tests/test_shared_ranks.py has Gemma 2 on two ranks.
+        pytest.param("gemma2", {"max_num_batched_tokens": 24, "async_scheduling": False}, marks=pytest.mark.slow),
+        pytest.param("gemma3", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}, marks=pytest.mark.slow),
         pytest.param("phi3", {"max_num_batched_tokens": 24}, marks=pytest.mark.slow),
         pytest.param("granite", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}, marks=pytest.mark.slow),
     ],

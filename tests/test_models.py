@@ -152,6 +152,19 @@ def test_logits_with_a_soft_cap_beyond_the_vocabulary():
     assert logits[0, 0] == pytest.approx(2 * math.tanh(0.5)) and logits[0, 1:].tolist() == [-2, -math.inf, -math.inf]
 
 
+def test_logprobs_under_a_soft_cap_of_logits(checkpoint):
+    """No greedy token changes by it, but how likely each is does."""
+    checkpoint = checkpoint("gemma2")
+    with torch.inference_mode():
+        want = checkpoint.model(torch.tensor([PROMPTS[0]])).logits[0, -1].log_softmax(-1)
+    with engine(checkpoint.path) as llm:
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=20)
+        logprobs = generate(llm, PROMPTS[:1], params)[0].outputs[0].logprobs[0]
+    assert len(logprobs) == 20
+    for token_id, logprob in logprobs.items():
+        assert logprob.logprob == pytest.approx(want[token_id].item(), abs=1e-4)
+
+
 def test_norms_keep_the_bits_of_their_weights(checkpoint, tmp_path):
     """1 + weight in float32, of a model in bfloat16."""
     tensors = write(tmp_path, checkpoint("gemma3"), "hub", True)
