@@ -393,8 +393,7 @@ def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return split
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3_moe", 1), ("qwen2_moe", 2), ("mixtral", 1), ("mixtral", 2)])
 def test_layouts_of_experts(checkpoint, folder, family, num_ranks):
     """A tensor for each expert, under both names of Mixtral's, and one for all."""
     sparse, state = folder(family), checkpoint(family).model.state_dict()
