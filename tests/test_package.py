@@ -159,3 +159,9 @@ def test_every_option_reaches_the_engine(monkeypatch):
 def test_help_shows_the_options():
     text = pydoc.render_doc(LLM)
     assert all(f"{option.name}: " in text for option in dataclasses.fields(Config) if option.init)
+
+
+def test_readme_lists_the_models_that_there_are():
+    from tools.supported_models import table
+
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
