@@ -53,7 +53,13 @@ def test_prefixes_of_earlier_calls(checkpoint, async_scheduling):
 
 
 @pytest.mark.parametrize("scenario", ["plain", "all_at_once"])
-@pytest.mark.parametrize(("family", "num_ranks"), [("qwen3", 2), ("llama_bias", 2), ("mistral", 4)])
+@pytest.mark.parametrize(
+    ("family", "num_ranks"),
+    [
+        *(("qwen3", 2), ("llama_bias", 2), ("mistral", 4)),
+        *(("qwen3_moe", 2), ("qwen2_moe", 2), ("mixtral", 2), ("gemma3", 2), ("olmo2", 2), ("granite", 2)),
+    ],
+)
 def test_several_ranks(checkpoint, family, scenario, num_ranks):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
