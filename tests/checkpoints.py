@@ -135,7 +135,9 @@ class Checkpoint:
 
     def __init__(self, config: PretrainedConfig, folder: Path, seed: int = SEED) -> None:
         self.path = str(folder)
-        self.model = AutoModelForCausalLM.from_config(config).float().eval()
+        # Some versions let sdpa compute Gemma 2, which does not know its soft caps.
+        attention = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+        self.model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
         # The same weights from every version of transformers; matrices so large that the best logit leads clearly.
         # Norms and biases too are random, so that none can be skipped or swapped unseen.
         generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ from engines import MAX_TOKENS, SCENARIOS, Trace, check_scenario, engine, expect
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoint.files import read_json
 from nanovllm.layers.attention import Attention
 from nanovllm.parallel.peer_memory import MAX_PART_ROWS
 from nanovllm.utils.context import Context
@@ -245,7 +246,7 @@ def engine_logits(folder: str, prompts: list[tuple[int, ...]], **options) -> tup
     """
     params = SamplingParams(temperature=0, max_tokens=NUM_STEPS, ignore_eos=True)
     recorded = []
-    with LLM(folder, device="cuda", dtype="bfloat16", max_model_len=512, enforce_eager=True, **options) as llm:
+    with LLM(folder, device="cuda", dtype="bfloat16", max_model_len=256, enforce_eager=True, **options) as llm:
         model = llm.ranks.runner.model
         compute_logits = model.compute_logits
 
@@ -298,6 +299,8 @@ def test_logits_of_every_family(checkpoint, family, backend, tmp_path):
     """In bf16, against float32, as above: of small models, whose experts are chosen alike but for rounding."""
     if backend == "flash_attn":
         pytest.importorskip("flash_attn")
+        if read_json(f"{checkpoint(family).path}/config.json").get("head_dim", 16) % 8:
+            pytest.skip("flash-attn takes heads of multiples of 8")
     model = copy.deepcopy(checkpoint(family).model)
     for parameter in model.parameters():
         if parameter.dim() > 1:
