@@ -153,7 +153,9 @@ def test_torch_multiplies_as_defined():
 @pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "hidden", "intermediate"),
-    [(8, 2, 48, 40), (6, 3, 64, 24)] if INTERPRETED else [(8, 2, 200, 136), (128, 8, 2048, 768), (6, 3, 512, 520)],
+    [(8, 2, 48, 40), (6, 3, 64, 24), (4, 1, 40, 16)]
+    if INTERPRETED
+    else [(8, 2, 200, 136), (128, 8, 2048, 768), (6, 3, 512, 520), (4, 1, 512, 256)],
 )
 def test_products(num_experts, top_k, hidden, intermediate, num_tokens, kind, dtype):
     experts = ROUTINGS[kind](num_tokens, num_experts, top_k)

@@ -18,7 +18,7 @@ from nanovllm import SamplingParams
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.checkpoint.rope import Rope
 from nanovllm.layers.embed_head import ParallelLMHead
-from nanovllm.layers.layernorm import UnitOffsetRMSNorm
+from nanovllm.models.gemma2 import Gemma2RMSNorm
 
 PROMPTS = [random_prompt(21, 60), random_prompt(22, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -172,7 +172,7 @@ def test_norms_keep_the_bits_of_their_weights(checkpoint, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with engine(str(tmp_path), dtype="bfloat16") as llm:
         model = llm.ranks.runner.model.model
-        norms = {name: module for name, module in model.named_modules() if isinstance(module, UnitOffsetRMSNorm)}
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, Gemma2RMSNorm)}
         assert len(norms) == 4 * 6 + 1
         for name, norm in norms.items():
             assert torch.equal(norm.weight, 1 + tensors[f"language_model.model.{name}.weight"].float())

@@ -8,14 +8,27 @@ import math
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.loader import Shard
 from nanovllm.config import Config
 from nanovllm.layers.activation import GeluAndMul
-from nanovllm.layers.layernorm import UnitOffsetRMSNorm
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.residual import only_sampled
 from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3MLP
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
+
+
+class Gemma2RMSNorm(RMSNorm):
+    """Checkpoints have its weight less 1.
+
+    The whole of it is kept in float32: beside the 1, bfloat16 has no room for all bits of what it is added to.
+    """
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel) -> None:
+        super().__init__(size, eps, tp)
+        self.weight = tp.parameter(size, dtype=torch.float32)
+        self.weight.shards = [Shard((size,), 0, 0, 0, size, added=1.0)]
 
 
 class Gemma2MLP(Qwen3MLP):
@@ -31,7 +44,7 @@ class Gemma2DecoderLayer(Qwen3DecoderLayer):
     """
 
     attention_class = LlamaAttention
-    norm_class = UnitOffsetRMSNorm
+    norm_class = Gemma2RMSNorm
 
     def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__(config, tp, rotary_table, index)

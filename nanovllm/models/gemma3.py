@@ -1,14 +1,13 @@
 """Gemma 3 (arXiv 2503.19786), and of the models that take images too the part that computes text."""
 
-from nanovllm.layers.layernorm import UnitOffsetRMSNorm
-from nanovllm.models.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
+from nanovllm.models.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, Gemma2RMSNorm
 from nanovllm.models.qwen3 import Qwen3Attention
 
 
 class Gemma3Attention(Qwen3Attention):
     """Query and key heads are normalised, with Gemma's norm."""
 
-    norm_class = UnitOffsetRMSNorm
+    norm_class = Gemma2RMSNorm
 
 
 class Gemma3DecoderLayer(Gemma2DecoderLayer):

@@ -1,15 +1,35 @@
 """OLMo 2 (arXiv 2501.00656): a layer normalises what it adds, not what it reads; queries and keys as a whole."""
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
+import torch
+from torch import Tensor, nn
+
+from nanovllm.checkpoint.loader import Shard
 from nanovllm.config import Config
-from nanovllm.layers.layernorm import HeadsRMSNorm, RMSNorm
+from nanovllm.layers.layernorm import Normalised, RMSNorm
 from nanovllm.layers.residual import Residual, only_sampled
 from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
+
+
+class Olmo2HeadsNorm(nn.Module):
+    """Normalises rows of all heads, of which each rank has as many [N, size]: those of `shard`, of a projection."""
+
+    def __init__(self, shard: Shard, eps: float, tp: TensorParallel) -> None:
+        super().__init__()
+        self.eps = eps
+        self.tp = tp
+        self.weight = tp.parameter(shard.size)
+        self.weight.shards = [replace(shard, full_shape=shard.full_shape[:1], offset=0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return Normalised(x, self.weight, self.eps).compute()
+        squares = self.tp.all_reduce(x.float().square().mean(-1, keepdim=True)) / self.tp.size
+        return (x * (squares + self.eps).rsqrt() * self.weight).to(x.dtype)
 
 
 class Olmo2Attention(LlamaAttention):
@@ -18,7 +38,7 @@ class Olmo2Attention(LlamaAttention):
     def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__(config, tp, rotary_table, index)
         q, k, v = self.qkv_proj.weight.shards
-        self.q_norm, self.k_norm = (HeadsRMSNorm(part, config.model_config.rms_norm_eps, tp) for part in (q, k))
+        self.q_norm, self.k_norm = (Olmo2HeadsNorm(part, config.model_config.rms_norm_eps, tp) for part in (q, k))
         self.sizes = q.size, k.size, v.size
 
     def forward(self, positions: Tensor, x: Tensor, context: Context) -> Tensor:

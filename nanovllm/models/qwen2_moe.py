@@ -4,7 +4,6 @@ from torch import Tensor, nn
 
 from nanovllm.checkpoint.mixture import Mixture
 from nanovllm.config import Config
-from nanovllm.kernels.linear import linear
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.experts import SparseMLP
 from nanovllm.layers.layernorm import Normalised
@@ -25,7 +24,7 @@ class SharedExpert(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, False, tp)
 
     def forward(self, x: Normalised | Tensor) -> Tensor:
-        return linear(self.act_fn(self.gate_up_proj(x)), self.down_proj.weight)
+        return apply_linear(self.act_fn(self.gate_up_proj(x)), self.down_proj.weight)
 
 
 class Qwen2MoeMLP(SparseMLP):
