@@ -589,6 +589,8 @@ NUM_TOKENS = len(PROMPT) + GREEDY.max_tokens
 )
 def test_a_window_counts_once_a_text_is_longer(checkpoint, folder, family, changes):
     """One that no request can fill is as good as none, and transformers agrees."""
+    if changes and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("older versions of transformers give all layers the window or none")
     slid = folder(family)
     for window in (NUM_TOKENS, 8):
         slid.config |= changes | {"sliding_window": window}
