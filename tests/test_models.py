@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -64,6 +65,16 @@ def write(folder: Path, checkpoint: Checkpoint, layout: str, is_tied: bool) -> d
     outer |= {"text_config": config, "tie_word_embeddings": is_tied, "eos_token_id": [1, 5]}
     (folder / "config.json").write_text(json.dumps(outer))
     return tensors
+
+
+@pytest.mark.parametrize("overrides", [{"sliding_window": 8}, {"text_config": {"sliding_window": 8}}])
+def test_overrides_reach_the_text(checkpoint, tmp_path, overrides):
+    """And leave the rest of it as it is."""
+    write(tmp_path, checkpoint("gemma3"), "hub", True)
+    before = ModelConfig.from_folder(str(tmp_path))
+    after = ModelConfig.from_folder(str(tmp_path), overrides)
+    windows = tuple(window and 8 for window in before.layer_windows)
+    assert after == dataclasses.replace(before, layer_windows=windows) != before
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

@@ -59,6 +59,7 @@ class Family:
     text_key: str | None = None
 
 
+TEXT_KEY = "text_config"
 QWEN_DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
@@ -104,7 +105,7 @@ FAMILIES = {
         slides="by pattern",
     ),
     "Gemma3ForCausalLM": GEMMA3,
-    "Gemma3ForConditionalGeneration": replace(GEMMA3, model_type="gemma3", text_key="text_config"),
+    "Gemma3ForConditionalGeneration": replace(GEMMA3, model_type="gemma3", text_key=TEXT_KEY),
     "GraniteForCausalLM": Family(
         "granite", {"max_position_embeddings": 2048}, BIASES | MULTIPLIERS | {"attention_multiplier"}
     ),

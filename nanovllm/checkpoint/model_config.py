@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.checkpoint.facts import JsonFacts
-from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS, Family
+from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS, TEXT_KEY, Family
 from nanovllm.checkpoint.files import read_object
 from nanovllm.checkpoint.mixture import Mixture, read_mixture
 from nanovllm.checkpoint.rope import OLDER_NAMES, ROPE_KEYS, Rope, read_ropes, with_outer_thetas
@@ -156,6 +156,8 @@ class ModelConfig:
 def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The object of config.json with other values for some keys, in whichever of two spellings either has them.
 
+    Keys of an object TEXT_KEY may be given as they are, or in such an object.
+
     Raises:
         TypeError, ValueError: `overrides`, the option hf_overrides, is no dict of keys.
     """
@@ -168,7 +170,11 @@ def override(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for spellings in (ROPE_KEYS, DTYPE_KEYS):
         if any(key in overrides for key in spellings):
             changed = {key: value for key, value in changed.items() if key not in spellings}
-    return changed | overrides
+    changed = changed | overrides
+    if isinstance(raw.get(TEXT_KEY), dict):
+        others = {key: value for key, value in overrides.items() if key != TEXT_KEY}
+        changed[TEXT_KEY] = override(raw[TEXT_KEY], others | (overrides.get(TEXT_KEY) or {}))
+    return changed
 
 
 class Facts(JsonFacts):
