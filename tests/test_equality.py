@@ -238,7 +238,7 @@ def test_draws_without_a_seed_follow_the_engine_seed(checkpoint):
     [
         ("qwen3", {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40}),
         ("llama_bias", {"num_kvcache_blocks": 6, "kvcache_block_size": 64, "async_scheduling": False}),
-        ("llama", {"num_kvcache_blocks": 3, "kvcache_block_size": 256}),
+        pytest.param("llama", {"num_kvcache_blocks": 3, "kvcache_block_size": 256}, marks=pytest.mark.slow),
         pytest.param("qwen2", {"max_num_batched_tokens": 24, "async_scheduling": False}, marks=pytest.mark.slow),
         pytest.param("mistral", {"max_num_seqs": 3}, marks=pytest.mark.slow),
         # By default tests/test_shared_ranks.py has Gemma 2 on two ranks.

@@ -10,7 +10,8 @@ import pytest
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_soak(ranks):
     """In a process of its own, which gets interrupts. A new seed finds more: run it by hand."""
     script = Path(__file__).parent / "soak.py"
