@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.config import Config
 from nanovllm.layers.layernorm import Normalised, RMSNorm
-from nanovllm.layers.residual import Residual, only_sampled
+from nanovllm.layers.residual import only_sampled
 from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -59,11 +59,11 @@ class Olmo2DecoderLayer(Qwen3DecoderLayer):
             config.model_config.hidden_size, config.model_config.rms_norm_eps, tp
         )
 
-    def forward(self, positions: Tensor, x: Residual, context: Context) -> Residual:
-        x.add_(self.post_attention_layernorm(self.self_attn(positions, x, context)).compute())
+    def forward(self, positions: Tensor, x: Tensor, context: Context) -> Tensor:
+        x = self.post_attention_layernorm.add_to(x, self.self_attn(positions, x, context))
         if self.is_last:
             x = only_sampled(x, context)
-        return x.add_(self.post_feedforward_layernorm(self.mlp(x)).compute())
+        return self.post_feedforward_layernorm.add_to(x, self.mlp(x))
 
 
 class Olmo2ForCausalLM(Qwen3ForCausalLM):

@@ -3,12 +3,11 @@
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.mixture import Mixture
-from nanovllm.config import Config
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.experts import SparseMLP
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear, apply_linear
-from nanovllm.models.qwen2 import Qwen2Attention
+from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_moe import Qwen3MoeDecoderLayer
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -42,18 +41,10 @@ class Qwen2MoeMLP(SparseMLP):
         return super().add_to(y, x).addcmul_(shared, weight)
 
 
-class Qwen2MoeAttention(Qwen2Attention):
-    """Whether there are biases is config.json's to say."""
-
-    def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
-        self.has_qkv_bias = config.model_config.qkv_bias
-        super().__init__(config, tp, rotary_table, index)
-
-
 class Qwen2MoeDecoderLayer(Qwen3MoeDecoderLayer):
-    """Qwen2's attention before the experts."""
+    """Attention without norms of heads, as Llama's, before the experts; config.json says whether it has biases."""
 
-    attention_class = Qwen2MoeAttention
+    attention_class = LlamaAttention
     sparse_mlp_class = Qwen2MoeMLP
 
 

@@ -36,7 +36,7 @@ class Qwen3Attention(nn.Module):
         super().__init__()
         c = config.model_config
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        has_qkv_bias = c.attention_bias or self.has_qkv_bias
+        has_qkv_bias = c.attention_bias or c.qkv_bias or self.has_qkv_bias
         self.qkv_proj = QKVParallelLinear(c.hidden_size, head_dim, heads, kv_heads, has_qkv_bias, tp)
         self.q_norm = self.norm_class(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
         self.k_norm = self.norm_class(head_dim, c.rms_norm_eps, tp) if self.has_qk_norm else None
