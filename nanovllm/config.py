@@ -14,6 +14,7 @@ import torch
 from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, resolve_model_path
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
+from nanovllm.quantization import Method, read_method
 from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
@@ -70,6 +71,8 @@ class Config:
         load_format: "auto" and "safetensors" read safetensors, "dummy" draws random weights and needs no file but
             config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
+        quantization: the method of a quantised checkpoint, which is known without it, or "fp8" to round a plain one
+            while it is loaded.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:
@@ -102,7 +105,9 @@ class Config:
     async_scheduling: bool | None = True
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     seed: int | None = 0
+    quantization: str | None = None
     model_config: ModelConfig = field(init=False)
+    quantization_method: Method | None = field(init=False, default=None)
     attention_reason: str = field(init=False)
     lowers_max_model_len: bool = field(init=False, default=False)
 
@@ -128,6 +133,8 @@ class Config:
             raise ValueError(
                 f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
             )
+        path = os.path.join(self.model, "config.json")
+        self.quantization_method = read_method(self.quantization, self.model_config.quantization_config, path)
         if self.dtype == "auto":
             self.dtype = self.model_config.dtype
             if self.dtype not in DTYPES:

@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,10 @@ BUFFERS = (
     ".self_attn.bias",
 )
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-COMPARED_ROWS = 8192  # at a time, between which the engine may be told to stop
+# Of parameters that hold codes, which no conversion keeps: what safetensors calls their dtypes.
+CODES_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
+DUMMY_STD = 100.0  # of 8-bit codes, whose largest is 448
+ROWS_AT_ONCE = 8192  # of a matrix that is compared, or filled
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Shard:
         added: to each element, in the parameter's dtype.
     """
 
+    is_copied: ClassVar[bool] = True  # element by element, so that dtypes must fit
     full_shape: tuple[int, ...]
     dim: int
     start: int
@@ -59,6 +63,14 @@ class Shard:
         place = place.narrow(self.dim, self.offset, self.size).copy_(source[slices])
         if self.added:
             place += self.added
+
+
+@dataclass(frozen=True)
+class ScalarShard(Shard):
+    """One number of a parameter, from a tensor that has one: of shape () or (1,)."""
+
+    def copy(self, source: Any, parameter: nn.Parameter) -> None:
+        parameter.data[self.offset] = source[()].item()
 
 
 def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:
@@ -82,8 +94,11 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
             raise ValueError(f"{folder} {problem} tensor {min(names)!r} ({len(names)} in all)")
     for name, places in targets.items():
         shape, needed = tuple(found[name].get_shape()), places[0][1].full_shape
-        if shape != needed:
+        if shape != needed and (needed, shape) != ((), (1,)):  # a number may be written either way
             raise ValueError(f"tensor {name!r} has shape {shape}, the model needs {needed}")
+        codes_dtype = CODES_DTYPES.get(places[0][0].dtype) if places[0][1].is_copied else None
+        if codes_dtype is not None and found[name].get_dtype() != codes_dtype:
+            raise ValueError(f"tensor {name!r} has dtype {found[name].get_dtype()}, the model needs {codes_dtype}")
     if is_tied_copy:
         check_tied_head(found[head], found[embedding], targets[embedding][0][0].dtype, folder, check)
     for name, places in targets.items():
@@ -98,9 +113,9 @@ def check_tied_head(head: Any, embedding: Any, dtype: torch.dtype, folder: str, 
     transformers 5 computes with both where they differ, though config.json ties them; older versions drop the head.
     """
     is_same = head.get_shape() == embedding.get_shape()
-    for start in range(0, head.get_shape()[0] if is_same else 0, COMPARED_ROWS):
+    for start in range(0, head.get_shape()[0] if is_same else 0, ROWS_AT_ONCE):
         check()
-        rows = slice(start, start + COMPARED_ROWS)
+        rows = slice(start, start + ROWS_AT_ONCE)
         is_same = is_same and torch.equal(head[rows].to(dtype), embedding[rows].to(dtype))
     if not is_same:
         raise ValueError(
@@ -215,10 +230,20 @@ def open_file(path: str) -> dict[str, Any]:
 
 
 def fill_dummy(model: nn.Module, seed: int) -> None:
-    """Random weights for measurements: matrices normal with std 0.02, norms 1, biases 0."""
+    """Random weights for measurements: matrices normal with std 0.02, norms 1, biases 0.
+
+    Codes of quantised weights are random too. What else belongs to them has its value in an attribute `dummy`.
+    """
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
+        if hasattr(parameter, "dummy"):
+            parameter.data.copy_(torch.as_tensor(parameter.dummy))
+        elif parameter.dtype == torch.float8_e4m3fn:
+            for rows in parameter.data.flatten(0, -2).split(ROWS_AT_ONCE):
+                rows.copy_(torch.empty_like(rows, dtype=torch.float16).normal_(0, DUMMY_STD, generator=generator))
+        elif not parameter.is_floating_point():
+            parameter.data.view(torch.uint8).random_(generator=generator)
+        elif parameter.dim() > 1:
             parameter.data.normal_(0, 0.02, generator=generator)
         else:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)

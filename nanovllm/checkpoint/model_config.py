@@ -7,7 +7,7 @@ Where a key is absent, the default of the family's config class in transformers 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.checkpoint.facts import JsonFacts
@@ -19,8 +19,6 @@ from nanovllm.checkpoint.windows import layer_windows, unrotated_layers
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (
-    "quantization_config",
-    "compression_config",  # an older name of the former
     "pruned_heads",
     "per_layer_config",
     "kv_sharing_modes",
@@ -29,9 +27,10 @@ REFUSED = (
     "use_bidirectional_attention",
 )
 OTHER_ACTIVATIONS = {"swish": "silu"}  # two names of one function
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is an older name of the first
 DTYPE_KEYS = ("torch_dtype", "dtype")  # two spellings of one key
 # What stands outside of the object that says how a model of more than text computes text.
-OUTER_KEYS = ("architectures", "eos_token_id", "tie_word_embeddings", *DTYPE_KEYS, *REFUSED)
+OUTER_KEYS = ("architectures", "eos_token_id", "tie_word_embeddings", *DTYPE_KEYS, *QUANTIZATION_KEYS, *REFUSED)
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class ModelConfig:
         layer_windows: of each layer the tokens that it attends to, the last ones; None: to all.
         mixture: the experts of the sparse layers; None: there are none.
         eos_token_ids: those of config.json and of generation_config.json.
+        quantization_config: how weights are stored, for `quantization.read_method`; {}: as they are.
         unrotated_layers: those whose queries and keys do not rotate.
         embedding_multiplier, residual_multiplier, logits_scaling: Granite's: of the embeddings, of what a layer adds
             to the residual stream, and what logits are divided by.
@@ -79,6 +79,7 @@ class ModelConfig:
     mixture: Mixture | None
     dtype: str
     eos_token_ids: frozenset[int]
+    quantization_config: dict[str, Any] = field(default_factory=dict, hash=False)
     unrotated_layers: frozenset[int] = frozenset()
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -141,6 +142,7 @@ class ModelConfig:
             mixture=read_mixture(facts, family, num_layers),
             dtype=facts.dtype(),
             eos_token_ids=facts.eos_token_ids() | generation.eos_token_ids(),
+            quantization_config=facts.quantization_config(),
             unrotated_layers=unrotated,
             **{key: facts.number(key, facts.raw.get(key, 1.0)) for key in MULTIPLIERS & family.reads},
         )
@@ -257,6 +259,16 @@ class Facts(JsonFacts):
         if value is not None and not isinstance(value, str):
             raise self.error(f"{key} must be a string, got {value!r}")
         return value or "float32"
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The object that says how weights are stored, under either name; {}: as they are."""
+        for key in QUANTIZATION_KEYS:
+            value = self.raw.get(key) or {}
+            if not isinstance(value, dict):
+                raise self.error(f"{key} must be an object, got {value!r}")
+            if value:
+                return value
+        return {}
 
     def eos_token_ids(self) -> frozenset[int]:
         """One id, a list of them, or none."""

@@ -20,9 +20,11 @@ from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.layers.layernorm import rows_of
+from nanovllm.layers.linear import create_weights, finish_weights
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.quantization import schemes_of
 from nanovllm.sampling.device import AdjustedSampler
 from nanovllm.utils.context import Context, StepTensors
 
@@ -53,10 +55,12 @@ class ModelRunner:
         self.device = tp.device
         limit_cublas_workspace(self.device)
         self.model = model_class(config.model_config.architecture)(config, tp)
+        create_weights(self.model, schemes_of(self.model, config.quantization_method))
         if config.load_format == "dummy":
             fill_dummy(self.model, config.seed)
         else:
             load_model(self.model, config.model, tp.check)
+        finish_weights(self.model)
         self.sampler = Sampler(tp, config.sampler_backend)
         self.graphs = CudaGraphs(config, tp.stream)
         self.rows = DeviceRows(config, self.device, max(config.max_num_batched_tokens, GRAPH_TOKENS[-1]))

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.activation import GATES, Gate, gate_and_mul
+from nanovllm.kernels.activation import GATES, Gate
+from nanovllm.kernels.linear_rows import finish_rows, store_rows
+from nanovllm.kernels.quantized_linear import launch_quantized_linear
+from nanovllm.kernels.quantized_products import linear_quantized
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.tuning import LARGE_WEIGHT, SMALL_BATCH, TILES, fitting_warps, gpu_of
-
-
-@triton.jit
-def store_rows(y, offs, mask, y_ptr, destination) -> None:
-    """Where a product's rows go if not to other ranks; `destination` says where those are."""
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -86,23 +84,12 @@ def _linear_kernel(
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + features, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    SHARE: tl.constexpr = 2 if GATED else 1
-    if GATED:
-        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
-        y = gate_and_mul(gate, up, GATE)
-    n = tl.program_id(0) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
-    mask = (m < rows)[:, None] & (n < N // SHARE)[None, :]
-    offs = m[:, None] * y_stride + n[None, :]
-    if ADDED:
-        y += tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    STORE(y, offs, mask, y_ptr, destination)
+    finish_rows(y, features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
 
 
 def linear_torch(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -111,6 +98,10 @@ def linear_torch(
     out: Tensor | None = None,
 ) -> Tensor:
     """What `linear` computes, one operation after another; also its way with many rows, perhaps into `out`."""
+    if isinstance(weight, QuantizedWeight):
+        if use_triton(x):
+            return linear_quantized(x, weight, bias, norm, eps, residual, gate, out)
+        weight = weight.dequantize(x.dtype)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and bias is None and gate is None:
@@ -123,7 +114,7 @@ def linear_torch(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -132,13 +123,15 @@ def linear(
 ) -> Tensor:
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
-    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous. bias: [N]. norm: [K],
+    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous, or in few bits. bias: [N]. norm: [K],
     the weight of an RMSNorm of x's rows with `eps`. gate: the features are N/2 gates, then N/2 ups, and y is
     activation(gates) * ups. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
     returned. All in one dtype: float32, float16 or bfloat16, but that norm may be float32; sums in float32. Returns
     [M, N] (gated: [M, N/2]).
     """
     rows, num_features = len(x), len(weight)
+    if isinstance(weight, QuantizedWeight) and weight.order is not None and use_triton(x):
+        weight, x, norm = weight.in_order_of_columns(x, norm)
     if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
         return linear_torch(x, weight, bias, norm, eps, residual, gate)
     y = residual
@@ -150,7 +143,7 @@ def linear(
 
 def launch_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
@@ -161,6 +154,9 @@ def launch_linear(
     destination: tuple | None = None,
 ) -> None:
     """Launches the kernel for up to SMALL_BATCH rows; `store` is the device function that takes its rows."""
+    if isinstance(weight, QuantizedWeight):
+        launch_quantized_linear(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
+        return
     rows, (num_features, size) = len(x), weight.shape
     is_large = weight.numel() >= LARGE_WEIGHT
     tiles_of_rows = TILES[(rows > 1) + (rows > 4)]

@@ -37,6 +37,9 @@ def gpu_of(device: torch.device) -> Gpu:
 # Rows up to which the kernel beats the matrix product of the library; 0 turns it off.
 SMALL_BATCH = 8
 
+# Rows up to which a kernel makes numbers of a weight's codes on the way; with more, they are written to memory first.
+DEQUANTIZED_ROWS = 256
+
 # From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
 # done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532. It makes no
 # difference before Hopper, where no kernel starts early.
@@ -61,6 +64,43 @@ def fitting_warps(warps: int, block_m: int, block_n: int, block_k: int, dtype: t
     while block_m > 1 and warps > 1 and warps * warp_bytes > gpu.shared_memory:
         warps //= 2
     return warps
+
+
+class QuantizedTile(NamedTuple):
+    """Features of a program, columns of a part of K, which have one scale, parts at a time, and warps."""
+
+    block_n: int
+    block_k: int
+    parts: int
+    warps: int
+
+
+def quantized_tile(rows: int, num_features: int, size: int, scale_columns: int, bits: int) -> QuantizedTile:
+    """For few rows and a weight [num_features, size] in few bits, with a scale for so many columns of a row."""
+    block_k = scale_block(size, scale_columns)
+    parts = min(8, triton.next_power_of_2(-(-size // block_k)))
+    return QuantizedTile(16 if rows == 1 else 32, block_k, parts, min(4, parts))
+
+
+class ProductsTile(NamedTuple):
+    """Rows, features and columns of K that a program multiplies at once; tiles on their way, and warps."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+
+def products_tile(rows: int, size: int, scale_columns: int) -> ProductsTile:
+    """For many rows."""
+    block_m = min(128, max(16, triton.next_power_of_2(rows)))
+    return ProductsTile(block_m, 64, scale_block(size, scale_columns), 3, 4)
+
+
+def scale_block(size: int, scale_columns: int) -> int:
+    """Columns of which a tile has one scale: a power of two that divides `scale_columns`, if not all have the same."""
+    return min(128, triton.next_power_of_2(size) if scale_columns >= size else scale_columns)
 
 
 # ---- attention, kernels/paged_attention.py -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.tuning import FEW_TOKENS
 from nanovllm.layers.layernorm import Normalised
-from nanovllm.layers.linear import apply_linear, part_of
+from nanovllm.layers.linear import Weighted, apply_linear, part_of
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import add_parts
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -29,7 +29,7 @@ class Router(nn.Module):
         return route(logits, self.mixture.num_experts_per_tok, self.mixture.norm_topk_prob, self.counts)
 
 
-class Experts(nn.Module):
+class Experts(Weighted):
     """The experts' weights: gates and ups [E, 2 * share, hidden], downs [E, hidden, share].
 
     Each rank has a share of every expert, and so as much to do as the others.
@@ -37,7 +37,13 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, mixture: Mixture, tp: TensorParallel) -> None:
         super().__init__()
-        num_experts, intermediate_size = mixture.num_experts, mixture.intermediate_size
+        self.hidden_size = hidden_size
+        self.mixture = mixture
+        self.tp = tp
+
+    def create_weights(self) -> None:
+        tp, hidden_size = self.tp, self.hidden_size
+        num_experts, intermediate_size = self.mixture.num_experts, self.mixture.intermediate_size
         _, start, size = part_of(intermediate_size, tp)
         self.gate_up_proj = tp.parameter(num_experts, 2 * size, hidden_size)
         self.gate_up_proj.shards = [
@@ -45,6 +51,9 @@ class Experts(nn.Module):
         ]
         self.down_proj = tp.parameter(num_experts, hidden_size, size)
         self.down_proj.shards = [Shard((hidden_size, intermediate_size), 1, start, 0, size)]
+
+    def finish_weights(self) -> None:
+        """There is nothing to do."""
 
 
 class SparseMLP(nn.Module):

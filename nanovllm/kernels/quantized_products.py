@@ -1,0 +1,183 @@
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+"""`linear` with a weight in few bits, for many rows: the way of each form of weight.
+
+In 8 bits, with rows rounded too: cuBLAS multiplies codes, and a kernel applies the scales, which is faster than the
+library's products with a scale for each row, and computes the activation or adds to the residual on the way. Blocks of
+weights have products of their own. Everything else is multiplied in the rows' dtype.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels.activation import GATES, Gate, gate_and_mul
+from nanovllm.kernels.dequantize import dequantize
+from nanovllm.kernels.quantized_tiles import multiply_tiles
+from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.round_rows import round_rows
+from nanovllm.kernels.tuning import DEQUANTIZED_ROWS
+
+BLOCK = 1024
+
+
+@triton.jit
+def _scale_kernel(
+    codes_ptr,
+    x_scales_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    y_stride,
+    size,
+    N,
+    GATE: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK elements of a row of y, [M, size]; of the products, [M, N]."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < size
+    scales = tl.load(scales_ptr + n, mask=mask, other=0.0)
+    if GATE is not None:
+        up_scales = tl.load(scales_ptr + size + n, mask=mask, other=0.0)
+    pdl_wait(PDL)
+    x_scale = tl.load(x_scales_ptr + row)
+    codes_ptr += row * N + n
+    y = tl.load(codes_ptr, mask=mask, other=0.0).to(tl.float32) * scales * x_scale
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
+    if GATE is not None:
+        up = tl.load(codes_ptr + size, mask=mask, other=0.0).to(tl.float32) * up_scales * x_scale
+        if bias_ptr is not None:
+            up += tl.load(bias_ptr + size + n, mask=mask, other=0.0).to(tl.float32)
+        y = gate_and_mul(y, up, GATE)
+    y_ptr += row * y_stride + n
+    if ADDED:
+        y += tl.load(y_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def scale_products_torch(
+    products: Tensor,
+    x_scales: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    gate: Gate | None,
+    y: Tensor,
+    is_added: bool,
+) -> None:
+    """What `scale_products` computes, said plainly."""
+    numbers = products.float() * x_scales.t() * scales.t()
+    if bias is not None:
+        numbers += bias.float()
+    if gate is not None:
+        numbers = GATES[gate](numbers)
+    y.copy_(y.float() + numbers if is_added else numbers)
+
+
+def scale_products(
+    products: Tensor,
+    x_scales: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    gate: Gate | None,
+    y: Tensor,
+    is_added: bool,
+) -> None:
+    """Makes numbers of the products of codes, and what `linear` makes of them.
+
+    products: [M, N], contiguous. x_scales: float32 [1, M]. scales: float32 [N, 1]. bias: [N]. y: [M, N] (gated: [M,
+    N/2]), rows any distance apart; the result is written to it, or added.
+    """
+    if not use_triton(products):
+        scale_products_torch(products, x_scales, scales, bias, gate, y, is_added)
+        return
+    rows, size = y.shape
+    _scale_kernel[rows, triton.cdiv(size, BLOCK)](
+        products,
+        x_scales,
+        scales,
+        bias,
+        y,
+        y.stride(0),
+        size,
+        products.size(1),
+        GATE=gate,
+        ADDED=is_added,
+        BLOCK=BLOCK,
+        num_warps=4,
+        **pdl_options(products.device),
+    )
+
+
+@functools.cache
+def multiplies_codes(device: torch.device) -> bool:
+    """Whether the GPU multiplies e4m3: from sm_89 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def multiplies_blocks(device: torch.device, weight: QuantizedWeight) -> bool:
+    """Whether the library multiplies e4m3 with a scale for each whole block of 128 x 128: on Hopper, from CUDA 12.9 on."""
+    version = tuple(map(int, torch.version.cuda.split(".")))
+    is_whole = weight.block == (128, 128) and all(size % 128 == 0 for size in weight.shape)
+    return is_whole and torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
+
+
+def linear_quantized(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gate: Gate | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`linear_torch` with a weight in few bits, its columns in the order of x, on a GPU or in the interpreter."""
+    rows, (num_features, size) = len(x), weight.shape
+    has_one_scale = weight.scales.size(1) == 1
+    is_float = weight.codes.dtype == torch.float8_e4m3fn
+    if weight.rounds_input and (not is_float or multiplies_codes(x.device)):
+        group = size if has_one_scale else weight.block[1]
+        codes, x_scales = round_rows(x, weight.codes.dtype, group, norm, eps, weight.input_scale)
+        in_library = is_float and x.is_cuda and num_features % 16 == size % 16 == 0
+        if in_library and has_one_scale:
+            y = residual if residual is not None else out
+            if y is None:
+                y = x.new_empty(rows, num_features // 2 if gate else num_features)
+            products = multiply_codes(codes, weight.codes, x.dtype)
+            scale_products(products, x_scales, weight.scales, bias, gate, y, is_added=residual is not None)
+            return y
+        if in_library and multiplies_blocks(x.device, weight) and x.dtype == torch.bfloat16:
+            numbers = torch._scaled_mm(codes, weight.codes.t(), x_scales.t(), weight.scales.t(), out_dtype=x.dtype)
+        else:
+            numbers = multiply_tiles(codes, x_scales, weight, x.dtype)
+    else:
+        x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
+        if rows <= DEQUANTIZED_ROWS:
+            numbers = multiply_tiles(x, None, weight, x.dtype)
+        else:
+            numbers = x @ dequantize(weight, x.dtype).t()
+    if bias is not None:
+        numbers += bias
+    if gate is not None:
+        numbers = GATES[gate](numbers)
+    if residual is not None:
+        return residual.add_(numbers)
+    return numbers if out is None else out.copy_(numbers)
+
+
+def multiply_codes(x: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [M, K] times codes [N, K], both e4m3 -> [M, N] in a dtype, as if there were no scales."""
+    one = _one(x.device)
+    return torch._scaled_mm(x, codes.t(), one, one, out_dtype=dtype, use_fast_accum=True)
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)

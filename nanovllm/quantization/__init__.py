@@ -1,0 +1,78 @@
+"""Weights in few bits: what a checkpoint's quantization_config, or the option `quantization`, says of each layer.
+
+A method (a file of this folder) reads the configuration of one kind of checkpoint, and says by which scheme a layer's
+weight is stored. Without this folder there would be plain weights only: layers know `Scheme`s, and kernels
+`QuantizedWeight`s, wherever they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from nanovllm.checkpoint.facts import JsonFacts
+from nanovllm.quantization.fp8 import Fp8, OnlineFp8
+
+if TYPE_CHECKING:  # layers are made of options, which are read here
+    from nanovllm.layers.linear import Scheme
+
+
+class Method(Protocol):
+    """A kind of quantised checkpoint."""
+
+    def __init__(self, facts: JsonFacts) -> None:
+        """Reads quantization_config, an object of config.json; raises ValueError by key and value."""
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of a checkpoint's matrix, such as "model.layers.0.mlp.up_proj"; None: it is plain."""
+
+
+METHODS: dict[str, type[Method]] = {"fp8": Fp8}
+ONLINE_METHODS: dict[str, type[Method]] = {  # of plain checkpoints, while they are loaded
+    "fp8": OnlineFp8
+}
+
+
+def read_method(option: str | None, quantization_config: dict[str, Any] | None, path: str) -> Method | None:
+    """The method of a checkpoint, which the option `quantization` may name, or may give one that is plain.
+
+    Raises:
+        ValueError: an unknown method, one that contradicts the checkpoint, or a configuration that is not supported.
+    """
+    if not quantization_config:
+        if option is None:
+            return None
+        if option not in ONLINE_METHODS:
+            known = f"only {', '.join(ONLINE_METHODS)} can be made of a checkpoint without quantization_config"
+            raise ValueError(f"quantization={option!r}: {known} ({path})")
+        return ONLINE_METHODS[option](JsonFacts(path, {}))
+    facts = JsonFacts(path, quantization_config)
+    name = quantization_config.get("quant_method")
+    if name not in METHODS:
+        raise facts.error(f"quant_method={name!r} is not supported, only {', '.join(METHODS)}")
+    if option not in (None, name):
+        raise ValueError(f"quantization={option!r} contradicts quant_method={name!r} of {path}")
+    return METHODS[name](facts)
+
+
+def schemes_of(model: nn.Module, method: Method | None) -> Callable[[str], Scheme | None]:
+    """A function from the name of a layer of the model, which may fuse several matrices, to its scheme; None: plain.
+
+    It raises ValueError where matrices of one layer are stored by different schemes.
+    """
+
+    def scheme_of(name: str) -> Scheme | None:
+        if method is None:
+            return None
+        *before, module = name.split(".")
+        sources = model.packed_modules_mapping.get(module, (module,))
+        schemes = {source: method.scheme_of(".".join([*before, source])) for source in sources}
+        first = next(iter(schemes.values()))
+        for source, scheme in schemes.items():
+            if scheme != first:
+                raise ValueError(f"{name} must be quantised as a whole: {source} is by {scheme}, others by {first}")
+        return first
+
+    return scheme_of

@@ -1,0 +1,161 @@
+"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it, and plain ones that are rounded when loaded.
+
+Qwen's and DeepSeek's (arXiv 2412.19437, section 3.3) have a scale for each block of 128 x 128 weights, others one for
+each row or for the whole matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.checkpoint.facts import JsonFacts
+from nanovllm.checkpoint.loader import DUMMY_STD, Shard
+from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.quantization.names import is_listed, names_of
+
+if TYPE_CHECKING:
+    from nanovllm.layers.linear import LinearBase
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max  # 448
+DUMMY_SCALE = 0.02 / DUMMY_STD
+
+
+@dataclass(frozen=True)
+class Fp8Blocks:
+    """A float32 scale, `weight_scale_inv`, for each block of weights."""
+
+    block: tuple[int, int]
+
+    def create(self, layer: LinearBase) -> None:
+        layer.add_parameter("weight", E4M3)
+        layer.add_parameter("weight_scale_inv", torch.float32, self.block).dummy = DUMMY_SCALE
+
+    def finish(self, layer: LinearBase) -> None:
+        scales, block = layer.weight_scale_inv.data, self.block
+        if any(part.size % block[0] for part in layer.rows[:-1]):  # later matrices begin within a block of rows
+            sizes = [part.size for part in layer.rows]
+            pieces = scales.split([-(-size // block[0]) for size in sizes])
+            spread = [piece.repeat_interleave(block[0], 0) for piece in pieces]
+            scales = torch.cat([piece[:size] for piece, size in zip(spread, sizes, strict=True)])
+            block = 1, block[1]
+        codes = layer.weight.data
+        del layer.weight, layer.weight_scale_inv
+        layer.weight = QuantizedWeight(codes, scales, block, rounds_input=True)
+
+
+@dataclass(frozen=True)
+class Fp8Scaled:
+    """A scale, `weight_scale`, for each row or for each whole matrix; perhaps an `input_scale` of all rows of x."""
+
+    is_per_row: bool
+    has_input_scale: bool = False
+    rounds_input: bool = True
+
+    def create(self, layer: LinearBase) -> None:
+        layer.add_parameter("weight", E4M3)
+        if self.is_per_row:
+            scales = layer.add_parameter("weight_scale", torch.float32, (1, layer.columns.full_size))
+        else:
+            scales = layer.add_scalars("weight_scale")
+        scales.dummy = DUMMY_SCALE
+        if self.has_input_scale:
+            layer.add_scalars("input_scale").dummy = DUMMY_SCALE
+
+    def finish(self, layer: LinearBase) -> None:
+        codes, scales = layer.weight.data, layer.weight_scale.data
+        if not self.is_per_row:
+            sizes = torch.tensor([part.size for part in layer.rows], device=scales.device)
+            scales = scales.repeat_interleave(sizes)[:, None]
+        input_scale = layer.input_scale.data.amax(0, keepdim=True) if self.has_input_scale else None
+        del layer.weight, layer.weight_scale
+        if self.has_input_scale:
+            del layer.input_scale
+        block = 1, layer.columns.size
+        layer.weight = QuantizedWeight(
+            codes, scales.contiguous(), block, rounds_input=self.rounds_input, input_scale=input_scale
+        )
+
+
+@dataclass(frozen=True)
+class RoundingShard(Shard):
+    """Rows of a plain matrix that are rounded to e4m3 when they are copied, with a scale for each, in `scales`."""
+
+    is_copied: ClassVar[bool] = False
+
+    scales: Tensor | None = None
+
+    def copy(self, source: Any, parameter: nn.Parameter) -> None:
+        """Of columns, too, the scales are those of whole rows, so that results do not depend on the number of ranks."""
+        codes, scales = parameter.data, self.scales
+        if self.expert is not None:
+            codes, scales = codes[self.expert], scales[self.expert]
+        own = slice(self.start, self.start + self.size)
+        if self.dim == 0:
+            numbers = source[own]
+            codes, scales = codes[self.offset : self.offset + self.size], scales[self.offset : self.offset + self.size]
+        else:
+            numbers = source[:]
+        whole_codes, whole_scales = round_rows(numbers.to(codes.device))
+        codes.copy_(whole_codes if self.dim == 0 else whole_codes[:, own])
+        scales.copy_(whole_scales)
+
+
+def round_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row [..., K] to e4m3: the codes, and float32 [..., 1], the scales that make the largest 448."""
+    largest = numbers.abs().amax(-1, keepdim=True).float()
+    scales = torch.where(largest > 0, largest / LARGEST, 1.0)
+    return (numbers / scales).to(E4M3), scales
+
+
+@dataclass(frozen=True)
+class RoundedFp8:
+    """A plain matrix, each row of it rounded while it is loaded, so that no more than a tensor is there in 16 bits."""
+
+    def create(self, layer: LinearBase) -> None:
+        parameter = layer.add_parameter("weight", E4M3)
+        layer.scales = torch.full((len(parameter), 1), DUMMY_SCALE, device=parameter.device)
+        parameter.shards = [RoundingShard(**vars(shard), scales=layer.scales) for shard in parameter.shards]
+
+    def finish(self, layer: LinearBase) -> None:
+        codes, scales = layer.weight.data, layer.scales
+        del layer.weight, layer.scales
+        layer.weight = QuantizedWeight(codes, scales, (1, layer.columns.size), rounds_input=True)
+
+
+class OnlineFp8:
+    """`quantization="fp8"` of a plain checkpoint: all layers but the head, with a scale for each row."""
+
+    def __init__(self, facts: JsonFacts) -> None:
+        """There is nothing to read."""
+
+    def scheme_of(self, name: str) -> RoundedFp8:
+        return RoundedFp8()
+
+
+class Fp8:
+    """quant_method "fp8"."""
+
+    def __init__(self, facts: JsonFacts) -> None:
+        raw = facts.raw
+        block, activations = raw.get("weight_block_size"), raw.get("activation_scheme", "dynamic")
+        if activations not in ("dynamic", "static"):
+            raise facts.error(f"activation_scheme={activations!r} is not supported, only 'dynamic' or 'static'")
+        if raw.get("fmt", "e4m3") != "e4m3":
+            raise facts.error(f"fmt={raw['fmt']!r} is not supported, only 'e4m3'")
+        if block is None:
+            self.scheme = Fp8Scaled(is_per_row=False, has_input_scale=activations == "static")
+        elif block != [128, 128]:
+            raise facts.error(f"weight_block_size={block!r} is not supported, only [128, 128]")
+        elif activations == "static":
+            raise facts.error("activation_scheme='static' is not supported with weight_block_size")
+        else:
+            self.scheme = Fp8Blocks((128, 128))
+        self.ignored = names_of(facts, "modules_to_not_convert") + names_of(facts, "ignored_layers")
+
+    def scheme_of(self, name: str) -> Fp8Blocks | Fp8Scaled | None:
+        return None if is_listed(name, self.ignored) else self.scheme
