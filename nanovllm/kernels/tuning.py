@@ -82,6 +82,13 @@ def quantized_tile(rows: int, num_features: int, size: int, scale_columns: int, 
     return QuantizedTile(16 if rows == 1 else 32, block_k, parts, min(4, parts))
 
 
+def row_tile(num_features: int, size: int, scale_columns: int, bits: int) -> QuantizedTile:
+    """The same for one row."""
+    block_k = scale_block(size, scale_columns)
+    parts = min(8, triton.next_power_of_2(-(-size // block_k)))
+    return QuantizedTile(8, block_k, parts, min(4, parts))
+
+
 class ProductsTile(NamedTuple):
     """Rows, features and columns of K that a program multiplies at once; tiles on their way, and warps."""
 
