@@ -18,6 +18,7 @@ def attend_pages(
     first_key,
     last_key,
     scale,
+    v_scale,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -36,6 +37,9 @@ def attend_pages(
     a row sees the keys up to its last_key, with a WINDOW (0: none) from its first_key on; both are [BLOCK_M, 1], or
     one for all rows. What stands before `oldest` no row sees, nor is it read: its page may be another sequence's.
 
+    The caches have q's dtype, and v_scale is None, or they are FP8: then `scale` includes that of the keys, and v_scale
+    is that of the values.
+
     Returns o, float32 like q, and the log-sum-exp in base 2, float32 [BLOCK_M], -inf for a row that saw no key.
     """
     ROW: tl.constexpr = KV_HEADS * DIM
@@ -44,6 +48,12 @@ def attend_pages(
     acc = tl.zeros(q.shape, tl.float32)
     high = tl.full((q.shape[0],), float("-inf"), tl.float32)
     total = tl.zeros((q.shape[0],), tl.float32)
+    if v_scale is not None and q.dtype == tl.bfloat16:
+        # One instruction makes two float16 of FP8, and bfloat16 would take four. All of FP8 is exact in both, weights
+        # are at most 1, and queries are made so.
+        largest = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0).to(tl.float32), 1e-30)
+        q = (q.to(tl.float32) / largest).to(tl.float16)
+        scale *= largest
     if SOFT_CAP > 0:  # tanh(score * scale / cap) takes the place of a score, the cap that of `scale`
         twice_tanh_scale = 2.0 * scale / SOFT_CAP
         scale = SOFT_CAP
@@ -62,6 +72,9 @@ def attend_pages(
                 mask &= (positions >= oldest)[:, None]
             k = tl.load(k_ptr + page + offs, mask=mask, other=0.0)
             v = tl.load(v_ptr + page + offs, mask=mask, other=0.0)
+            if v_scale is not None:
+                k = k.to(q.dtype)
+                v = v.to(q.dtype)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if SOFT_CAP > 0:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right even where exp is infinite or 0
                 scores = 1.0 - 2.0 / (tl.exp(scores * twice_tanh_scale) + 1.0)
@@ -80,4 +93,6 @@ def attend_pages(
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
             total = total * alpha + tl.sum(p, 1)
             high = new_high
+    if v_scale is not None:
+        acc *= v_scale
     return acc / tl.where(total == 0.0, 1.0, total)[:, None], high + tl.log2(total)

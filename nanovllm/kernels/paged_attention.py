@@ -16,6 +16,7 @@ from torch import Tensor
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.attend_pages import attend_pages
 from nanovllm.kernels.decode_shares import find_work, merge_parts, owner_of, tiles_of
+from nanovllm.kernels.store_kvcache import FP8
 from nanovllm.kernels.tuning import ATTENTION_WARPS, attention_tiles, decode_programs, gpu_of, prefill_rows
 
 LOG2_E = 1.4426950408889634
@@ -48,6 +49,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: floa
     return (scores.softmax(-1) @ v).to(q.dtype)
 
 
+def dequantised(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What pages of a cache hold: x itself, or FP8 times its scale, in `dtype`."""
+    return (x.float() * scale).to(dtype) if x.dtype == FP8 else x
+
+
 def paged_attention_torch(
     q: Tensor,
     k_cache: Tensor,
@@ -58,6 +64,8 @@ def paged_attention_torch(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Attention by gathering each sequence's pages and masking what its queries do not see.
 
@@ -66,7 +74,7 @@ def paged_attention_torch(
 
     Args:
         q: [N, Hq, D], the queries of S sequences one after another.
-        k_cache: [num_blocks, block_size, Hkv, D].
+        k_cache: [num_blocks, block_size, Hkv, D], in q's dtype or FP8 (float8_e4m3fn).
         v_cache: the same.
         block_tables: int32 [S, max_blocks], arbitrary past a sequence's context; before its first query's window any
             blocks, whatever they hold.
@@ -75,6 +83,8 @@ def paged_attention_torch(
         scale: of q k^T, before the softmax.
         window: the keys that a query sees at most, its own included (Mistral 7B, arXiv 2310.06825).
         soft_cap: see `softmax_attention`.
+        k_scale: a key is what the cache has of it times this, if that is FP8; else it has no meaning.
+        v_scale: the same of values.
 
     Returns:
         [N, Hq, D], in q's dtype.
@@ -90,7 +100,10 @@ def paged_attention_torch(
         first_page = oldest // block_size
         blocks = table[first_page : -(-context // block_size)]
         is_read = slice(oldest - first_page * block_size, context - first_page * block_size)
-        k, v = (cache[blocks].flatten(0, 1)[is_read].transpose(0, 1) for cache in (k_cache, v_cache))
+        k, v = (
+            dequantised(cache[blocks], factor, q.dtype).flatten(0, 1)[is_read].transpose(0, 1)
+            for cache, factor in ((k_cache, k_scale), (v_cache, v_scale))
+        )
         queries = torch.arange(past, context, device=q.device)[:, None]
         keys = torch.arange(oldest, context, device=q.device)
         seen = keys <= queries
@@ -114,6 +127,7 @@ def _decode_kernel(
     table_stride,
     lens_ptr,
     scale,
+    v_scale,
     batch,
     num_big,
     WINDOW: tl.constexpr,
@@ -162,6 +176,7 @@ def _decode_kernel(
             first_key=oldest,
             last_key=end - 1,
             scale=scale,
+            v_scale=v_scale,
             WINDOW=WINDOW,
             SOFT_CAP=SOFT_CAP,
             KV_HEADS=KV_HEADS,
@@ -198,6 +213,7 @@ def _prefill_kernel(
     table_stride,
     lens_ptr,
     scale,
+    v_scale,
     starts_ptr,
     num_seqs,
     WINDOW: tl.constexpr,
@@ -256,6 +272,7 @@ def _prefill_kernel(
         first_key=past + tokens + 1 - WINDOW,
         last_key=past + tokens,
         scale=scale,
+        v_scale=v_scale,
         WINDOW=WINDOW,
         SOFT_CAP=SOFT_CAP,
         KV_HEADS=KV_HEADS,
@@ -293,6 +310,13 @@ def _compiled_for(
     }
 
 
+def _kernel_scales(k_cache: Tensor, scale: float, k_scale: float, v_scale: float) -> tuple[float, float | None]:
+    """The scale of scores, in base 2, and that of values, None if the cache is not FP8."""
+    if k_cache.dtype != FP8:
+        return scale * LOG2_E, None
+    return scale * LOG2_E * k_scale, v_scale
+
+
 def paged_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -303,6 +327,8 @@ def paged_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
@@ -320,7 +346,9 @@ def paged_decode(
     """
     if not use_triton(q):
         starts = torch.arange(len(q) + 1)
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, soft_cap)
+        return paged_attention_torch(
+            q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, soft_cap, k_scale, v_scale
+        )
     o = torch.empty_like(q)
     batch_size, num_heads, dim = q.shape
     num_kv_heads = k_cache.size(2)
@@ -341,7 +369,7 @@ def paged_decode(
         block_tables,
         block_tables.stride(0),
         context_lens,
-        scale * LOG2_E,
+        *_kernel_scales(k_cache, scale, k_scale, v_scale),
         batch_size,
         num_big,
         ROWS_PAD=max(256, triton.next_power_of_2(batch_size)),
@@ -361,6 +389,8 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
@@ -369,7 +399,7 @@ def paged_prefill(
     """
     if not use_triton(q):
         return paged_attention_torch(
-            q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap
+            q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap, k_scale, v_scale
         )
     o = torch.empty_like(q)
     num_tokens, num_heads, _dim = q.shape
@@ -384,7 +414,7 @@ def paged_prefill(
         block_tables,
         block_tables.stride(0),
         context_lens,
-        scale * LOG2_E,
+        *_kernel_scales(k_cache, scale, k_scale, v_scale),
         cu_seqlens_q,
         num_seqs,
         BLOCK_M=block_m,
