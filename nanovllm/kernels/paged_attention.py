@@ -17,7 +17,14 @@ from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.attend_pages import attend_pages
 from nanovllm.kernels.decode_shares import find_work, merge_parts, owner_of, tiles_of
 from nanovllm.kernels.store_kvcache import FP8
-from nanovllm.kernels.tuning import ATTENTION_WARPS, attention_tiles, decode_programs, gpu_of, prefill_rows
+from nanovllm.kernels.tuning import (
+    ATTENTION_WARPS,
+    FP8_DECODE_REGISTERS,
+    attention_tiles,
+    decode_programs,
+    gpu_of,
+    prefill_rows,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -293,11 +300,13 @@ def _compiled_for(
     window: int | None,
     soft_cap: float | None,
     is_wide: bool = False,
+    is_fp8: bool = False,
 ) -> dict[str, int | float]:
     """The arguments that both kernels are compiled for: what the layer is, and tiles that suit the GPU."""
     _, block_size, num_kv_heads, dim = cache_shape
-    tiles = attention_tiles(dim, block_size, dtype, gpu_of(device), is_wide)
-    return {
+    tiles = attention_tiles(dim, block_size, dtype, gpu_of(device), is_wide, is_fp8)
+    limits = {"maxnreg": FP8_DECODE_REGISTERS} if is_fp8 and is_wide and dtype != torch.float32 else {}
+    return limits | {
         "WINDOW": window or 0,
         "SOFT_CAP": (soft_cap or 0.0) * LOG2_E,
         "KV_HEADS": num_kv_heads,
@@ -373,7 +382,9 @@ def paged_decode(
         batch_size,
         num_big,
         ROWS_PAD=max(256, triton.next_power_of_2(batch_size)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_wide=num_small > 0),
+        **_compiled_for(
+            num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, num_small > 0, k_cache.dtype == FP8
+        ),
         **pdl_options(q.device),
     )
     return o
@@ -419,6 +430,6 @@ def paged_prefill(
         num_seqs,
         BLOCK_M=block_m,
         SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap),
+        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=k_cache.dtype == FP8),
     )
     return o

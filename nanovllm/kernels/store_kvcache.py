@@ -122,9 +122,7 @@ def _rope_store_kernel(
     v_mask = v_offs < KV_HEADS * DIM
     v = tl.load(k + KV_HEADS * DIM + v_offs, mask=v_mask)
     q_out = q_ptr + row * (Q_HEADS * DIM)
-    _norm_rope_store(
-        q_a, q_b, q_offs, q_apart, q_mask, q_norm_ptr, eps, cos, sin, q_out, None, DIM, ROTARY_DIM, MAX
-    )
+    _norm_rope_store(q_a, q_b, q_offs, q_apart, q_mask, q_norm_ptr, eps, cos, sin, q_out, None, DIM, ROTARY_DIM, MAX)
     if slot >= 0:
         before = slot * (KV_HEADS * DIM)
         k_out = k_cache_ptr + before

@@ -21,8 +21,8 @@ class Attention(nn.Module):
 
     `scale` is of q k^T; a `window` and a `soft_cap` are as `paged_attention_torch` defines them.
     `k_cache` and `v_cache` [num_blocks, block_size, num_kv_heads, head_dim] and `semaphores`, the zeros that
-    paged_decode counts in, are set by whoever owns the cache's memory. `k_scale` and `v_scale`, of a cache in FP8, are a
-    checkpoint's, or 1.
+    paged_decode counts in, are set by whoever owns the cache's memory. `k_scale` and `v_scale`, of a cache in FP8, are
+    a checkpoint's, or 1.
     """
 
     def __init__(
