@@ -305,7 +305,7 @@ def _compiled_for(
     """The arguments that both kernels are compiled for: what the layer is, and tiles that suit the GPU."""
     _, block_size, num_kv_heads, dim = cache_shape
     tiles = attention_tiles(dim, block_size, dtype, gpu_of(device), is_wide, is_fp8)
-    limits = {"maxnreg": FP8_DECODE_REGISTERS} if is_fp8 and is_wide and dtype != torch.float32 else {}
+    limits = {"maxnreg": FP8_DECODE_REGISTERS} if is_fp8 and is_wide else {}
     return limits | {
         "WINDOW": window or 0,
         "SOFT_CAP": (soft_cap or 0.0) * LOG2_E,

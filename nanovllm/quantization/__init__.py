@@ -1,0 +1,1 @@
+"""What is stored in fewer bits than it is computed with."""
