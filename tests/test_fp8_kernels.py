@@ -1,4 +1,4 @@
-"""Kernels of a KV cache in FP8: what is stored, and what attention reads. tests/test_kernels.py says how they are tested.
+"""Kernels of an FP8 KV cache: what is stored, what attention reads. tests/test_kernels.py says how they are tested.
 
 The interpreter rounds to FP8 wrongly and has no NaN in it: there, what is stored are numbers that FP8 holds.
 """
@@ -108,11 +108,11 @@ def test_the_torch_function_saturates():
 
 SCORES = [(None, None), (1, None), (37, 0.5), (130, None), (None, 0.5)]  # window, soft cap
 SHAPES = [(2, 1, 80, 16), (7, 1, 16, 64), (4, 2, 128, 256), (3, 1, 256, 64)]  # heads, KV heads, dim, block size
+QUERY_DTYPES = DTYPES
 if INTERPRETED:  # which is slow
     SCORES, SHAPES, QUERY_DTYPES = [(None, None), (37, 0.5)], SHAPES[:2], [torch.float32, torch.bfloat16]
 Q_LENS, CONTEXTS = [20, 33, 1, 0, 1, 9], [20, 100, 1, 9, 130, 80]
 DECODES = [1, 0, 15, 17, 65, 130, 0]
-QUERY_DTYPES = DTYPES
 K_SCALE, V_SCALE = 0.6, 3.0
 
 

@@ -54,9 +54,10 @@ def _load_turns(row_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
 @triton.jit
 def _quantised(x, inverse_scale, MAX: tl.constexpr):
     """What of x goes into a cache: x itself if there is no scale; NaN stays NaN."""
-    if inverse_scale is None:
-        return x
-    return tl.clamp(x.to(tl.float32) * inverse_scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    if inverse_scale is not None:
+        x = tl.clamp(x.to(tl.float32) * inverse_scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = x.to(tl.float8e4nv)
+    return x
 
 
 @triton.jit
