@@ -83,10 +83,13 @@ def attend_pages(
         pairs = tl.arange(0, q.shape[1] // 2)[None, :]
     high = tl.full((q.shape[0],), float("-inf"), tl.float32)
     total = tl.zeros((q.shape[0],), tl.float32)
-    if v_scale is not None and q.dtype == tl.bfloat16:  # any query fits into float16 when it is at most 1
+    if v_scale is not None and q.dtype == tl.bfloat16:
+        # Divided by the power of two that its largest number has, any query is exact in float16, but for numbers 2^-14
+        # of that and smaller, which are as good as nothing beside it.
         largest = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0).to(tl.float32), 1e-30)
-        q = (q.to(tl.float32) / largest).to(tl.float16)
-        scale *= largest
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        q = (q.to(tl.float32) / power).to(tl.float16)
+        scale *= power
     if SOFT_CAP > 0:  # tanh(score * scale / cap) takes the place of a score, the cap that of `scale`
         twice_tanh_scale = 2.0 * scale / SOFT_CAP
         scale = SOFT_CAP
