@@ -11,7 +11,8 @@ from interpreter import DEVICE, kernel_test, plain_test, run_in_interpreter
 from kernel_data import DTYPES, assert_rows_close, ints, paged_inputs, randn
 
 from nanovllm.kernels import HAS_TRITON, INTERPRETED
-from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch
 from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcache_torch
 
 E4M3 = torch.float8_e4m3fn

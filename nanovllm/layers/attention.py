@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill, softmax_attention
+from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch, softmax_attention
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
