@@ -3,8 +3,9 @@
 
 This step's keys and values are in the cache already, so attention reads one place only: a layer's K and V, each
 [num_blocks, block_size, Hkv, D], through block tables that list the blocks of every sequence.
-`paged_attention_torch`, in the file of that name, is the definition and the CPU path; `paged_prefill` (any number of queries a sequence) and
-`paged_decode` (exactly one) are its fast forms. Pages hold a power of two of tokens, 16 or more; D is at most 256.
+`paged_attention_torch`, in the file of its name, is the definition and the CPU path; `paged_prefill` (any number of
+queries a sequence) and `paged_decode` (exactly one) are its fast forms. Pages hold a power of two of tokens, 16 or
+more; D is at most 256.
 """
 
 import functools
