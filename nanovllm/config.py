@@ -19,6 +19,8 @@ from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
 DTYPES = ("float32", "bfloat16", "float16")
+KvCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
+FP8 = "fp8_e4m3"
 OTHER_DTYPES = {"half": "float16", "float": "float32"}
 MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
 LIMITS = {  # lowest, highest
@@ -61,6 +63,9 @@ class Config:
         enforce_eager: run decode steps without CUDA graphs.
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
+        kv_cache_dtype: "auto" (that of the computation, which may be named too) or "fp8", which is "fp8_e4m3": half
+            the bytes, on GPUs of compute capability 8.9 and later, with attention_backend "triton". Resolved: one of
+            DTYPES or FP8.
         dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of Dtype's or
             torch's. Resolved: one of DTYPES.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
@@ -97,6 +102,7 @@ class Config:
     enforce_eager: bool | None = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
+    kv_cache_dtype: KvCacheDtype | None = "auto"
     dtype: Dtype | torch.dtype = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto"
@@ -142,6 +148,7 @@ class Config:
             if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
                 self.dtype = "float32"
         self._resolve_backends()
+        self._resolve_kv_cache_dtype()
 
     @property
     def generation_folder(self) -> str:
@@ -152,6 +159,11 @@ class Config:
     def torch_dtype(self) -> torch.dtype:
         """The resolved `dtype` as torch knows it."""
         return getattr(torch, self.dtype)
+
+    @property
+    def torch_kv_cache_dtype(self) -> torch.dtype:
+        """The resolved `kv_cache_dtype` as torch knows it."""
+        return torch.float8_e4m3fn if self.kv_cache_dtype == FP8 else getattr(torch, self.kv_cache_dtype)
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -212,6 +224,20 @@ class Config:
         }
         self.attention_reason = self._resolve_backend("attention_backend", obstacles)
         self._resolve_backend("sampler_backend", {})
+
+    def _resolve_kv_cache_dtype(self) -> None:
+        option = f"kv_cache_dtype={self.kv_cache_dtype!r}"
+        if self.kv_cache_dtype in ("fp8", FP8):
+            self.kv_cache_dtype = FP8
+            if self.attention_backend != "triton":
+                raise ValueError(
+                    f"{option} needs attention_backend='triton', it is {self.attention_backend!r}: "
+                    f"{self.attention_reason}"
+                )
+        elif self.kv_cache_dtype not in ("auto", self.dtype):
+            raise ValueError(f"{option} must be 'auto', 'fp8' or the dtype of the computation, {self.dtype!r}")
+        else:
+            self.kv_cache_dtype = self.dtype
 
     def _resolve_backend(self, option: str, own_obstacles: dict[str, bool]) -> str:
         """Resolves "auto" to Triton or, if there is an obstacle, to torch; returns the reason.

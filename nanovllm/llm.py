@@ -18,7 +18,7 @@ from nanovllm.chat.prompts import is_conversation, render_conversations
 from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
 from nanovllm.compat.refused_arguments import refuse
 from nanovllm.compat.refused_methods import refused_method
-from nanovllm.config import Dtype
+from nanovllm.config import Dtype, KvCacheDtype
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
@@ -56,6 +56,7 @@ class LLM(LLMEngine):
         enforce_eager: bool | None = False,
         kvcache_block_size: int = 256,
         num_kvcache_blocks: int = -1,
+        kv_cache_dtype: KvCacheDtype | None = "auto",
         dtype: Dtype | torch.dtype = "auto",
         device: Literal["auto", "cuda", "cpu"] = "auto",
         attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto",

@@ -77,7 +77,8 @@ ASK_FOR_NOTHING = {
     "enable_lora": False,
     "max_lora_rank": 16,
     "limit_mm_per_prompt": {},
-    "kv_cache_dtype": "auto",
+    "kv_cache_dtype_skip_layers": [],
+    "calculate_kv_scales": False,
     "speculative_config": None,
     "distributed_executor_backend": "mp",
     "enable_expert_parallel": False,
@@ -106,7 +107,7 @@ ASK_FOR_SOMETHING = [
     ("data_parallel_size", 2, "replica"),
     ("enable_lora", True, "LoRA"),
     ("limit_mm_per_prompt", {"image": 1}, "images"),
-    ("kv_cache_dtype", "fp8", "dtype of the model"),
+    ("calculate_kv_scales", True, "scales of the checkpoint"),
     ("speculative_config", {"method": "ngram"}, "speculative"),
     ("distributed_executor_backend", "ray", "one host"),
     ("enable_expert_parallel", True, "experts"),
@@ -192,7 +193,7 @@ def test_unknown_options(config, name, suggestion):
 
 def test_none_is_the_default(config):
     names = ("max_num_batched_tokens", "max_num_seqs", "enforce_eager", "enable_prefix_caching", "async_scheduling")
-    assert config(**dict.fromkeys((*names, "seed", "attention_backend"))) == config()
+    assert config(**dict.fromkeys((*names, "seed", "attention_backend", "kv_cache_dtype"))) == config()
     assert (config(seed=None).seed, config(enable_prefix_caching=None).enable_prefix_caching) == (0, True)
     with pytest.raises(TypeError, match=r"tensor_parallel_size.*None"):
         config(tensor_parallel_size=None)

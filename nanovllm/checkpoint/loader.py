@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm.checkpoint.files import read_json
+from nanovllm.quantization.kv_scales import SCALES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -87,7 +88,9 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
     head, embedding = (original_name(model, name, found) for name in (HEAD, EMBEDDING))
     is_tied_copy = head in found and head not in targets
     passed_over = [head] if is_tied_copy else []
-    passed_over += [name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS)]
+    passed_over += [
+        name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS + SCALES)
+    ]
     unexpected = found.keys() - targets.keys() - set(passed_over)
     for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
         if names:

@@ -46,8 +46,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "quantization_param_path": NONE,
     },
     "attention computes in the dtype of the model": {"override_attention_dtype": NONE},
-    "the KV cache has the dtype of the model": {
-        "kv_cache_dtype": (None, "auto"),
+    "the KV cache has one dtype, kv_cache_dtype, and in FP8 the scales of the checkpoint": {
         "kv_cache_dtype_skip_layers": EMPTY,
         "calculate_kv_scales": OFF,
     },
