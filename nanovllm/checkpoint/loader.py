@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm.checkpoint.files import read_json
-from nanovllm.checkpoint.gguf.header import is_gguf
+from nanovllm.checkpoint.gguf.files import is_gguf
 from nanovllm.checkpoint.gguf.names import find_gguf_tensors
 
 SINGLE_FILE = "model.safetensors"
@@ -191,7 +191,9 @@ def find_tensors(folder: str) -> dict[str, Any]:
                 )
             found[name], origins[name] = tensor, file
     if not origins:
-        raise ValueError(f"model={folder!r} has no safetensors files, nor one GGUF file; other weight formats are not read")
+        raise ValueError(
+            f"model={folder!r} has no safetensors files, nor one GGUF file; other weight formats are not read"
+        )
     return found
 
 

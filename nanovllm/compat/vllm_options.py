@@ -36,7 +36,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
     },
     "models are run by this package's own layers": {"model_impl": (None, "auto", "vllm")},
     "config.json is read in Hugging Face's form, the model's or that of hf_config_path; hf_overrides changes keys": {
-        "config_format": (None, "auto", "hf"),
+        "config_format": (None, "auto", "hf")
     },
     "pass it by hf_overrides, as a key of config.json": {"rope_scaling": EMPTY, "rope_theta": NONE},
     "quantised weights are not read, and none are quantised": {

@@ -14,8 +14,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanovllm.checkpoint.files import read_json
-from nanovllm.checkpoint.gguf.header import is_gguf, read_header
-from nanovllm.checkpoint.gguf.tensors import gguf_package
+from nanovllm.checkpoint.gguf.files import gguf_package, is_gguf
+from nanovllm.checkpoint.gguf.header import read_header
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")

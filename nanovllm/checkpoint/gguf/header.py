@@ -5,15 +5,14 @@ each string: of a vocabulary of 49,000 tokens in 1.9 s, of which a start would t
 """
 
 import os
-import re
 import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-SUFFIX = ".gguf"
-PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+from nanovllm.checkpoint.gguf.files import parts_of
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -54,54 +53,19 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def is_gguf(path: str) -> bool:
-    """Whether a model's path is a GGUF file rather than a folder."""
-    return path.endswith(SUFFIX) and not os.path.isdir(path)
-
-
-def find_gguf(model: str, load_format: str) -> str | None:
-    """The GGUF file of a model's path, the first part of a split one; None: it is a folder with other weights.
-
-    A folder's file counts if there are no safetensors, or load_format="gguf" says so.
-
-    Raises:
-        ValueError: load_format contradicts what is there; or a folder has several files.
-    """
-    if is_gguf(model):
-        if load_format == "safetensors":
-            raise ValueError(f"load_format='safetensors' does not read model={model!r}")
-        return model
-    files = sorted(os.listdir(model)) if load_format in ("auto", "gguf") else []
-    found = [file for file in files if file.endswith(SUFFIX) and not file.startswith(".")]
-    if load_format == "auto" and any(file.endswith(".safetensors") for file in files):
-        return None
-    found = [file for file in found if (part := PART_NAME.fullmatch(file)) is None or int(part[2]) == 1]
-    if len(found) > 1:
-        raise ValueError(f"model={model!r} has several GGUF files, name one of {', '.join(found)}")
-    if not found and load_format == "gguf":
-        raise ValueError(f"load_format='gguf', but model={model!r} has no GGUF file")
-    return os.path.join(model, found[0]) if found else None
-
-
 def read_header(path: str) -> Header:
     """The header of a file; of one that is split, named by any part, that of all its parts.
 
     Raises:
         ValueError: naming the file: no GGUF, of another version, truncated or damaged, or a part is missing.
     """
-    part = PART_NAME.fullmatch(path)
-    if part is None:
-        return _HeaderReader(path).read()
-    paths = [f"{part[1]}-{number:05}-of-{part[3]}{SUFFIX}" for number in range(1, int(part[3]) + 1)]
-    if missing := [file for file in paths if not os.path.isfile(file)]:
-        raise ValueError(f"{path} is one of {len(paths)} parts, of which {missing[0]} is missing")
-    headers = [_HeaderReader(file).read() for file in paths]
+    headers = [_HeaderReader(file).read() for file in parts_of(path)]
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
         if twice := tensors.keys() & header.tensors.keys():
             raise ValueError(f"{header.path} has the tensor {min(twice)!r}, which an earlier part has too")
         tensors |= header.tensors
-    return Header(paths[0], headers[0].metadata, tensors)
+    return Header(headers[0].path, headers[0].metadata, tensors)
 
 
 class _HeaderReader:

@@ -6,8 +6,9 @@ import numpy as np
 
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.gguf.architectures import ARCHITECTURES, architecture_of
+from nanovllm.checkpoint.gguf.files import gguf_package
 from nanovllm.checkpoint.gguf.header import read_header
-from nanovllm.checkpoint.gguf.tensors import GGUFTensor, gguf_package, packed_rows
+from nanovllm.checkpoint.gguf.tensors import GGUFTensor, packed_rows
 
 # What models may have. The package gguf knows what files of an architecture call it.
 MODULES = ("model.embed_tokens", "model.norm", "lm_head")

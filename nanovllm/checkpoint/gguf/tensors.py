@@ -1,13 +1,12 @@
 """Tensors of GGUF files, dequantised where they are sliced. Knows nothing of models."""
 
 import functools
-import importlib
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.gguf.files import gguf_package
 from nanovllm.checkpoint.gguf.header import Header
 
 PACKED_BYTES = 2**22  # dequantised at a time, which bounds what numpy takes beside the result
@@ -63,22 +62,10 @@ class GGUFTensor:
         block_size, block_bytes = block_of(self.kind)
         values = torch.empty(len(rows), rows.shape[1] // block_bytes * block_size)
         step = max(1, PACKED_BYTES // max(1, rows.shape[1]))
-        for start in range(0, len(rows), step):
+        for start in range(0, len(rows) if values.numel() else 0, step):  # the package refuses no elements
             packed = np.ascontiguousarray(rows[start : start + step])
             values.numpy()[start : start + step] = gguf.dequantize(packed, kind)
         return values.sub_(self.added) if self.added else values
-
-
-def gguf_package() -> ModuleType:
-    """The package gguf, which is not imported before a file needs it.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise ValueError('GGUF files need the package gguf: pip install "nano-vllm[gguf]"') from error
 
 
 @functools.cache
