@@ -43,12 +43,12 @@ class Config:
             the file.
         tokenizer: a folder or hub name of another tokenizer than the model's. Resolved: its folder, or the GGUF file
             that has it, or None if skip_tokenizer_init.
-        hf_config_path: a folder or hub name whose config.json and generation_config.json count in place of the
-            model's, such as the one that a GGUF file was made of. Resolved: its folder, or None: the model's.
         revision: the branch, tag or commit of a model of the hub; a folder is the one that it is.
         tokenizer_revision: the same of the tokenizer; without `tokenizer`, None is the model's.
         download_dir: where the hub's files are kept, None: where Hugging Face keeps them.
         hf_token: for the hub; True: the one that was stored by logging in.
+        hf_config_path: a folder or hub name whose config.json and generation_config.json count in place of the
+            model's, such as the one that a GGUF file was made of. Resolved: its folder, or None: the model's.
         hf_overrides: keys of config.json with other values.
         skip_tokenizer_init: have no tokenizer; prompts must be token ids, and results have no text.
         generation_config: whose generation_config.json says what requests without parameters ask for and, with
@@ -82,11 +82,11 @@ class Config:
 
     model: str | os.PathLike[str]
     tokenizer: str | os.PathLike[str] | None = None
-    hf_config_path: str | os.PathLike[str] | None = None
     revision: str | None = None
     tokenizer_revision: str | None = None
     download_dir: str | os.PathLike[str] | None = None
     hf_token: str | bool | None = field(default=None, repr=False)
+    hf_config_path: str | os.PathLike[str] | None = None
     hf_overrides: dict[str, Any] | None = None
     skip_tokenizer_init: bool = False
     generation_config: str | os.PathLike[str] | None = "auto"

@@ -67,8 +67,9 @@ class LLM(LLMEngine):
         seed: int | None = 0,
         **unknown: Any,
     ) -> None:
-        """Starts an engine for a Hugging Face folder or hub name, or a GGUF file; `nanovllm.config.Config` says what the
-        options are.
+        """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.
+
+        `nanovllm.config.Config` says what the options are.
 
         Options of vLLM that have another name there, or that ask for nothing else than what is here, may be given too.
 

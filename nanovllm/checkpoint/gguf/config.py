@@ -42,22 +42,36 @@ MULTIPLIERS = {
     "logits_scaling": "logit_scale",
     "residual_multiplier": "residual_scale",
 }
-# What the models here do not do. 0 and 1 say nothing.
-REFUSED = (
-    "attention.clamp_kqv",
-    "attention.max_alibi_bias",
-    "attention.output_scale",
-    "attention.shared_kv_layers",
-    "attention.temperature_length",
-    "attention.temperature_scale",
-    "expert_gating_func",
-    "expert_group_count",
-    "expert_weights_scale",
-    "rope.scaling.alpha",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_log_multiplier",
-)
+# What the models here do not do, and the values that say nothing.
+REFUSED = {
+    "activation_sparsity_scale": (),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.shared_kv_layers": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0,),
+    "embedding_length_per_layer_input": (0,),
+    "expert_chunk_feed_forward_length": (0,),
+    "expert_gating_func": (0, 1),  # 1: softmax
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "interleave_moe_layer_step": (0, 1),
+    "leading_dense_block_count": (0,),
+    "moe_every_n_layers": (0, 1),
+    "moe_latent_size": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.dimension_sections": (),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "router_logit_softcapping": (0,),
+    "swiglu_clamp_exp": (),
+    "swiglu_clamp_shexp": (),
+    "use_parallel_residual": (False,),
+}
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, of a turn, of a message
 # Numbers of layers of the models of 27B, whose scores are scaled by hidden_size / num_attention_heads.
 LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
@@ -73,30 +87,14 @@ def read_gguf_config(path: str) -> dict[str, Any]:
     """
     header = read_header(path)
     name, architecture = architecture_of(header)
-    found = {
-        key.removeprefix(f"{name}."): shortest(value)
-        for key, value in header.metadata.items()
-        if key.startswith(f"{name}.")
-    }
-    for key in (*REFUSED, *(MULTIPLIERS.values() if name not in ("granite", *LAYERS_OF_27B) else ())):
-        if found.get(key, 0) not in (0, 1, []):
-            raise ValueError(f"{name}.{key}={found[key]!r} is not supported ({path})")
-    for key in REQUIRED.values():
-        if key not in found:
-            raise ValueError(f"{path} has no '{name}.{key}'; hf_config_path may name a folder with a config.json")
+    found = _read_metadata(header, name)
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight'")
     keys = REQUIRED | OPTIONAL | (MULTIPLIERS if name == "granite" else {})
     config = {key: found[theirs] for key, theirs in keys.items() if found.get(theirs) not in (None, 0)}
-    facts = JsonFacts(path, config)
-    quotient = facts.size("hidden_size") // facts.size("num_attention_heads")
-    head_dim = found.get("attention.key_length", quotient)
-    if (value_dim := found.get("attention.value_length", head_dim)) != head_dim:
-        raise ValueError(f"{name}.attention.value_length={value_dim} must be the key_length={head_dim} ({path})")
     config |= {
-        "architectures": [architecture.hf_name],
+        "architectures": [_class_name(name, config) or architecture.hf_name],
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
-        "head_dim": head_dim,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "qkv_bias": "blk.0.attn_q.bias" in header.tensors,
@@ -106,24 +104,64 @@ def read_gguf_config(path: str) -> dict[str, Any]:
             header.metadata[f"tokenizer.ggml.{key}"] for key in END_KEYS if f"tokenizer.ggml.{key}" in header.metadata
         ],
     }
-    if name == "llama" and "num_experts" in config:
-        config["architectures"] = ["MixtralForCausalLM"]
-    elif name == "llama" and "sliding_window" in config:
-        config["architectures"] = ["MistralForCausalLM"]
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("sliding_window", None)
     config.setdefault("norm_topk_prob", NORMALISES_EXPERTS.get(name, False))
-    if name in LAYERS_OF_27B:
-        scale_dim = quotient if config["num_hidden_layers"] == LAYERS_OF_27B[name] else head_dim
-        scale = found.get(MULTIPLIERS["attention_multiplier"])
-        config["query_pre_attn_scalar"] = scale**-2 if scale else scale_dim
-    rotary_dim = found.get("rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
-        config["partial_rotary_factor"] = rotary_dim / head_dim
+    _add_head_sizes(config, JsonFacts(path, config), name, found)
     config["rope_scaling"] = _rope_scaling(header, found)
     if config["rope_scaling"] and config["rope_scaling"]["rope_type"] == "longrope":
         config.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return config
+
+
+def _read_metadata(header: Header, name: str) -> dict[str, Any]:
+    """The metadata of an architecture, without its name, as far as none of REFUSED asks for something."""
+    found = {
+        key.removeprefix(f"{name}."): shortest(value)
+        for key, value in header.metadata.items()
+        if key.startswith(f"{name}.")
+    }
+    unread = REFUSED if name in ("granite", *LAYERS_OF_27B) else REFUSED | dict.fromkeys(MULTIPLIERS.values(), (0,))
+    for key, values in unread.items():
+        if key in found and found[key] not in values:
+            raise ValueError(f"{name}.{key}={found[key]!r} is not supported ({header.path})")
+    for key in REQUIRED.values():
+        if key not in found:
+            where = "hf_config_path may name a folder with a config.json"
+            raise ValueError(f"{header.path} has no '{name}.{key}'; {where}")
+    return found
+
+
+def _class_name(name: str, config: dict[str, Any]) -> str | None:
+    """The class of transformers, if the architecture's name alone does not say it."""
+    if name == "llama" and "num_experts" in config:
+        return "MixtralForCausalLM"
+    return "MistralForCausalLM" if name == "llama" and "sliding_window" in config else None
+
+
+def _add_head_sizes(config: dict[str, Any], facts: JsonFacts, name: str, found: dict[str, Any]) -> None:
+    """Adds to config how large heads are, how much of them rotates, and what Gemma's scores are scaled by."""
+    quotient = facts.size("hidden_size") // facts.size("num_attention_heads")
+    config["head_dim"] = head_dim = found.get("attention.key_length", quotient)
+    facts.size("head_dim")
+    rotary_dim = found.get("rope.dimension_count", head_dim)
+    for key, needed in (
+        ("attention.value_length", head_dim),
+        ("attention.key_length_swa", head_dim),
+        ("attention.value_length_swa", head_dim),
+        ("rope.dimension_count_swa", rotary_dim),
+    ):
+        if found.get(key, needed) != needed:
+            raise facts.error(f"{name}.{key}={found[key]!r} is not supported, only {needed}")
+    if rotary_dim != head_dim:
+        config["rotary_dim"] = rotary_dim
+        config["partial_rotary_factor"] = facts.size("rotary_dim") / head_dim
+    if name in LAYERS_OF_27B:
+        key = "attention.scale"
+        is_27b = config["num_hidden_layers"] == LAYERS_OF_27B[name]
+        config["query_pre_attn_scalar"] = (
+            facts.number(f"{name}.{key}", found[key]) ** -2 if found.get(key) else quotient if is_27b else head_dim
+        )
 
 
 def _rope_scaling(header: Header, found: dict[str, Any]) -> dict[str, Any] | None:
