@@ -355,6 +355,40 @@ def test_tokenizer(demo):
     assert ours.eos_token_id == 1  # as the file says
 
 
+def test_tokenizer_of_sentencepiece(tmp_path):
+    """With BOS, a byte fallback, and no merges but what scores say."""
+    letters = [*"▁abcdelo", "▁a", "ab", "lo", "▁l"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * 259 + [-float(place) for place in range(len(letters))])
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(letters))
+        writer.add_bos_token_id(1)
+        writer.add_unk_token_id(0)
+
+    tensors = {"token_embd.weight": np.zeros((len(tokens), 64), np.float32)}
+    metadata = {
+        "context_length": 64,
+        "embedding_length": 64,
+        "block_count": 1,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "vocab_size": len(tokens),
+    }
+    path = write_file(tmp_path / "model.gguf", "llama", tensors, metadata, add=add)
+    ours = load_tokenizer(path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in ("a lo", "hé ab"):
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"] and ids[0] == 1
+        assert ours.decode(ids) == text
+    assert ours.encode("a", add_special_tokens=False) == [tokens.index("▁a")]
+    assert ours.is_byte(tokens.index("<0x41>"))
+
+
 # ---- which files count ----------------------------------------------------------------------------------------------
 
 
@@ -477,6 +511,7 @@ OTHER_KEYS = {
 }
 BAD = [
     ({"architecture": "mamba"}, "general.architecture='mamba' is not supported, only gemma2, gemma3, .*bad.gguf"),
+    ({"attention__head_count": 0}, "num_attention_heads must be an integer between 1 and"),
     ({"block_count": None}, "bad.gguf has no 'qwen3.block_count'; hf_config_path"),
     ({"attention__head_count": 3}, "num_key_value_heads=2 must divide num_attention_heads=3"),
     ({"attention__value_length": 8}, "qwen3.attention.value_length=8 is not supported, only 32"),
@@ -495,6 +530,21 @@ def test_refused_metadata(made, tmp_path, changes, message):
     path = rewritten(made, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         create(path)
+
+
+def test_what_the_metadata_leaves_out(made, tmp_path):
+    """What llama.cpp knows of an architecture."""
+    sparse = rewritten(made, tmp_path, "qwen3_sparse", expert_weights_norm=False)
+    assert not create(sparse).model_config.mixture.norm_topk_prob
+    read = create(rewritten(made, tmp_path, "gemma2", attention__scale=None)).model_config
+    assert read.attention_scale == 28**-0.5
+    of_27b = rewritten(made, tmp_path, "gemma2", attention__scale=None, block_count=46)
+    assert create(of_27b).model_config.attention_scale == (64 / 4) ** -0.5
+    without = rewritten(made, tmp_path, "qwen2", **{"attention__head_count_kv": None, "attention__key_length": None})
+    assert create(without).model_config.num_key_value_heads == 4
+    linear = rewritten(made, tmp_path, "qwen2", rope__scale_linear=4.0)
+    rope = create(linear).model_config.rope
+    assert (rope.kind, rope.factor) == ("linear", 4)
 
 
 def test_every_key_is_settled():

@@ -90,8 +90,9 @@ def read_gguf_config(path: str) -> dict[str, Any]:
     found = _read_metadata(header, name)
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path} lacks the tensor 'token_embd.weight'")
-    keys = REQUIRED | OPTIONAL | (MULTIPLIERS if name == "granite" else {})
-    config = {key: found[theirs] for key, theirs in keys.items() if found.get(theirs) not in (None, 0)}
+    optional = OPTIONAL | (MULTIPLIERS if name == "granite" else {})
+    config = {key: found[theirs] for key, theirs in optional.items() if _says_something(found.get(theirs))}
+    config |= {key: found[theirs] for key, theirs in REQUIRED.items()}
     config |= {
         "architectures": [_class_name(name, config) or architecture.hf_name],
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
@@ -132,6 +133,11 @@ def _read_metadata(header: Header, name: str) -> dict[str, Any]:
     return found
 
 
+def _says_something(value: Any) -> bool:
+    """Whether a value is there, and not the zero of what a model has none of."""
+    return value is not None and (isinstance(value, bool) or value != 0)
+
+
 def _class_name(name: str, config: dict[str, Any]) -> str | None:
     """The class of transformers, if the architecture's name alone does not say it."""
     if name == "llama" and "num_experts" in config:
@@ -157,11 +163,10 @@ def _add_head_sizes(config: dict[str, Any], facts: JsonFacts, name: str, found: 
         config["rotary_dim"] = rotary_dim
         config["partial_rotary_factor"] = facts.size("rotary_dim") / head_dim
     if name in LAYERS_OF_27B:
-        key = "attention.scale"
         is_27b = config["num_hidden_layers"] == LAYERS_OF_27B[name]
-        config["query_pre_attn_scalar"] = (
-            facts.number(f"{name}.{key}", found[key]) ** -2 if found.get(key) else quotient if is_27b else head_dim
-        )
+        config["query_pre_attn_scalar"] = quotient if is_27b else head_dim
+        if scale := found.get("attention.scale"):
+            config["query_pre_attn_scalar"] = facts.number(f"{name}.attention.scale", scale) ** -2
 
 
 def _rope_scaling(header: Header, found: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,7 +175,7 @@ def _rope_scaling(header: Header, found: dict[str, Any]) -> dict[str, Any] | Non
     factor = found.get("rope.scaling.factor", found.get("rope.scale_linear"))
     attention_factor = found.get("rope.scaling.attn_factor")
     if "rope_freqs.weight" in header.tensors and kind == "none":
-        # Llama 3's scaling, computed: what each frequency is divided by. So are the two lists of longrope used.
+        # Llama 3's scaling as what it comes to: numbers that the frequencies are divided by, as longrope does it.
         factors = _numbers(header, "rope_freqs.weight")
         return {
             "rope_type": "longrope",
