@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from checkpoints import EXPERTS, LLAMA3_ROPE, LONGROPE, SHAPE, Checkpoint, random_prompt
 from engines import engine, generate
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3MoeConfig, SmolLM3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
@@ -89,7 +90,7 @@ YARN = {
 }
 OTHER_CONFIGS = {
     "qwen3_sparse": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=32, num_experts=6, norm_topk_prob=True),
-    "smollm3_plain": lambda: SmolLM3Config(**SHAPE | {"num_hidden_layers": 4}, pad_token_id=None),
+    "smollm3_plain": lambda: transformers.SmolLM3Config(**SHAPE | {"num_hidden_layers": 4}, pad_token_id=None),
     "qwen2_yarn": lambda: Qwen2Config(**SHAPE, rope_parameters=YARN),
 }
 # Their tensors and facts are compared by default, which leaves little to be computed.
