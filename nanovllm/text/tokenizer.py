@@ -106,16 +106,19 @@ def load_tokenizer(folder: str | None) -> Tokenizer | None:
         except Exception as error:  # the package raises nothing more special
             raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
         return _set_up(backend, folder)
-    if is_gguf(folder):
-        if "tokenizer.ggml.model" not in read_header(folder).metadata:
+    metadata = read_header(folder).metadata if is_gguf(folder) else None
+    if metadata is not None:
+        if "tokenizer.ggml.model" not in metadata:
             return None
     elif not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
         return None
     tokenizer = pretrained_tokenizer(folder)  # converts older formats and GGUF's, but takes seconds to import
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer in {folder!r} is of a kind that the tokenizers package does not know")
-    backend = tokenizer.backend_tokenizer
-    return Tokenizer(backend, tokenizer.eos_token_id, _cleans_up(backend, tokenizer.clean_up_tokenization_spaces))
+    backend, eos_token_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    if metadata is not None:  # transformers 4.51 makes another token of it
+        eos_token_id = metadata.get("tokenizer.ggml.eos_token_id")
+    return Tokenizer(backend, eos_token_id, _cleans_up(backend, tokenizer.clean_up_tokenization_spaces))
 
 
 def pretrained_tokenizer(folder: str) -> Any:
