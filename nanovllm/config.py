@@ -198,8 +198,11 @@ class Config:
         self.model = find_gguf(folder, self.load_format) or folder
         if self.hf_config_path is not None:
             self.hf_config_path = resolve_model_path(self.hf_config_path, option="hf_config_path", **hub)
-        elif self.model != folder and os.path.isfile(os.path.join(folder, "config.json")):
-            self.hf_config_path = folder
+        elif self.model != folder:  # a GGUF file, beside which the folder may have more
+            if os.path.isfile(os.path.join(folder, "config.json")):
+                self.hf_config_path = folder
+            elif self.generation_config == "auto" and os.path.isfile(os.path.join(folder, "generation_config.json")):
+                self.generation_config = folder
         if self.skip_tokenizer_init:
             self.tokenizer = None
         elif self.tokenizer is None and self.tokenizer_revision is None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import EXPERTS, LLAMA3_ROPE, LONGROPE, SHAPE, Checkpoint, random_prompt
+from checkpoints import EOS_TOKEN_IDS, EXPERTS, LLAMA3_ROPE, LONGROPE, SHAPE, Checkpoint, random_prompt
 from engines import engine, generate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3MoeConfig
@@ -427,6 +427,10 @@ def test_what_else_a_folder_has_counts(made, folder):
     assert config.tokenizer == config.hf_config_path == config.generation_folder == str(folder)
     assert config.model_config == ModelConfig.from_folder(made("qwen3")[0].path)
     assert create(folder / "model.gguf").hf_config_path is None
+    (folder / "config.json").unlink()
+    config = create(folder)
+    assert (config.hf_config_path, config.generation_folder) == (None, str(folder))
+    assert config.model_config.eos_token_ids == set(EOS_TOKEN_IDS)
 
 
 def test_safetensors_count_first(made, folder):
@@ -543,6 +547,9 @@ def test_what_the_metadata_leaves_out(made, tmp_path):
     assert create(of_27b).model_config.attention_scale == (64 / 4) ** -0.5
     without = rewritten(made, tmp_path, "qwen2", **{"attention__head_count_kv": None, "attention__key_length": None})
     assert create(without).model_config.num_key_value_heads == 4
+    without = rewritten(made, tmp_path, "mistral", attention__head_count_kv=None)  # it has 4 heads of either
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(find_tensors(without)[name][:], made("mistral")[0].model.state_dict()[name])
     linear = rewritten(made, tmp_path, "qwen2", rope__scale_linear=4.0)
     rope = create(linear).model_config.rope
     assert (rope.kind, rope.factor) == ("linear", 4)

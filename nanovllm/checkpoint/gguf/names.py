@@ -76,7 +76,8 @@ def find_gguf_tensors(path: str) -> dict[str, GGUFTensor]:
         else:
             order = None
             if architecture.permutes and module in HEAD_COUNTS:
-                num_heads = facts.size(f"{name}.attention.{HEAD_COUNTS[module]}")
+                all_heads = facts.size(f"{name}.attention.head_count")
+                num_heads = facts.size(f"{name}.attention.{HEAD_COUNTS[module]}", all_heads)
                 order = halves_of_pairs(info.shape[0], num_heads, f"{file_name!r} in {header.path}")
             # A matrix of one row, which some files have as the row.
             is_row = module == "mlp.shared_expert_gate" and len(info.shape) == 1
@@ -94,11 +95,10 @@ def module_names(architecture: str) -> dict[tuple[bool, str], str]:
     if architecture not in known:
         raise ValueError(f"general.architecture={architecture!r} is not known to the package gguf that is installed")
     names = gguf.get_tensor_name_map(known[architecture], 1)
-    # Two of ours may be one of theirs, so that it matters which are asked for.
+    # Theirs has one name for up_proj and for gate_up_proj, of which the latter is meant where there is one.
     fused = FUSED_MODULES if ARCHITECTURES[architecture].is_fused else ()
-    split = [module for module in LAYER_MODULES if not fused or module not in ("mlp.gate_proj", "mlp.up_proj")]
     modules = {}
-    for module in (*split, *fused):
+    for module in (*LAYER_MODULES, *fused):
         if (theirs := names.get_name(LAYER + module)) is not None:
             modules[True, theirs.removeprefix("blk.0.")] = module
     for module in MODULES:
