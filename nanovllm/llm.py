@@ -44,6 +44,7 @@ class LLM(LLMEngine):
         tokenizer_revision: str | None = None,
         download_dir: str | os.PathLike[str] | None = None,
         hf_token: str | bool | None = None,
+        hf_config_path: str | os.PathLike[str] | None = None,
         hf_overrides: dict[str, Any] | None = None,
         skip_tokenizer_init: bool = False,
         generation_config: str | os.PathLike[str] | None = "auto",
@@ -63,11 +64,13 @@ class LLM(LLMEngine):
         sampler_backend: Literal["auto", "triton", "torch"] = "auto",
         enable_prefix_caching: bool | None = True,
         async_scheduling: bool | None = True,
-        load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto",
         seed: int | None = 0,
         **unknown: Any,
     ) -> None:
-        """Starts an engine for a Hugging Face folder or hub name; `nanovllm.config.Config` says what the options are.
+        """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.
+
+        `nanovllm.config.Config` says what the options are.
 
         Options of vLLM that have another name there, or that ask for nothing else than what is here, may be given too.
 

@@ -226,8 +226,10 @@ def test_load_formats(checkpoint, folder, config):
     assert config(load_format="safetensors").load_format == "safetensors"
     with engine(checkpoint("qwen3").path, load_format="safetensors") as llm:
         assert generate(llm, [PROMPT])[0]["token_ids"] == checkpoint("qwen3").greedy(PROMPT, GREEDY.max_tokens)[0]
-    for name in ("pt", "gguf", "bitsandbytes"):
-        with pytest.raises(ValueError, match=f"load_format must be one of auto, safetensors, dummy, got '{name}'"):
+    for name in ("pt", "bitsandbytes"):
+        with pytest.raises(
+            ValueError, match=f"load_format must be one of auto, safetensors, gguf, dummy, got '{name}'"
+        ):
             config(load_format=name)
 
 

@@ -21,7 +21,7 @@ from nanovllm.checkpoint.loader import find_tensors
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
 from nanovllm.layers.attention import Attention
-from nanovllm.quantization.kv_scales import SCALES, set_kv_scales
+from nanovllm.checkpoint.kv_scales import SCALES, set_kv_scales
 
 E4M3 = torch.float8_e4m3fn
 

@@ -35,9 +35,8 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "code_revision": NONE,
     },
     "models are run by this package's own layers": {"model_impl": (None, "auto", "vllm")},
-    "config.json is read from the model's folder, in Hugging Face's form; hf_overrides changes keys of it": {
-        "hf_config_path": NONE,
-        "config_format": (None, "auto", "hf"),
+    "config.json is read in Hugging Face's form, the model's or that of hf_config_path; hf_overrides changes keys": {
+        "config_format": (None, "auto", "hf")
     },
     "pass it by hf_overrides, as a key of config.json": {"rope_scaling": EMPTY, "rope_theta": NONE},
     "quantised weights are not read, and none are quantised": {

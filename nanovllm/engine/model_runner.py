@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.kv_scales import set_kv_scales
 from nanovllm.checkpoint.loader import fill_dummy, find_tensors, load_model
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
@@ -25,7 +26,6 @@ from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.quantization import schemes_of
-from nanovllm.quantization.kv_scales import set_kv_scales
 from nanovllm.sampling.device import AdjustedSampler
 from nanovllm.utils.context import Context, StepTensors
 

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton types the arguments of its kernels itself)
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
 """`linear` with a weight in few bits, for one row, where the time goes into making numbers of codes.
 
 At 4.4 TB/s a processor of an H200 gets 20 codes of 8 bits a cycle, or 40 of 4 bits, and has 128 lanes to convert and
@@ -121,7 +121,9 @@ def _dot(words, low, high, zeros, FORM: tl.constexpr):
                 number = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
             else:
                 number = code.to(tl.int8, bitcast=True).to(tl.float32) + 1152.0 - _halves(zeros)[0]
-            sums += number * (first_x if index == 0 else second_x if index == 1 else third_x if index == 2 else fourth_x)
+            sums += number * (
+                first_x if index == 0 else second_x if index == 1 else third_x if index == 2 else fourth_x
+            )
         pairs = sums
     elif FORM == "e4m3":
         pairs = tl.inline_asm_elementwise(
