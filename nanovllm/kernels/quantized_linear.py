@@ -5,6 +5,7 @@ As in kernels/linear.py the norm before and the activation or the residual addit
 codes are on their way before the kernel waits for the one ahead of it.
 """
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton
@@ -183,7 +184,7 @@ def _few_rows_kernel(
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    finish_rows(y, features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
+    finish_rows(y, tl.program_id(0), features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
 
 
 def launch_quantized_linear(

@@ -82,11 +82,25 @@ def quantized_tile(rows: int, num_features: int, size: int, scale_columns: int, 
     return QuantizedTile(16 if rows == 1 else 32, block_k, parts, min(4, parts))
 
 
-def row_tile(num_features: int, size: int, scale_columns: int, bits: int) -> QuantizedTile:
-    """The same for one row."""
-    block_k = scale_block(size, scale_columns)
-    parts = min(8, triton.next_power_of_2(-(-size // block_k)))
-    return QuantizedTile(8, block_k, parts, min(4, parts))
+class RowTile(NamedTuple):
+    """Features of one row that a program has at a time, programs, and warps."""
+
+    block_n: int
+    num_programs: int
+    warps: int
+
+
+def row_tile(num_features: int, row_bytes: int, gpu: Gpu) -> RowTile:
+    """For a weight whose rows have so many bytes of codes.
+
+    A program has 16 to 64 KiB on their way, and as many run at once as have 128 registers for each thread. All get as
+    many features, or one block fewer.
+    """
+    warps = 4 if row_bytes <= 8192 else 8
+    block_n = 8 if row_bytes <= 8192 else 4
+    blocks = triton.cdiv(num_features, block_n)
+    turns = triton.cdiv(blocks, gpu.num_sms * 16 // warps)
+    return RowTile(block_n, triton.cdiv(blocks, turns), warps)
 
 
 class ProductsTile(NamedTuple):
