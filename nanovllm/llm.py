@@ -64,6 +64,7 @@ class LLM(LLMEngine):
         async_scheduling: bool | None = True,
         load_format: Literal["auto", "safetensors", "dummy"] = "auto",
         seed: int | None = 0,
+        quantization: str | None = None,
         **unknown: Any,
     ) -> None:
         """Starts an engine for a Hugging Face folder or hub name; `nanovllm.config.Config` says what the options are.
