@@ -22,6 +22,7 @@ from nanovllm.checkpoint.rope import Rope
 from nanovllm.compat.engine_options import OTHER_NAMES, translate
 from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
+from nanovllm.kernels import quantized_weight
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.text.tokenizer import load_tokenizer
 
@@ -263,6 +264,26 @@ def test_quantization(config, folder):
 def test_quantizations_that_are_refused(config, value, error, match):
     with pytest.raises(error, match=match):
         config(quantization=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "has_e4m3", "said"),
+    [
+        ({}, True, None),
+        ({"quantization": "fp8"}, True, "weights by fp8"),
+        ({"quantization": "fp8"}, False, "weights by fp8 (e4m3 is not computed with before compute capability 8.9: "),
+    ],
+)
+def test_what_is_said_at_start_of_weights(checkpoint, capsys, monkeypatch, options, has_e4m3, said):
+    monkeypatch.setattr(quantized_weight, "has_e4m3", lambda device: has_e4m3)
+    with engine(checkpoint("qwen3").path, **options):
+        pass
+    parts = capsys.readouterr().err.split("; ")
+    assert parts[0] == "nano-vllm: Qwen3ForCausalLM in float32 on 1 x cpu"
+    assert parts[1 if said is None else 2].startswith("attention by torch")
+    if said is not None:
+        assert parts[1].startswith(said)
+        assert has_e4m3 or parts[1].endswith("weights are read in 8 bits and multiplied in float32)")
 
 
 def test_a_quantization_that_contradicts_the_checkpoint(config, folder):
