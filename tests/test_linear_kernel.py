@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from interpreter import run_in_interpreter
 
-from nanovllm.kernels import HAS_TRITON
+from nanovllm.kernels import HAS_TRITON, quantized_products, quantized_weight
 from nanovllm.kernels import linear as linear_module
-from nanovllm.kernels import quantized_products, quantized_weight
 from nanovllm.kernels.linear import LARGE_WEIGHT, linear
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 
