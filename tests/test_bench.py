@@ -192,6 +192,7 @@ def test_floors_that_are_quoted(tmp_path):
         ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False}, (8, None, 3, False)),
         ({"quant_method": "gptq", "bits": 4, "group_size": 32}, (4, 32, 2, False)),
         ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": False}, (4, 64, 2, False)),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, (4, 64, 3, False)),
     ],
 )
 def test_formats_of_real_checkpoints(tmp_path, facts, expected):

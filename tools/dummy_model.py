@@ -45,7 +45,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {  # what config.json says in publish
         "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head"],
     },
-    "int8": {  # RedHatAI/Qwen3-8B-quantized.w8a8
+    "int8": {  # RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",

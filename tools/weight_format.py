@@ -43,8 +43,9 @@ def weight_format(config: ModelConfig, quantization: str | None) -> WeightFormat
         return WeightFormat(8, group, group_bytes=4, in_8_bits=True)
     if method in ("gptq", "awq"):
         has_zeros = facts.get("zero_point", True) if method == "awq" else not facts.get("sym", True)
-        group = facts.get("group_size", 128)
-        return WeightFormat(facts.get("bits", 4), group if group > 0 else None, 2 + has_zeros, in_8_bits=False)
+        bits = facts.get("bits") or facts.get("w_bit", 4)  # older names of AWQ's come second
+        group = facts.get("group_size") or facts.get("q_group_size", 128)
+        return WeightFormat(bits, group if group > 0 else None, 2 + has_zeros, in_8_bits=False)
     if method == "compressed-tensors":
         return _compressed_tensors(next(iter(facts["config_groups"].values())))
     raise ValueError(f"no floor is known of weights by {method!r}")
@@ -58,5 +59,6 @@ def _compressed_tensors(group: dict[str, Any]) -> WeightFormat:
         height, width = weights["block_structure"]
         return WeightFormat(weights["num_bits"], height * width, 4, in_8_bits)
     if weights.get("strategy") == "group":
-        return WeightFormat(weights["num_bits"], weights["group_size"], 2 + (not weights["symmetric"]), in_8_bits)
+        has_zeros = not weights.get("symmetric", True)
+        return WeightFormat(weights["num_bits"], weights["group_size"], 2 + has_zeros, in_8_bits)
     return WeightFormat(weights["num_bits"], None, 4, in_8_bits)
