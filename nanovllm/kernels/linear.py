@@ -123,22 +123,28 @@ def linear(
 ) -> Tensor:
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
-    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous, or in few bits. bias: [N]. norm: [K],
-    the weight of an RMSNorm of x's rows with `eps`. gate: the features are N/2 gates, then N/2 ups, and y is
-    activation(gates) * ups. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
-    returned. All in one dtype: float32, float16 or bfloat16, but that norm may be float32; sums in float32. Returns
-    [M, N] (gated: [M, N/2]).
+    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous, or in few bits.
+    bias: [N]. norm: [K], the weight of an RMSNorm of x's rows with `eps`. gate: the features are N/2 gates, then N/2
+    ups, and y is activation(gates) * ups. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in
+    place and it is returned. All in one dtype: float32, float16 or bfloat16, but that norm may be float32; sums in
+    float32. Returns [M, N] (gated: [M, N/2]).
     """
     rows, num_features = len(x), len(weight)
     if isinstance(weight, QuantizedWeight) and weight.order is not None and use_triton(x):
         weight, x, norm = weight.in_order_of_columns(x, norm)
-    if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
+    if not takes_few_rows(x, weight):
         return linear_torch(x, weight, bias, norm, eps, residual, gate)
     y = residual
     if y is None:
         y = torch.empty((rows, num_features // 2 if gate else num_features), dtype=x.dtype, device=x.device)
     launch_linear(x, weight, bias, norm, eps, y, gate, is_added=residual is not None)
     return y
+
+
+def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """Whether the kernel for few rows can compute x W^T, and is faster than what `linear_torch` does."""
+    is_readable = not isinstance(weight, QuantizedWeight) or weight.is_readable
+    return use_triton(x) and 0 < len(x) <= SMALL_BATCH and is_readable
 
 
 def launch_linear(

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton types the arguments of its kernels itself)
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
 """`linear` with a weight in few bits, for one row, where the time goes into making numbers of codes.
 
 At 4.4 TB/s a processor of an H200 gets 20 codes of 8 bits a cycle, or 40 of 4 bits, and has 128 lanes to convert and
