@@ -93,9 +93,9 @@ class LLMEngine:
         weights = f" weights by {described};" if described else ""
         print(
             f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
-            f"{config.device};{weights} attention by {config.attention_backend} ({config.attention_reason}); KV cache of",
-            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in {config.kv_cache_dtype};",
-            f"max_model_len={config.max_model_len}",
+            f"{config.device};{weights} attention by {config.attention_backend} ({config.attention_reason});",
+            f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in",
+            f"{config.kv_cache_dtype}; max_model_len={config.max_model_len}",
             file=sys.stderr,
         )
         if defaults.taken:

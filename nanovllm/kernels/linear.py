@@ -13,6 +13,7 @@ from nanovllm.kernels.activation import GATES, Gate
 from nanovllm.kernels.linear_rows import finish_rows, store_rows
 from nanovllm.kernels.quantized_linear import launch_quantized_linear
 from nanovllm.kernels.quantized_products import linear_quantized
+from nanovllm.kernels.quantized_row import launch_row, takes_row
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.tuning import LARGE_WEIGHT, SMALL_BATCH, TILES, fitting_warps, gpu_of
@@ -142,9 +143,11 @@ def linear(
 
 
 def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
-    """Whether the kernel for few rows can compute x W^T, and is faster than what `linear_torch` does."""
-    is_readable = not isinstance(weight, QuantizedWeight) or weight.is_readable
-    return use_triton(x) and 0 < len(x) <= SMALL_BATCH and is_readable
+    """Whether a kernel for few rows can compute x W^T, and is faster than what `linear_torch` does."""
+    limit = SMALL_BATCH
+    if isinstance(weight, QuantizedWeight):
+        limit = 0 if not weight.is_readable else 1 if weight.rounds_input else SMALL_BATCH
+    return use_triton(x) and 0 < len(x) <= limit
 
 
 def launch_linear(
@@ -161,7 +164,8 @@ def launch_linear(
 ) -> None:
     """Launches the kernel for up to SMALL_BATCH rows; `store` is the device function that takes its rows."""
     if isinstance(weight, QuantizedWeight):
-        launch_quantized_linear(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
+        launch = launch_row if takes_row(x, weight) else launch_quantized_linear
+        launch(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
         return
     rows, (num_features, size) = len(x), weight.shape
     is_large = weight.numel() >= LARGE_WEIGHT

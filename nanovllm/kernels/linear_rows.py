@@ -28,8 +28,8 @@ def finish_rows(
 ):
     """Adds the bias to y, float32 [BLOCK_M, BLOCK_N], applies the gate, adds what y_ptr has, and stores.
 
-    y is the block-th of its kind; `features` are those of y's columns; with a gate, a gate beside its up. Of y's rows `rows` count, N is the number
-    of features before the gate.
+    y is the block-th of all features; `features` are those of its columns, with a gate a gate beside its up. Of y's
+    rows `rows` count, N is the number of features before the gate.
     """
     BLOCK_M: tl.constexpr = y.shape[0]
     BLOCK_N: tl.constexpr = y.shape[1]

@@ -18,7 +18,6 @@ from nanovllm.kernels.quantized_tiles import multiply_tiles
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.round_rows import round_rows
-from nanovllm.kernels.tuning import DEQUANTIZED_ROWS
 
 BLOCK = 1024
 
@@ -152,11 +151,8 @@ def linear_quantized(
         else:
             numbers = multiply_tiles(codes, x_scales, weight, x.dtype)
     else:
-        x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
-        if rows <= DEQUANTIZED_ROWS and weight.is_readable:
-            numbers = multiply_tiles(x, None, weight, x.dtype)
-        else:
-            numbers = x @ dequantize(weight, x.dtype).t()
+        x = x if norm is None else rms_norm(x, norm, eps)
+        numbers = x @ dequantize(weight, x.dtype).t()
     if bias is not None:
         numbers += bias
     if gate is not None:

@@ -91,12 +91,19 @@ def _split_words(x):
     even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
-    return first, second, third, fourth
+    return first[None, :], second[None, :], third[None, :], fourth[None, :]
+
+
+@triton.jit
+def _low_and_high(x):
+    """[1, 2 runs] -> two of [1, runs], of the low halves of bytes and of the high ones."""
+    low, high = tl.split(tl.reshape(x, (x.shape[1] // 2, 2)))
+    return low[None, :], high[None, :]
 
 
 @triton.jit
 def _pairs_of(x, FORM: tl.constexpr):
-    """The elements of a row, float16 [K], as pairs in the order in which codes of runs meet them, each int32 [1, runs].
+    """The elements of a row, float16 [K], as pairs in the order in which a run's codes meet them: int32 [1, runs].
 
     Of 8 bits, a run has four words of four codes: two pairs each. Of 4 bits, it has four words of eight codes: of the
     low halves of bytes two pairs, then of the high ones, which belong to the elements 16 behind.
@@ -107,14 +114,14 @@ def _pairs_of(x, FORM: tl.constexpr):
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
         evens, odds = _split_words(_pair(first, third)), _split_words(_pair(second, fourth))
-        e0, h0 = tl.split(tl.reshape(evens[0], (RUNS, 2)))
-        e1, h1 = tl.split(tl.reshape(evens[1], (RUNS, 2)))
-        e2, h2 = tl.split(tl.reshape(evens[2], (RUNS, 2)))
-        e3, h3 = tl.split(tl.reshape(evens[3], (RUNS, 2)))
-        o0, i0 = tl.split(tl.reshape(odds[0], (RUNS, 2)))
-        o1, i1 = tl.split(tl.reshape(odds[1], (RUNS, 2)))
-        o2, i2 = tl.split(tl.reshape(odds[2], (RUNS, 2)))
-        o3, i3 = tl.split(tl.reshape(odds[3], (RUNS, 2)))
+        e0, h0 = _low_and_high(evens[0])
+        e1, h1 = _low_and_high(evens[1])
+        e2, h2 = _low_and_high(evens[2])
+        e3, h3 = _low_and_high(evens[3])
+        o0, i0 = _low_and_high(odds[0])
+        o1, i1 = _low_and_high(odds[1])
+        o2, i2 = _low_and_high(odds[2])
+        o3, i3 = _low_and_high(odds[3])
         pairs = (e0, o0, h0, i0, e1, o1, h1, i1, e2, o2, h2, i2, e3, o3, h3, i3)
     else:
         RUNS: tl.constexpr = x.shape[0] // 16
@@ -161,14 +168,13 @@ def _multiply(words, pairs, zeros, FORM: tl.constexpr):
                     pair = _halves(pairs[4 * word + index % 2 * 2 + index // 2 % 2])[index // 4]
                 else:
                     pair = _halves(pairs[2 * word + index // 2])[index % 2]
-                total += (_number(numbers[word], index, FORM) - zero) * pair[None, :]
+                total += (_number(numbers[word], index, FORM) - zero) * pair
     elif FORM == "e4m3":
         p0, p1, p2, p3, p4, p5, p6, p7 = pairs
         total = tl.inline_asm_elementwise(
             DOT_E4M3,
             "=f,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0[None, :], p1[None, :], p2[None, :], p3[None, :]]
-            + [p4[None, :], p5[None, :], p6[None, :], p7[None, :]],
+            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -178,8 +184,7 @@ def _multiply(words, pairs, zeros, FORM: tl.constexpr):
         total = tl.inline_asm_elementwise(
             DOT_INT8,
             "=f,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0[None, :], p1[None, :], p2[None, :], p3[None, :]]
-            + [p4[None, :], p5[None, :], p6[None, :], p7[None, :], zeros],
+            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7, zeros],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -189,9 +194,7 @@ def _multiply(words, pairs, zeros, FORM: tl.constexpr):
         total = tl.inline_asm_elementwise(
             DOT_INT4,
             "=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0[None, :], p1[None, :], p2[None, :], p3[None, :], p4[None, :], p5[None, :]]
-            + [p6[None, :], p7[None, :], p8[None, :], p9[None, :], p10[None, :], p11[None, :], p12[None, :]]
-            + [p13[None, :], p14[None, :], p15[None, :], zeros],
+            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, zeros],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -268,9 +271,10 @@ def _one_row_kernel(
         zeros = (zeros + OFFSET).to(tl.float16)
         total = _multiply(words, pairs, _pair(zeros, zeros), FORM)
         if NUM_SCALES > 1:
-            y = tl.sum(total * scales, 1)
-        else:
-            y = tl.sum(total, 1) * tl.reshape(scales, (BLOCK_N,))
+            total *= scales
+        y = tl.sum(total, 1)
+        if NUM_SCALES == 1:
+            y *= tl.reshape(scales, (BLOCK_N,))
         y = (y * power)[None, :]
         finish_rows(y, block, features, bias_ptr, y_ptr, 0, 1, N, destination, GATE, ADDED, STORE)
         words, features, mask = next_words, next_features, next_mask
@@ -284,6 +288,13 @@ def _features(n, N, GATE: tl.constexpr):
     if GATE is not None:
         n = n // 2 + n % 2 * (N // 2)
     return n.to(tl.int64)
+
+
+def takes_row(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether the kernel can compute x W^T: one row in 16 bits, and runs that are whole and have one scale."""
+    codes_of_run = 128 // weight.bits
+    is_whole = weight.shape[1] % codes_of_run == 0 and weight.block[1] % codes_of_run == 0
+    return len(x) == 1 and x.dtype in (torch.bfloat16, torch.float16) and is_whole
 
 
 FORMS = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.uint8: "int4"}
