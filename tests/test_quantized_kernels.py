@@ -143,7 +143,7 @@ def test_round_rows(kind, group):
         torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
         spread = expected_scales.t().repeat_interleave(group or size, 1)[:, :size]
         error = relative_error(codes.float() * spread, expected_codes.float() * spread)
-        assert error < (0.03 if INTERPRETED else 5e-3)  # the interpreter truncates to e4m3
+        assert error < (0.06 if INTERPRETED else 5e-3)  # the interpreter truncates to e4m3
         assert codes.float().abs().max() == (448 if kind == torch.float8_e4m3fn else 127)
 
 

@@ -2,8 +2,8 @@
 """`linear` with a weight in few bits, for a few rows that stay in 16 bits.
 
 Codes become numbers in registers, so that only codes are read from memory. As in kernels/linear.py the norm before and
-the activation or the residual addition after are fused in, and the first codes are on their way before the kernel waits
-for the one ahead of it.
+the activation or the residual addition after are fused in, and the first codes are on their way before the kernel
+waits for the one ahead of it.
 """
 
 from torch import Tensor
