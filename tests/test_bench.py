@@ -156,6 +156,7 @@ def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
 def test_floor_of_quantised_weights(tmp_path, monkeypatch, name, option, weight_bytes, group_bytes, group, in_8_bits):
     monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4.4e12, 790e12))
     monkeypatch.setattr(floors, "measure_8_bit_product", lambda: 1500e12)
+    requests = draw(DEFAULT, vocab_size=151936)
     for shape in ("qwen3-8b", "qwen3-30b-a3b"):
         dummy_model.write_dummy_model(shape, str(tmp_path), False, dummy_model.QUANTIZATIONS.get(name))
         config = ModelConfig.from_folder(str(tmp_path))
@@ -166,8 +167,8 @@ def test_floor_of_quantised_weights(tmp_path, monkeypatch, name, option, weight_
         assert floors.step_bytes(config, "bfloat16", 1, quantized) == pytest.approx(
             layer_bytes * read + 2 * (weights.routers + weights.head)
         )
-        floor = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), 0, 1, quantized)
-        plain = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), 0, 1)
+        floor = floors.Floor.measure(config, "bfloat16", requests, 0, 1, quantized)
+        plain = floors.Floor.measure(config, "bfloat16", requests, 0, 1)
         assert floor.prefill_flops + floor.prefill_flops_in_8_bits == plain.prefill_flops
         assert floor.prefill_flops_in_8_bits == (2 * read * 142_827 if in_8_bits else 0)
         assert floor.seconds == pytest.approx(

@@ -343,7 +343,7 @@ def test_a_tied_head_that_is_another(folder, monkeypatch):
     qwen3 = folder("qwen3")
     embedding = qwen3.tensors["model.embed_tokens.weight"]
     match = r"'lm_head\.weight' that differs from 'model\.embed_tokens\.weight'.*tie_word_embeddings"
-    monkeypatch.setattr(loader, "COMPARED_ROWS", 100)
+    monkeypatch.setattr(loader, "ROWS_AT_ONCE", 100)
     for row in (0, 150, len(embedding) - 1):
         head = embedding.clone()
         head[row, -1] += 1
