@@ -143,7 +143,7 @@ def test_round_rows(kind, group):
         torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
         spread = expected_scales.t().repeat_interleave(group or size, 1)[:, :size]
         error = relative_error(codes.float() * spread, expected_codes.float() * spread)
-        assert error < (0.06 if INTERPRETED else 5e-3)  # the interpreter truncates to e4m3
+        assert error < (0.1 if INTERPRETED else 5e-3)  # the interpreter truncates to e4m3
         assert codes.float().abs().max() == (448 if kind == torch.float8_e4m3fn else 127)
 
 
@@ -207,7 +207,8 @@ def test_linear(form, rows):
             added = None if residual is None else residual.clone()
             plain = linear_torch(plain_x, numbers.to(dtype), None, plain_norm, 1e-6, added, gate)
             y = linear(x, weight, None, norm, 1e-6, residual, gate)
-            assert relative_error(y, exact) <= 1.2 * relative_error(plain, exact) + (0.02 if INTERPRETED else 0)
+            slack = 0.08 if INTERPRETED and rounds_input else 0.0  # the interpreter truncates to e4m3
+            assert relative_error(y, exact) <= 1.2 * relative_error(plain, exact) + slack
 
 
 @kernel_test
