@@ -59,6 +59,7 @@ def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @plain_test
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
 
