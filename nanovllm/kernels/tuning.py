@@ -192,6 +192,20 @@ def experts_tile(mean_rows: float, dtype: torch.dtype) -> ExpertsTile:
     return ExpertsTile(128, 128, 64, 3, 8)
 
 
+def quantized_experts_tile(mean_rows: float, dtype: torch.dtype, size: int, scale_columns: int) -> ExpertsTile:
+    """For weights in 8 bits, with a scale for so many columns of a row. Features are the side of 64 or more here."""
+    block_k = scale_block(size, scale_columns)
+    if dtype == torch.float32:
+        return ExpertsTile(16, 32, min(32, block_k), 2, 4)
+    if mean_rows <= 12:
+        return ExpertsTile(16, 64, block_k, 4, 4)
+    if mean_rows <= 24:
+        return ExpertsTile(32, 64, block_k, 4, 4)
+    if mean_rows < 64:
+        return ExpertsTile(64, 128, block_k, 3, 4)
+    return ExpertsTile(128, 128, block_k, 3, 8)
+
+
 class FewExpertsTile(NamedTuple):
     """Features that a program computes, elements of a part of a row at a time, parts of a row, and warps."""
 
@@ -207,6 +221,13 @@ def few_experts_tile(size: int, slots: int) -> FewExpertsTile:
     splits = max(1, num_parts // triton.next_power_of_2(slots))
     block_k = min(128, max(16, triton.next_power_of_2(-(-size // splits))))
     return FewExpertsTile(8, block_k, splits, num_parts)
+
+
+def few_quantized_experts_tile(size: int, slots: int, scale_columns: int) -> FewExpertsTile:
+    """For weights in 8 bits, with a scale for so many columns of a row."""
+    if slots == 1:
+        return FewExpertsTile(8, 512, 1, 2)
+    return FewExpertsTile(8, 256, 1, 8)
 
 
 # ---- sums over ranks, parallel/peer_memory.py ----------------------------------------------------------------------
