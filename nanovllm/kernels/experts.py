@@ -30,41 +30,9 @@ from nanovllm.kernels.tuning import (
 )
 
 COMBINE_BLOCK = 1024
+MOST_AHEAD = tl.constexpr(4)
+LOG_RUN = tl.constexpr(4)
 RUN = tl.constexpr(16)  # codes that a thread reads at once
-
-
-@triton.jit
-def _codes_products(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    mask_m,
-    mask_n,
-    K: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Rows x_ptr [M, BLOCK_K] times codes of features codes_ptr [N, BLOCK_K], over all of K -> float32 [M, N].
-
-    scales_ptr: [N], the first scale of each feature. Tensor cores take one side from registers, which is where codes
-    become numbers, so that the features come first; they want 64 of them, too, and an expert may have few rows.
-    """
-    k = tl.arange(0, BLOCK_K)[None, :]
-    acc = tl.zeros((codes_ptr.shape[0], x_ptr.shape[0]), tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        left = k < K - start
-        codes = tl.load(codes_ptr + start, mask=mask_n[:, None] & left, other=0.0)
-        x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
-        numbers = codes.to(tl.float32).to(x.dtype)  # by float32, which is faster than at once
-        if SCALE_COLUMNS < K:
-            scales = tl.load(scales_ptr + start // SCALE_COLUMNS, mask=mask_n, other=0.0)
-            acc += tl.dot(numbers, tl.trans(x), input_precision="ieee") * scales[:, None]
-        else:
-            acc = tl.dot(numbers, tl.trans(x), acc, input_precision="ieee")
-    if SCALE_COLUMNS >= K:
-        acc *= tl.load(scales_ptr, mask=mask_n, other=0.0)[:, None]
-    return tl.trans(acc)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -110,16 +78,22 @@ def _grouped_kernel(
     x_ptr += (pairs // PAIRS_PER_ROW)[:, None] * K + k
     weight_ptr += (expert.to(tl.int64) * N + features)[:, None] * K + k
     mask_m = (m < count)[:, None]
-    if scales_ptr is None:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            left = k < K - start
-            x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
-            w = tl.load(weight_ptr + start, mask=mask_n[:, None] & left, other=0.0)
-            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    else:
+    if scales_ptr is not None:
         scales_ptr += (expert * tl.cdiv(N, SCALE_ROWS) + features // SCALE_ROWS) * tl.cdiv(K, SCALE_COLUMNS)
-        acc = _codes_products(x_ptr, weight_ptr, scales_ptr, mask_m, mask_n, K, SCALE_COLUMNS, BLOCK_K, STAGES)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        left = k < K - start
+        x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
+        w = tl.load(weight_ptr + start, mask=mask_n[:, None] & left, other=0.0)
+        if scales_ptr is not None:
+            w = w.to(tl.float32).to(x.dtype)  # by float32, which is faster than at once
+        if scales_ptr is not None and SCALE_COLUMNS < K:
+            scales = tl.load(scales_ptr + start // SCALE_COLUMNS, mask=mask_n, other=0.0)
+            acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scales[None, :]
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if scales_ptr is not None and SCALE_COLUMNS >= K:
+        acc *= tl.load(scales_ptr, mask=mask_n, other=0.0)[None, :]
     SHARE: tl.constexpr = 2 if GATED else 1
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -162,6 +136,30 @@ def _combine_kernel(
 
 
 @triton.jit
+def _sum_of_products(x, w):
+    """The sum over the last axis, of RUN elements, of x * w, float32 [P, N, RUNS, RUN].
+
+    A product and an addition are one instruction here, as they are not in `tl.sum`, for which products come first.
+    """
+    P: tl.constexpr = w.shape[0]
+    N: tl.constexpr = w.shape[1]
+    RUNS: tl.constexpr = w.shape[2]
+    xs, ws = (x,), (w,)
+    for halving in tl.static_range(1, LOG_RUN + 1):
+        x_halves, w_halves = (), ()
+        for i in tl.static_range(len(xs)):
+            x0, x1 = tl.split(tl.reshape(xs[i], (P, N, RUNS, RUN >> halving, 2)))
+            w0, w1 = tl.split(tl.reshape(ws[i], (P, N, RUNS, RUN >> halving, 2)))
+            x_halves = x_halves + (x0, x1)  # noqa: RUF005 (Triton has no such syntax)
+            w_halves = w_halves + (w0, w1)  # noqa: RUF005
+        xs, ws = x_halves, w_halves
+    total = xs[0] * ws[0]
+    for i in tl.static_range(1, RUN):
+        total += xs[i] * ws[i]
+    return tl.reshape(total, (P, N, RUNS))
+
+
+@triton.jit
 def _few_codes_products(
     x_ptr,
     codes_ptr,
@@ -177,41 +175,41 @@ def _few_codes_products(
     """Parts of rows x_ptr [P, B] times codes codes_ptr [P, N, B], STEP by STEP over K -> float32 [P, N].
 
     scales_ptr: [P, N], the first scale of each feature. first: [P], the first columns of the parts. Also, with a norm,
-    the sums of x's squares, float32 [P].
+    the sums of x's squares, float32 [P]. The codes of up to MOST_AHEAD steps are on their way at once.
     """
     P: tl.constexpr = codes_ptr.shape[0]
     BLOCK_N: tl.constexpr = codes_ptr.shape[1]
     BLOCK_K: tl.constexpr = codes_ptr.shape[2]
     RUNS: tl.constexpr = BLOCK_K // RUN
+    AHEAD: tl.constexpr = min(MOST_AHEAD, tl.cdiv(K, STEP))
     k = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    codes = ()
-    for start in tl.static_range(0, K, STEP):  # all on their way at once
-        codes = codes + (tl.load(codes_ptr + start, mask=mask_w & (k < K - start)[:, None, :], other=0.0),)  # noqa: RUF005
-    xs = ()
     squares = tl.zeros((P, BLOCK_K), tl.float32)
-    for start in tl.static_range(0, K, STEP):
-        left = k < K - start
-        x = tl.load(x_ptr + start, mask=mask_s[:, None] & left, other=0.0)
-        if norm_ptr is not None:
-            h = x.to(tl.float32)
-            squares += h * h
-            x = (h * tl.load(norm_ptr + start + k, mask=left, other=0.0).to(tl.float32)).to(x.dtype)
-        xs = xs + (x,)  # noqa: RUF005
-    run = first[:, None] + tl.arange(0, RUNS)[None, :] * RUN
-    acc = tl.zeros((P, BLOCK_N, RUNS), tl.float32)
-    for step in tl.static_range(len(codes)):
-        products = xs[step].to(tl.float32)[:, None, :] * codes[step].to(tl.float32)
-        # A thread has RUN neighbours: their sum is its own, and threads' sums are added up once, at the end.
-        sums = tl.sum(tl.reshape(products, (P, BLOCK_N, RUNS, RUN)), 3)
-        if SCALE_COLUMNS < K:
-            columns = run + step * STEP
-            scales = tl.load(
-                scales_ptr[:, :, None] + (columns // SCALE_COLUMNS)[:, None, :],
-                mask=(columns < K)[:, None, :],
-                other=0.0,
+    acc = tl.zeros((P, BLOCK_N, RUNS), tl.float32)  # each a thread's own; threads' sums are added up once, at the end
+    for start in tl.range(0, K, AHEAD * STEP, num_stages=1):
+        codes, xs = (), ()
+        for step in tl.static_range(AHEAD):
+            left = k < K - start - step * STEP
+            part = tl.load(codes_ptr + start + step * STEP, mask=mask_w & left[:, None, :], other=0.0)
+            codes = codes + (part,)  # noqa: RUF005
+        for step in tl.static_range(AHEAD):
+            left = k < K - start - step * STEP
+            x = tl.load(x_ptr + start + step * STEP, mask=mask_s[:, None] & left, other=0.0)
+            if norm_ptr is not None:
+                h = x.to(tl.float32)
+                squares += h * h
+                norm = tl.load(norm_ptr + start + step * STEP + k, mask=left, other=0.0)
+                x = (h * norm.to(tl.float32)).to(x.dtype)
+            xs = xs + (x,)  # noqa: RUF005
+        for step in tl.static_range(AHEAD):
+            x = tl.broadcast_to(xs[step].to(tl.float32)[:, None, :], (P, BLOCK_N, BLOCK_K))
+            numbers = codes[step].to(tl.float32)
+            sums = _sum_of_products(
+                tl.reshape(x, (P, BLOCK_N, RUNS, RUN)), tl.reshape(numbers, (P, BLOCK_N, RUNS, RUN))
             )
-            sums *= scales
-        acc += sums
+            if SCALE_COLUMNS < K:
+                column = start + step * STEP + first[:, None, None] + tl.arange(0, RUNS)[None, None, :] * RUN
+                sums *= tl.load(scales_ptr[:, :, None] + column // SCALE_COLUMNS, mask=column < K, other=0.0)
+            acc += sums
     y = tl.sum(acc, 2)
     if SCALE_COLUMNS >= K:
         y *= tl.load(scales_ptr)
@@ -276,7 +274,8 @@ def _few_kernel(
             acc += tl.sum(x[:, None, :] * w, 2)
     else:
         first = parts % SPLITS * BLOCK_K
-        scale_rows = experts[:, None] * tl.cdiv(N, SCALE_ROWS) + features[None, :] // SCALE_ROWS
+        safe_features = tl.where(mask_n, features, 0)
+        scale_rows = experts[:, None] * tl.cdiv(N, SCALE_ROWS) + safe_features[None, :] // SCALE_ROWS
         scales_ptr += scale_rows * tl.cdiv(K, SCALE_COLUMNS)
         acc, squares = _few_codes_products(
             x_ptr, w_ptr, scales_ptr, norm_ptr, mask_s, mask_w, first, K, SCALE_COLUMNS, SPLITS * BLOCK_K
@@ -461,7 +460,7 @@ def _launch_few(
     if scales is None:
         tile = few_experts_tile(size, slots)
     else:
-        tile = few_quantized_experts_tile(size, slots, scale_columns)
+        tile = few_quantized_experts_tile(slots)
     _few_kernel[num_pairs // slots, triton.cdiv(num_features, tile.block_n)](
         x,
         x.stride(0),

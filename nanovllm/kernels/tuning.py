@@ -193,17 +193,21 @@ def experts_tile(mean_rows: float, dtype: torch.dtype) -> ExpertsTile:
 
 
 def quantized_experts_tile(mean_rows: float, dtype: torch.dtype, size: int, scale_columns: int) -> ExpertsTile:
-    """For weights in 8 bits, with a scale for so many columns of a row. Features are the side of 64 or more here."""
+    """For weights in 8 bits, with a scale for so many columns of a row.
+
+    Chosen by the instructions that sm_90 needs for a code, most of which convert it (4 to 5; 8 and fewer bytes on the
+    way for the largest, of which two programs fit on an SM then), not measured. A program takes up to 82 KiB.
+    """
     block_k = scale_block(size, scale_columns)
     if dtype == torch.float32:
         return ExpertsTile(16, 32, min(32, block_k), 2, 4)
     if mean_rows <= 12:
-        return ExpertsTile(16, 64, block_k, 4, 4)
+        return ExpertsTile(16, 128, block_k, 4, 4)
     if mean_rows <= 24:
-        return ExpertsTile(32, 64, block_k, 4, 4)
+        return ExpertsTile(32, 128, block_k, 3, 4)
     if mean_rows < 64:
-        return ExpertsTile(64, 128, block_k, 3, 4)
-    return ExpertsTile(128, 128, block_k, 3, 8)
+        return ExpertsTile(64, 128, block_k, 2, 8)
+    return ExpertsTile(128, 128, min(64, block_k), 3, 8)
 
 
 class FewExpertsTile(NamedTuple):
@@ -223,11 +227,11 @@ def few_experts_tile(size: int, slots: int) -> FewExpertsTile:
     return FewExpertsTile(8, block_k, splits, num_parts)
 
 
-def few_quantized_experts_tile(size: int, slots: int, scale_columns: int) -> FewExpertsTile:
-    """For weights in 8 bits, with a scale for so many columns of a row."""
+def few_quantized_experts_tile(slots: int) -> FewExpertsTile:
+    """For weights in 8 bits. Chosen by counting instructions too: 4 to 5 a code; a thread loads x for several of them."""
     if slots == 1:
         return FewExpertsTile(8, 512, 1, 2)
-    return FewExpertsTile(8, 256, 1, 8)
+    return FewExpertsTile(8, 512 if slots <= 4 else 256, 1, 8)
 
 
 # ---- sums over ranks, parallel/peer_memory.py ----------------------------------------------------------------------
