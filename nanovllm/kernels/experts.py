@@ -22,12 +22,7 @@ from nanovllm.kernels.activation import silu_and_mul_torch
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.routing import Routing
-from nanovllm.kernels.tuning import (
-    experts_tile,
-    few_experts_tile,
-    few_quantized_experts_tile,
-    quantized_experts_tile,
-)
+from nanovllm.kernels.tuning import experts_tile, few_experts_tile, few_quantized_experts_tile, quantized_experts_tile
 
 COMBINE_BLOCK = 1024
 MOST_AHEAD = tl.constexpr(4)

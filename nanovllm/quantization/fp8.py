@@ -66,9 +66,7 @@ def join_scales(scales: Tensor, sizes: list[int], block: tuple[int, int]) -> tup
         return scales, block
     # Later matrices begin within a block of rows: each row has its scales.
     pieces = scales.split([-(-size // height) for size in sizes], dim=-2)
-    rows = [
-        piece.repeat_interleave(height, -2).narrow(-2, 0, size) for piece, size in zip(pieces, sizes, strict=True)
-    ]
+    rows = [piece.repeat_interleave(height, -2).narrow(-2, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
     return torch.cat(rows, dim=-2), (1, width)
 
 
