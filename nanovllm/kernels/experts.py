@@ -452,10 +452,7 @@ def _launch_few(
     _num_experts, num_features, size = weight.shape
     num_pairs, top_k = routing.experts.numel(), routing.experts.size(1)
     numbers, scales, (scale_rows, scale_columns) = _numbers_of(weight)
-    if scales is None:
-        tile = few_experts_tile(size, slots)
-    else:
-        tile = few_quantized_experts_tile(slots)
+    tile = few_experts_tile(size, slots) if scales is None else few_quantized_experts_tile(slots)
     _few_kernel[num_pairs // slots, triton.cdiv(num_features, tile.block_n)](
         x,
         x.stride(0),

@@ -112,7 +112,7 @@ class RoundingShard(Shard):
     scales: Tensor | None = None
 
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
-        """Of columns, too, the scales are those of whole rows, so that results do not depend on the number of ranks."""
+        """Of columns, too, the scales are those of whole rows: results do not depend on the number of ranks."""
         if self.expert is not None:
             self._copy(source, (), parameter.data[self.expert], self.scales[self.expert])
         elif parameter.dim() == 3:  # one tensor has all experts, which are read one by one
