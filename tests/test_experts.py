@@ -7,6 +7,7 @@ from interpreter import DEVICE, kernel_test, plain_test, run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, INTERPRETED
 from nanovllm.kernels.experts import down_experts, down_experts_torch, gate_up_experts, gate_up_experts_torch
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.routing import route, route_torch
 from nanovllm.kernels.tuning import FEW_TOKENS
 
@@ -182,3 +183,91 @@ def test_the_norm_before_few_rows(num_tokens):
     norm = torch.rand(48, device=DEVICE)
     h = gate_up_experts(x, gate_up, routing, norm, 0.5)
     torch.testing.assert_close(h, gate_up_experts_torch(x, gate_up, routing, norm, 0.5), rtol=1e-4, atol=1e-5)
+
+
+# ---- weights in 8 bits --------------------------------------------------------------------------------------------
+
+BLOCKS = {  # of gates and ups, and of downs; None: each row has a scale
+    "blocks": ((128, 128), (128, 128)),
+    "joined": ((1, 128), (128, 128)),  # as where the ups begin within a block
+    "rows": (None, None),
+}
+EIGHT_BIT_CASES = (
+    [(1, "spread"), (2, "one gets nothing"), (FEW_TOKENS + 1, "all to some"), (64, "one gets nothing")]
+    if INTERPRETED
+    else [(num_tokens, kind) for num_tokens in TOKENS for kind in ROUTINGS]
+)
+EIGHT_BIT_SHAPES = (  # experts, of a token, hidden, intermediate
+    [(4, 2, 144, 72)] if INTERPRETED else [(8, 2, 1000, 512), (128, 8, 2048, 768), (6, 3, 512, 640), (4, 1, 400, 136)]
+)
+
+
+def in_8_bits(num_experts, num_features, size, block):
+    """Random codes and scales, whose numbers' squares sum up to 1, more or less, in a row."""
+    height, width = block or (1, size)
+    codes = torch.randn(num_experts, num_features, size, device=DEVICE).mul(100).to(torch.float8_e4m3fn)
+    scales = torch.rand(num_experts, -(-num_features // height), -(-size // width), device=DEVICE) + 0.5
+    return QuantizedWeight(codes, scales / (100 * size**0.5), (height, width))
+
+
+@plain_test
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_torch_multiplies_numbers_of_codes(blocks):
+    gate_up, down = in_8_bits(5, 280, 160, BLOCKS[blocks][0]), in_8_bits(5, 160, 140, BLOCKS[blocks][1])
+    x = torch.randn(7, 160, device=DEVICE)
+    routing = route_torch(torch.randn(7, 5, device=DEVICE), 3, False, zero_counts(5))
+    y = down_experts_torch(gate_up_experts_torch(x, gate_up, routing), down, routing, residual=x.clone())
+    expected = mlp_definition(x, gate_up.dequantize(torch.float64), down.dequantize(torch.float64), routing, x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize(("num_tokens", "kind"), EIGHT_BIT_CASES)
+@pytest.mark.parametrize(("num_experts", "top_k", "hidden", "intermediate"), EIGHT_BIT_SHAPES)
+def test_products_in_8_bits(num_experts, top_k, hidden, intermediate, num_tokens, kind, blocks, dtype):
+    """In half types, as near to numbers without rounding as the plain statement is."""
+    if blocks == "blocks":  # else a scale would be of gates and ups
+        intermediate = -(-intermediate // 128) * 128
+    routing = routing_of(ROUTINGS[kind](num_tokens, num_experts, top_k), num_experts)
+    gate_up = in_8_bits(num_experts, 2 * intermediate, hidden, BLOCKS[blocks][0])
+    down = in_8_bits(num_experts, hidden, intermediate, BLOCKS[blocks][1])
+    x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    counts = routing.counts.clone()
+    h = gate_up_experts(x, gate_up, routing)
+    y = down_experts(h, down, routing, x.clone())
+    assert not routing.counts.any()
+    routing = routing._replace(counts=counts)
+    plain_h = gate_up_experts_torch(x, gate_up, routing)
+    plain_y = down_experts_torch(plain_h, down, routing, x.clone())
+    if dtype == torch.float32:
+        torch.testing.assert_close(h, plain_h, rtol=5e-5, atol=5e-5)
+        torch.testing.assert_close(y, plain_y, rtol=5e-5, atol=5e-5)
+        return
+    exact_h = gate_up_experts_torch(x.double(), gate_up, routing)
+    exact_y = down_experts_torch(exact_h, down, routing, x.double())
+    for actual, plain, exact in ((h, plain_h, exact_h), (y, plain_y, exact_y)):
+        assert (actual - exact).norm() <= 1.2 * (plain - exact).norm()
+
+
+@kernel_test
+@pytest.mark.parametrize("blocks", ["joined", "rows"])
+def test_the_norm_before_few_rows_in_8_bits(blocks):
+    routing = routing_of(spread(2, 6, 2), 6)
+    gate_up = in_8_bits(6, 48, 160, BLOCKS[blocks][0])
+    x, norm = torch.randn(2, 160, device=DEVICE), torch.rand(160, device=DEVICE)
+    h = gate_up_experts(x, gate_up, routing, norm, 0.5)
+    torch.testing.assert_close(h, gate_up_experts_torch(x, gate_up, routing, norm, 0.5), rtol=1e-4, atol=1e-5)
+
+
+@kernel_test
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_rows_longer_than_what_is_read_ahead_in_8_bits(num_tokens):
+    routing = routing_of(spread(num_tokens, 3, 2), 3)
+    gate_up, down = in_8_bits(3, 16, 2600, (1, 128)), in_8_bits(3, 24, 2600, (128, 128))
+    x, h = torch.randn(num_tokens, 2600, device=DEVICE), torch.randn(2 * num_tokens, 2600, device=DEVICE)
+    expected = gate_up_experts_torch(x, gate_up, routing)
+    torch.testing.assert_close(gate_up_experts(x, gate_up, routing), expected, rtol=1e-4, atol=1e-4)
+    expected = down_experts_torch(h, down, routing._replace(counts=routing.counts.clone()))
+    torch.testing.assert_close(down_experts(h, down, routing), expected, rtol=1e-4, atol=1e-4)

@@ -241,6 +241,29 @@ def launch_experts(dtype: torch.dtype) -> None:
         down_experts(h, empty(128, 2048, 768, dtype=dtype), routing, residual)
 
 
+def in_8_bits(num_experts: int, num_features: int, size: int, is_per_row: bool) -> QuantizedWeight:
+    height, width = (1, size) if is_per_row else (128, 128)
+    scales = empty(num_experts, num_features // height, size // width, dtype=F32)
+    return QuantizedWeight(empty(num_experts, num_features, size, dtype=E4M3), scales, (height, width))
+
+
+def launch_experts_in_8_bits(dtype: torch.dtype, is_per_row: bool) -> None:
+    """The same with scales of rows or of blocks."""
+    for num_tokens in (1, 8, 256, 512, 4096):
+        routing = route(empty(num_tokens, 128, dtype=dtype), 8, True, empty(128, dtype=I32))
+        x, residual = (empty(num_tokens, 2048, dtype=dtype) for _ in range(2))
+        norm = empty(2048, dtype=dtype) if num_tokens == 1 else None
+        h = gate_up_experts(x, in_8_bits(128, 1536, 2048, is_per_row), routing, norm, 1e-6)
+        down_experts(h, in_8_bits(128, 2048, 768, is_per_row), routing, residual)
+
+
+def launch_wide_experts_in_8_bits(dtype: torch.dtype, is_per_row: bool) -> None:
+    """As wide as Mixtral's: a program reads their rows in several parts."""
+    routing = route(empty(1, 8, dtype=dtype), 2, True, empty(8, dtype=I32))
+    h = gate_up_experts(empty(1, 4096, dtype=dtype), in_8_bits(8, 28672, 4096, is_per_row), routing)
+    down_experts(h, in_8_bits(8, 4096, 14336, is_per_row), routing)
+
+
 def launch_sums(dtype: torch.dtype, ranks: int) -> None:
     """Sums over ranks in each of their forms."""
     buffers = [empty(2**24, dtype=torch.uint8)] * ranks
@@ -272,6 +295,13 @@ ATTENTION = [
     for block_size in (16, 256)
 ]
 OTHERS = [(capability, dtype) for capability in GPUS for dtype in (BF16, F32)]
+EXPERTS_IN_8_BITS = [  # which the others do not have
+    (launch, capability, dtype, is_per_row)
+    for launch in (launch_experts_in_8_bits, launch_wide_experts_in_8_bits)
+    for capability in (89, 90)
+    for dtype in (BF16, F32)
+    for is_per_row in (False, True)
+]
 
 
 @pytest.mark.parametrize(
@@ -344,6 +374,16 @@ def test_adjustments(compile_for, capability, dtype):
 def test_experts(compile_for, capability, dtype):
     compiled = compile_for(capability)
     launch_experts(dtype)
+    assert_fits(compiled, capability)
+
+
+@pytest.mark.parametrize(
+    ("launch", "capability", "dtype", "is_per_row"),
+    mark_slow(EXPERTS_IN_8_BITS, but=[(launch_experts_in_8_bits, 89, BF16, False)]),
+)
+def test_experts_in_8_bits(compile_for, launch, capability, dtype, is_per_row):
+    compiled = compile_for(capability)
+    launch(dtype, is_per_row)
     assert_fits(compiled, capability)
 
 

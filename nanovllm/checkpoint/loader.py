@@ -36,6 +36,7 @@ BUFFERS = (
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Of parameters that hold codes, which no conversion keeps: what safetensors calls their dtypes.
 CODES_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
+EXPERTS_SCALES = "_scale_inv"  # of a weight's name, with one in place of the codes of all experts
 DUMMY_STD = 100.0  # of 8-bit codes, whose largest is 448
 ROWS_AT_ONCE = 8192  # of a matrix that is compared, or filled
 
@@ -144,7 +145,10 @@ def _sources(
     """The tensors of a checkpoint that fill a parameter, and how."""
     shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
     has_experts = parameter.dim() > len(shards[0].full_shape)
-    path, kind = (name, "weight") if has_experts else name.rsplit(".", 1)
+    path, kind = name.rsplit(".", 1)
+    if has_experts:  # "experts.down_proj" and "experts.down_proj_scale_inv"
+        path = name.removesuffix(EXPERTS_SCALES)
+        kind = "weight" + name[len(path) :]
     *before, module = path.split(".")
     own_name = original_name(model, name, names)
     if own_name in names or not (has_experts or module in model.packed_modules_mapping):

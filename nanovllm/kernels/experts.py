@@ -6,7 +6,12 @@ for each pair; the down projection's rows are weighted and added up for each tok
 a row each: a program multiplies one row. Many tokens are sorted by expert, so that an expert's weights are read once
 for a tile of rows (after MegaBlocks, arXiv 2211.15841). How many rows an expert gets is known on the device alone, so
 that all of it can be in a CUDA graph.
+
+Weights may be in 8 bits (e4m3) with scales. Their codes become numbers in registers, exactly; what is multiplied with
+them stays in its dtype.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +19,30 @@ from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.activation import silu_and_mul_torch
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.routing import Routing
-from nanovllm.kernels.tuning import experts_tile, few_experts_tile
+from nanovllm.kernels.tuning import experts_tile, few_experts_tile, few_quantized_experts_tile, quantized_experts_tile
 
 COMBINE_BLOCK = 1024
+MOST_AHEAD = tl.constexpr(4)
+LOG_RUN = tl.constexpr(4)
+RUN = tl.constexpr(16)  # codes that a thread reads at once
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _grouped_kernel(
     x_ptr,
     weight_ptr,
+    scales_ptr,
     order_ptr,
     counts_ptr,
     y_ptr,
     num_tokens,
     N: tl.constexpr,
     K: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     GATED: tl.constexpr,
@@ -61,12 +73,22 @@ def _grouped_kernel(
     x_ptr += (pairs // PAIRS_PER_ROW)[:, None] * K + k
     weight_ptr += (expert.to(tl.int64) * N + features)[:, None] * K + k
     mask_m = (m < count)[:, None]
+    if scales_ptr is not None:
+        scales_ptr += (expert * tl.cdiv(N, SCALE_ROWS) + features // SCALE_ROWS) * tl.cdiv(K, SCALE_COLUMNS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         left = k < K - start
         x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
         w = tl.load(weight_ptr + start, mask=mask_n[:, None] & left, other=0.0)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        if scales_ptr is not None:
+            w = w.to(tl.float32).to(x.dtype)  # by float32, which is faster than at once
+        if scales_ptr is not None and SCALE_COLUMNS < K:
+            scales = tl.load(scales_ptr + start // SCALE_COLUMNS, mask=mask_n, other=0.0)
+            acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scales[None, :]
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if scales_ptr is not None and SCALE_COLUMNS >= K:
+        acc *= tl.load(scales_ptr, mask=mask_n, other=0.0)[None, :]
     SHARE: tl.constexpr = 2 if GATED else 1
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -109,10 +131,92 @@ def _combine_kernel(
 
 
 @triton.jit
+def _sum_of_products(x, w):
+    """The sum over the last axis, of RUN elements, of x * w, float32 [P, N, RUNS, RUN].
+
+    A product and an addition are one instruction here, as they are not in `tl.sum`, for which products come first.
+    """
+    P: tl.constexpr = w.shape[0]
+    N: tl.constexpr = w.shape[1]
+    RUNS: tl.constexpr = w.shape[2]
+    xs, ws = (x,), (w,)
+    for halving in tl.static_range(1, LOG_RUN + 1):
+        x_halves, w_halves = (), ()
+        for i in tl.static_range(len(xs)):
+            x0, x1 = tl.split(tl.reshape(xs[i], (P, N, RUNS, RUN >> halving, 2)))
+            w0, w1 = tl.split(tl.reshape(ws[i], (P, N, RUNS, RUN >> halving, 2)))
+            x_halves = x_halves + (x0, x1)  # noqa: RUF005 (Triton has no such syntax)
+            w_halves = w_halves + (w0, w1)  # noqa: RUF005
+        xs, ws = x_halves, w_halves
+    total = xs[0] * ws[0]
+    for i in tl.static_range(1, RUN):
+        total += xs[i] * ws[i]
+    return tl.reshape(total, (P, N, RUNS))
+
+
+@triton.jit
+def _few_codes_products(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    norm_ptr,
+    mask_s,
+    mask_w,
+    first,
+    K: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Parts of rows x_ptr [P, B] times codes codes_ptr [P, N, B], STEP by STEP over K -> float32 [P, N].
+
+    scales_ptr: [P, N], the first scale of each feature. first: [P], the first columns of the parts. Also, with a norm,
+    the sums of x's squares, float32 [P]. The codes of up to MOST_AHEAD steps are on their way at once.
+    """
+    P: tl.constexpr = codes_ptr.shape[0]
+    BLOCK_N: tl.constexpr = codes_ptr.shape[1]
+    BLOCK_K: tl.constexpr = codes_ptr.shape[2]
+    RUNS: tl.constexpr = BLOCK_K // RUN
+    AHEAD: tl.constexpr = min(MOST_AHEAD, tl.cdiv(K, STEP))
+    k = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    squares = tl.zeros((P, BLOCK_K), tl.float32)
+    acc = tl.zeros((P, BLOCK_N, RUNS), tl.float32)  # each a thread's own; threads' sums are added up once, at the end
+    for start in tl.range(0, K, AHEAD * STEP, num_stages=1):
+        codes, xs = (), ()
+        for step in tl.static_range(AHEAD):
+            left = k < K - start - step * STEP
+            part = tl.load(codes_ptr + start + step * STEP, mask=mask_w & left[:, None, :], other=0.0)
+            codes = codes + (part,)  # noqa: RUF005
+        for step in tl.static_range(AHEAD):
+            left = k < K - start - step * STEP
+            x = tl.load(x_ptr + start + step * STEP, mask=mask_s[:, None] & left, other=0.0)
+            if norm_ptr is not None:
+                h = x.to(tl.float32)
+                squares += h * h
+                norm = tl.load(norm_ptr + start + step * STEP + k, mask=left, other=0.0)
+                x = (h * norm.to(tl.float32)).to(x.dtype)
+            xs = xs + (x,)  # noqa: RUF005
+        for step in tl.static_range(AHEAD):
+            x = tl.broadcast_to(xs[step].to(tl.float32)[:, None, :], (P, BLOCK_N, BLOCK_K))
+            numbers = codes[step].to(tl.float32)
+            sums = _sum_of_products(
+                tl.reshape(x, (P, BLOCK_N, RUNS, RUN)), tl.reshape(numbers, (P, BLOCK_N, RUNS, RUN))
+            )
+            if SCALE_COLUMNS < K:
+                column = start + step * STEP + first[:, None, None] + tl.arange(0, RUNS)[None, None, :] * RUN
+                sums *= tl.load(scales_ptr[:, :, None] + column // SCALE_COLUMNS, mask=column < K, other=0.0)
+            acc += sums
+    y = tl.sum(acc, 2)
+    if SCALE_COLUMNS >= K:
+        y *= tl.load(scales_ptr)
+    return y, tl.sum(squares, 1)
+
+
+@triton.jit
 def _few_kernel(
     x_ptr,
     x_stride,
     weight_ptr,
+    scales_ptr,
     experts_ptr,
     weights_ptr,
     norm_ptr,
@@ -121,6 +225,8 @@ def _few_kernel(
     out_stride,
     N: tl.constexpr,
     K: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     SLOTS: tl.constexpr,
     GATED: tl.constexpr,
@@ -149,17 +255,26 @@ def _few_kernel(
     experts = tl.load(experts_ptr + pairs, mask=mask_s, other=0).to(tl.int64)
     w_ptr = weight_ptr + (experts[:, None] * N + features[None, :])[:, :, None] * K + k[:, None, :]
     x_ptr += (pairs // PAIRS_PER_ROW)[:, None] * x_stride + k
-    acc = tl.zeros((SLOTS_PAD * SPLITS, BLOCK_N), tl.float32)
-    squares = tl.zeros((SLOTS_PAD * SPLITS,), tl.float32)
     mask_w = mask_s[:, None, None] & mask_n[None, :, None]
-    for start in tl.static_range(0, K, SPLITS * BLOCK_K):
-        left = k < K - start
-        w = tl.load(w_ptr + start, mask=mask_w & left[:, None, :], other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + start, mask=mask_s[:, None] & left, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            squares += tl.sum(x * x, 1)
-            x *= tl.load(norm_ptr + start + k, mask=left, other=0.0).to(tl.float32)
-        acc += tl.sum(x[:, None, :] * w, 2)
+    if scales_ptr is None:
+        acc = tl.zeros((SLOTS_PAD * SPLITS, BLOCK_N), tl.float32)
+        squares = tl.zeros((SLOTS_PAD * SPLITS,), tl.float32)
+        for start in tl.static_range(0, K, SPLITS * BLOCK_K):
+            left = k < K - start
+            w = tl.load(w_ptr + start, mask=mask_w & left[:, None, :], other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + start, mask=mask_s[:, None] & left, other=0.0).to(tl.float32)
+            if norm_ptr is not None:
+                squares += tl.sum(x * x, 1)
+                x *= tl.load(norm_ptr + start + k, mask=left, other=0.0).to(tl.float32)
+            acc += tl.sum(x[:, None, :] * w, 2)
+    else:
+        first = parts % SPLITS * BLOCK_K
+        safe_features = tl.where(mask_n, features, 0)
+        scale_rows = experts[:, None] * tl.cdiv(N, SCALE_ROWS) + safe_features[None, :] // SCALE_ROWS
+        scales_ptr += scale_rows * tl.cdiv(K, SCALE_COLUMNS)
+        acc, squares = _few_codes_products(
+            x_ptr, w_ptr, scales_ptr, norm_ptr, mask_s, mask_w, first, K, SCALE_COLUMNS, SPLITS * BLOCK_K
+        )
     if weights_ptr is not None:
         acc *= tl.load(weights_ptr + pairs, mask=mask_s, other=0.0)[:, None]
     y = tl.sum(acc, 0)
@@ -178,27 +293,36 @@ def _few_kernel(
 
 
 def gate_up_experts_torch(
-    x: Tensor, weight: Tensor, routing: Routing, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor, weight: Tensor | QuantizedWeight, routing: Routing, norm: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
     """What `gate_up_experts` computes, said plainly."""
     if norm is not None:
         x = rms_norm_torch(x, norm, eps)
     rows = x.repeat_interleave(routing.experts.size(1), 0)
-    h = x.new_empty(len(rows), weight.size(1) // 2)
+    h = x.new_empty(len(rows), weight.shape[1] // 2)
     for expert, pairs in _pairs_by_expert(routing):
-        h[pairs] = silu_and_mul_torch(F.linear(rows[pairs], weight[expert]))
+        h[pairs] = silu_and_mul_torch(F.linear(rows[pairs], _matrix_of(weight, expert, x.dtype)))
     return h
 
 
-def down_experts_torch(h: Tensor, weight: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+def down_experts_torch(
+    h: Tensor, weight: Tensor | QuantizedWeight, routing: Routing, residual: Tensor | None = None
+) -> Tensor:
     """What `down_experts` computes, said plainly."""
-    rows = h.new_empty(len(h), weight.size(1))
+    rows = h.new_empty(len(h), weight.shape[1])
     for expert, pairs in _pairs_by_expert(routing):
-        rows[pairs] = F.linear(h[pairs], weight[expert])
+        rows[pairs] = F.linear(h[pairs], _matrix_of(weight, expert, h.dtype))
     rows = rows.view(*routing.weights.shape, -1).float()
     y = (rows * routing.weights[..., None]).sum(1).to(h.dtype)
     routing.counts.zero_()
     return y if residual is None else residual.add_(y)
+
+
+def _matrix_of(weight: Tensor | QuantizedWeight, expert: int, dtype: torch.dtype) -> Tensor:
+    """The numbers [N, K] of one expert."""
+    if isinstance(weight, Tensor):
+        return weight[expert]
+    return replace(weight, codes=weight.codes[expert], scales=weight.scales[expert]).dequantize(dtype)
 
 
 def _pairs_by_expert(routing: Routing) -> list[tuple[int, Tensor]]:
@@ -208,19 +332,20 @@ def _pairs_by_expert(routing: Routing) -> list[tuple[int, Tensor]]:
 
 
 def gate_up_experts(
-    x: Tensor, weight: Tensor, routing: Routing, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor, weight: Tensor | QuantizedWeight, routing: Routing, norm: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
     """silu(gate) * up of each pair, [T * K, I], pair by pair.
 
     Args:
         x: [T, H], contiguous.
-        weight: [E, 2 I, H], contiguous; of each expert the gates, then the ups.
+        weight: [E, 2 I, H], contiguous; of each expert the gates, then the ups. In 8 bits: e4m3, with float32 scales
+            of whole rows, or of blocks whose columns are a power of two and 16 at least.
         routing: the experts of the T tokens. For more than FEW_TOKENS, with `order`.
         norm: [H], the weight of an RMSNorm of x's rows, with `eps`; only for up to FEW_TOKENS.
     """
     if not use_triton(x):
         return gate_up_experts_torch(x, weight, routing, norm, eps)
-    num_features = weight.size(1)
+    num_features = weight.shape[1]
     num_tokens, top_k = routing.experts.shape
     h = torch.empty((num_tokens * top_k, num_features // 2), dtype=x.dtype, device=x.device)
     if routing.order is None:
@@ -230,12 +355,14 @@ def gate_up_experts(
     return h
 
 
-def down_experts(h: Tensor, weight: Tensor, routing: Routing, residual: Tensor | None = None) -> Tensor:
+def down_experts(
+    h: Tensor, weight: Tensor | QuantizedWeight, routing: Routing, residual: Tensor | None = None
+) -> Tensor:
     """The weighted sums of the experts' down projections, [T, H]; zeroes the routing's counts.
 
     Args:
         h: [T * K, I], contiguous, pair by pair.
-        weight: [E, H, I], contiguous.
+        weight: [E, H, I], contiguous; in 8 bits as for `gate_up_experts`.
         routing: the experts of the T tokens.
         residual: [T, H], rows any distance apart; the sums are added to it in place and it is returned.
     """
@@ -269,22 +396,36 @@ def down_experts(h: Tensor, weight: Tensor, routing: Routing, residual: Tensor |
     return out
 
 
+def _numbers_of(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """A plain weight without scales, or codes, their scales, and the rows and columns that have one."""
+    if isinstance(weight, Tensor):
+        return weight, None, (1, weight.size(2))
+    return weight.codes, weight.scales, weight.block
+
+
 def _launch_grouped(
-    x: Tensor, weight: Tensor, routing: Routing, y: Tensor, pairs_per_row: int, is_gated: bool
+    x: Tensor, weight: Tensor | QuantizedWeight, routing: Routing, y: Tensor, pairs_per_row: int, is_gated: bool
 ) -> None:
     num_experts, num_features, size = weight.shape
     num_tokens, num_pairs = len(routing.experts), routing.experts.numel()
-    tile = experts_tile(num_pairs / num_experts, x.dtype)
+    numbers, scales, (scale_rows, scale_columns) = _numbers_of(weight)
+    if scales is None:
+        tile = experts_tile(num_pairs / num_experts, x.dtype)
+    else:
+        tile = quantized_experts_tile(num_pairs / num_experts, x.dtype, size, scale_columns)
     num_tiles = min(num_experts, num_pairs) + num_pairs // tile.block_m  # at most: each expert's last may be in part
     _grouped_kernel[num_tiles, triton.cdiv(num_features, tile.block_n)](
         x,
-        weight,
+        numbers,
+        scales,
         routing.order,
         routing.counts,
         y,
         num_tokens,
         N=num_features,
         K=size,
+        SCALE_ROWS=scale_rows,
+        SCALE_COLUMNS=scale_columns,
         EXPERTS=num_experts,
         PAIRS_PER_ROW=pairs_per_row,
         GATED=is_gated,
@@ -299,7 +440,7 @@ def _launch_grouped(
 
 def _launch_few(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     routing: Routing,
     out: Tensor,
     norm: Tensor | None,
@@ -310,11 +451,13 @@ def _launch_few(
 ) -> None:
     _num_experts, num_features, size = weight.shape
     num_pairs, top_k = routing.experts.numel(), routing.experts.size(1)
-    tile = few_experts_tile(size, slots)
+    numbers, scales, (scale_rows, scale_columns) = _numbers_of(weight)
+    tile = few_experts_tile(size, slots) if scales is None else few_quantized_experts_tile(slots)
     _few_kernel[num_pairs // slots, triton.cdiv(num_features, tile.block_n)](
         x,
         x.stride(0),
-        weight,
+        numbers,
+        scales,
         routing.experts,
         None if is_gated else routing.weights,
         norm,
@@ -323,6 +466,8 @@ def _launch_few(
         out.stride(0),
         N=num_features,
         K=size,
+        SCALE_ROWS=scale_rows,
+        SCALE_COLUMNS=scale_columns,
         PAIRS_PER_ROW=top_k if is_gated else 1,
         SLOTS=slots,
         GATED=is_gated,

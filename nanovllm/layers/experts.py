@@ -1,18 +1,23 @@
 """A mixture of experts in place of an MLP: a router gives each token to a few of many (arXiv 1701.06538)."""
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.checkpoint.mixture import Mixture
 from nanovllm.kernels.experts import down_experts, gate_up_experts
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.tuning import FEW_TOKENS
 from nanovllm.layers.layernorm import Normalised
-from nanovllm.layers.linear import Weighted, apply_linear, part_of
+from nanovllm.layers.linear import Plain, Weighted, apply_linear, check_blocks, part_of
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import add_parts
 from nanovllm.parallel.tensor_parallel import TensorParallel
+
+FP8_CAPABILITY = (8, 9)  # of GPUs that convert e4m3
 
 
 class Router(nn.Module):
@@ -29,11 +34,25 @@ class Router(nn.Module):
         return route(logits, self.mixture.num_experts_per_tok, self.mixture.norm_topk_prob, self.counts)
 
 
+@runtime_checkable
+class ExpertsScheme(Protocol):
+    """How experts' weights are stored, other than plainly: in 8 bits."""
+
+    def create_experts(self, layer: "Experts") -> None:
+        """Gives the layer parameters; see `Experts.add_parameters`."""
+
+    def finish_experts(self, layer: "Experts") -> None:
+        """Makes the layer's two `QuantizedWeight`s of the filled parameters."""
+
+
 class Experts(Weighted):
     """The experts' weights: gates and ups [E, 2 * share, hidden], downs [E, hidden, share].
 
     Each rank has a share of every expert, and so as much to do as the others.
     """
+
+    gate_up_proj: Tensor | QuantizedWeight
+    down_proj: Tensor | QuantizedWeight
 
     def __init__(self, hidden_size: int, mixture: Mixture, tp: TensorParallel) -> None:
         super().__init__()
@@ -42,18 +61,54 @@ class Experts(Weighted):
         self.tp = tp
 
     def create_weights(self) -> None:
-        tp, hidden_size = self.tp, self.hidden_size
-        num_experts, intermediate_size = self.mixture.num_experts, self.mixture.intermediate_size
-        _, start, size = part_of(intermediate_size, tp)
-        self.gate_up_proj = tp.parameter(num_experts, 2 * size, hidden_size)
-        self.gate_up_proj.shards = [
-            Shard((intermediate_size, hidden_size), 0, start, offset, size) for offset in (0, size)
-        ]
-        self.down_proj = tp.parameter(num_experts, hidden_size, size)
-        self.down_proj.shards = [Shard((hidden_size, intermediate_size), 1, start, 0, size)]
+        """Raises ValueError if experts cannot be stored by the scheme."""
+        if isinstance(self.scheme, Plain):
+            self.add_parameters("", self.tp.dtype)
+        elif isinstance(self.scheme, ExpertsScheme):
+            self._check_gpu()
+            self.scheme.create_experts(self)
+        else:
+            raise ValueError(
+                f"experts that are quantised by {self.scheme} are not supported, only plain ones, FP8 with "
+                'weight_block_size and, of a plain checkpoint, quantization="fp8"'
+            )
 
     def finish_weights(self) -> None:
-        """There is nothing to do."""
+        if isinstance(self.scheme, ExpertsScheme):
+            self.scheme.finish_experts(self)
+
+    def add_parameters(self, suffix: str, dtype: torch.dtype, block: tuple[int, int] = (1, 1)) -> list[nn.Parameter]:
+        """`gate_up_proj` and `down_proj`, with a suffix: each with an element for a block of rows and columns.
+
+        The loader knows which tensors fill them; those of an expert are called "weight" with the same suffix.
+
+        Raises:
+            ValueError: a block would be cut by the ranks.
+        """
+        height, width = block
+        num_experts, part = self.mixture.num_experts, part_of(self.mixture.intermediate_size, self.tp)
+        check_blocks("gate_up_proj", part, height, self.tp)
+        check_blocks("down_proj", part, width, self.tp)
+        # Rows of the gates and of the ups, and columns of the downs, count their blocks apart.
+        hidden_rows, hidden_columns = -(-self.hidden_size // height), -(-self.hidden_size // width)
+        full_rows, start, rows = -(-part.full_size // height), part.start // height, -(-part.size // height)
+        gate_up = self.tp.parameter(num_experts, 2 * rows, hidden_columns, dtype=dtype)
+        gate_up.shards = [Shard((full_rows, hidden_columns), 0, start, offset, rows) for offset in (0, rows)]
+        full_columns, start, columns = -(-part.full_size // width), part.start // width, -(-part.size // width)
+        down = self.tp.parameter(num_experts, hidden_rows, columns, dtype=dtype)
+        down.shards = [Shard((hidden_rows, full_columns), 1, start, 0, columns)]
+        setattr(self, f"gate_up_proj{suffix}", gate_up)
+        setattr(self, f"down_proj{suffix}", down)
+        return [gate_up, down]
+
+    def _check_gpu(self) -> None:
+        device = self.tp.device
+        if device.type != "cuda":
+            return
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            needed, found = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability))
+            raise ValueError(f"experts in FP8 need a GPU of compute capability {needed}, this one has {found}")
 
 
 class SparseMLP(nn.Module):

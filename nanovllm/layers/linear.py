@@ -48,6 +48,16 @@ def part_of(full_size: int, tp: TensorParallel) -> Part:
     return Part(full_size, start, min(size, full_size - start))
 
 
+def check_blocks(name: str, part: Part, size: int, tp: TensorParallel) -> None:
+    """Raises ValueError if the rank's part of a weight cuts a block of so many rows or columns."""
+    end = part.start + part.size
+    if part.start % size or (end % size and end != part.full_size):
+        raise ValueError(
+            f"tensor_parallel_size={tp.size} would cut a block of {size}: a rank's part of {name} begins "
+            f"at {part.start} and ends at {end} of {part.full_size}"
+        )
+
+
 class Weighted(nn.Module):
     """A layer whose weights a scheme makes, once it is known which; see `create_weights`."""
 
@@ -91,12 +101,7 @@ class LinearBase(Weighted):
         """
         height, width = block
         for part, size in [*((part, height) for part in self.rows), (self.columns, width)]:
-            end = part.start + part.size
-            if part.start % size or (end % size and end != part.full_size):
-                raise ValueError(
-                    f"tensor_parallel_size={self.tp.size} would cut a block of {size}: a rank's part of {name} begins "
-                    f"at {part.start} and ends at {end} of {part.full_size}"
-                )
+            check_blocks(name, part, size, self.tp)
         full_width, width_size = -(-self.columns.full_size // width), -(-self.columns.size // width)
         shards, offset = [], 0
         for part in self.rows:
@@ -124,7 +129,10 @@ class LinearBase(Weighted):
 
 
 class Scheme(Protocol):
-    """How a layer's weight is stored: a checkpoint's tensors, and what kernels make of them."""
+    """How a layer's weight is stored: a checkpoint's tensors, and what kernels make of them.
+
+    Those by which experts can be stored have `create_experts` and `finish_experts` too, see layers/experts.py.
+    """
 
     def create(self, layer: LinearBase) -> None:
         """Gives the layer parameters, which have the names and shapes of a checkpoint's tensors."""

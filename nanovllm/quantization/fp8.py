@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.facts import JsonFacts
-from nanovllm.checkpoint.loader import DUMMY_STD, Shard
+from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES, Shard
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
+    from nanovllm.layers.experts import Experts
     from nanovllm.layers.linear import LinearBase
 
 E4M3 = torch.float8_e4m3fn
@@ -36,16 +37,37 @@ class Fp8Blocks:
         layer.add_parameter("weight_scale_inv", torch.float32, self.block).dummy = DUMMY_SCALE
 
     def finish(self, layer: LinearBase) -> None:
-        scales, block = layer.weight_scale_inv.data, self.block
-        if any(part.size % block[0] for part in layer.rows[:-1]):  # later matrices begin within a block of rows
-            sizes = [part.size for part in layer.rows]
-            pieces = scales.split([-(-size // block[0]) for size in sizes])
-            spread = [piece.repeat_interleave(block[0], 0) for piece in pieces]
-            scales = torch.cat([piece[:size] for piece, size in zip(spread, sizes, strict=True)])
-            block = 1, block[1]
-        codes = layer.weight.data
+        codes, scales = layer.weight.data, layer.weight_scale_inv.data
         del layer.weight, layer.weight_scale_inv
+        scales, block = join_scales(scales, [part.size for part in layer.rows], self.block)
         layer.weight = QuantizedWeight(codes, scales, block, rounds_input=True)
+
+    def create_experts(self, layer: Experts) -> None:
+        layer.add_parameters("", E4M3)
+        for parameter in layer.add_parameters(EXPERTS_SCALES, torch.float32, self.block):
+            parameter.dummy = DUMMY_SCALE
+
+    def finish_experts(self, layer: Experts) -> None:
+        gate_up, gate_up_scales = layer.gate_up_proj.data, layer.gate_up_proj_scale_inv.data
+        down, down_scales = layer.down_proj.data, layer.down_proj_scale_inv.data
+        del layer.gate_up_proj, layer.gate_up_proj_scale_inv, layer.down_proj, layer.down_proj_scale_inv
+        scales, block = join_scales(gate_up_scales, [gate_up.size(1) // 2] * 2, self.block)
+        layer.gate_up_proj = QuantizedWeight(gate_up, scales, block)
+        layer.down_proj = QuantizedWeight(down, down_scales, self.block)
+
+
+def join_scales(scales: Tensor, sizes: list[int], block: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """The scales of blocks of matrices that are one behind the other, and what has one of them.
+
+    scales: [..., blocks of rows, blocks of columns], those of each matrix begin with its rows. sizes: rows of each.
+    """
+    height, width = block
+    if not any(size % height for size in sizes[:-1]):
+        return scales, block
+    # Later matrices begin within a block of rows: each row has its scales.
+    pieces = scales.split([-(-size // height) for size in sizes], dim=-2)
+    rows = [piece.repeat_interleave(height, -2).narrow(-2, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
+    return torch.cat(rows, dim=-2), (1, width)
 
 
 @dataclass(frozen=True)
@@ -91,17 +113,23 @@ class RoundingShard(Shard):
 
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
         """Of columns, too, the scales are those of whole rows, so that the number of ranks changes no result."""
-        codes, scales = parameter.data, self.scales
         if self.expert is not None:
-            codes, scales = codes[self.expert], scales[self.expert]
-        own = slice(self.start, self.start + self.size)
-        if self.dim == 0:
-            numbers = source[own]
-            codes, scales = codes[self.offset : self.offset + self.size], scales[self.offset : self.offset + self.size]
+            self._copy(source, (), parameter.data[self.expert], self.scales[self.expert])
+        elif parameter.dim() == 3:  # one tensor has all experts, which are read one by one
+            for expert, (codes, scales) in enumerate(zip(parameter.data, self.scales, strict=True)):
+                self._copy(source, (expert,), codes, scales)
         else:
-            numbers = source[:]
+            self._copy(source, (), parameter.data, self.scales)
+
+    def _copy(self, source: Any, expert: tuple[int, ...], codes: Tensor, scales: Tensor) -> None:
+        """Fills a part of codes [N, K] and scales [N, 1]; expert: the index of the matrix in the tensor."""
+        own = slice(self.start, self.start + self.size)
+        are_rows = self.dim == len(self.full_shape) - 2
+        numbers = source[(*expert, own if are_rows else slice(None))]
+        if are_rows:
+            codes, scales = (place.narrow(0, self.offset, self.size) for place in (codes, scales))
         whole_codes, whole_scales = round_rows(numbers.to(codes.device))
-        codes.copy_(whole_codes if self.dim == 0 else whole_codes[:, own])
+        codes.copy_(whole_codes if are_rows else whole_codes[:, own])
         scales.copy_(whole_scales)
 
 
@@ -125,6 +153,20 @@ class RoundedFp8:
         codes, scales = layer.weight.data, layer.scales
         del layer.weight, layer.scales
         layer.weight = QuantizedWeight(codes, scales, (1, layer.columns.size), rounds_input=True)
+
+    def create_experts(self, layer: Experts) -> None:
+        layer.scales = []
+        for parameter in layer.add_parameters("", E4M3):
+            scales = torch.full((*parameter.shape[:2], 1), DUMMY_SCALE, device=parameter.device)
+            parameter.shards = [RoundingShard(**vars(shard), scales=scales) for shard in parameter.shards]
+            layer.scales.append(scales)
+
+    def finish_experts(self, layer: Experts) -> None:
+        gate_up, down = layer.gate_up_proj.data, layer.down_proj.data
+        gate_up_scales, down_scales = layer.scales
+        del layer.gate_up_proj, layer.down_proj, layer.scales
+        layer.gate_up_proj = QuantizedWeight(gate_up, gate_up_scales, (1, gate_up.size(2)))
+        layer.down_proj = QuantizedWeight(down, down_scales, (1, down.size(2)))
 
 
 class OnlineFp8:
