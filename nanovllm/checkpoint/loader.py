@@ -48,6 +48,7 @@ class Shard:
     """
 
     is_copied: ClassVar[bool] = True  # element by element, so that dtypes must fit
+    is_joined: ClassVar[bool] = True  # of matrices that a checkpoint has as one, it has the elements behind each other
     full_shape: tuple[int, ...]
     dim: int
     start: int
@@ -69,8 +70,17 @@ class Shard:
 class ScalarShard(Shard):
     """One number of a parameter, from a tensor that has one: of shape () or (1,)."""
 
+    is_joined: ClassVar[bool] = False
+
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
         parameter.data[self.offset] = source[()].item()
+
+
+@dataclass(frozen=True)
+class VectorShard(Shard):
+    """Some elements of a parameter, [N], from a tensor that matrices which a checkpoint has as one have in common."""
+
+    is_joined: ClassVar[bool] = False
 
 
 def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:
@@ -138,7 +148,7 @@ def _sources(
 ) -> Iterator[tuple[str, Shard]]:
     """The tensors of a checkpoint that fill a parameter, and how."""
     shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
-    has_experts = parameter.dim() > len(shards[0].full_shape)
+    has_experts = parameter.dim() > max(len(shards[0].full_shape), 1)  # numbers are side by side in a parameter
     path, kind = (name, "weight") if has_experts else name.rsplit(".", 1)
     *before, module = path.split(".")
     own_name = original_name(model, name, names)
@@ -155,6 +165,9 @@ def _sources(
 
 def _fused(shards: list[Shard], num_experts: int | None) -> Iterator[Shard]:
     """The shards of one tensor that has the tensors of several behind each other, perhaps of all experts."""
+    if not shards[0].is_joined:
+        yield from shards
+        return
     dim, start = shards[0].dim, 0
     shape = list(shards[0].full_shape)
     shape[dim] = sum(shard.full_shape[dim] for shard in shards)
@@ -166,13 +179,19 @@ def _fused(shards: list[Shard], num_experts: int | None) -> Iterator[Shard]:
 
 def original_name(model: nn.Module, name: str, names: Collection[str]) -> str:
     """What a checkpoint with tensors of these names calls one of the model's: in the first layout that has it."""
+    spellings = spellings_of(model, name)
+    return next((spelling for spelling in spellings if spelling in names), spellings[-1])
+
+
+def spellings_of(model: nn.Module, name: str) -> list[str]:
+    """What checkpoints call one of the model's tensors: as it does, then in each of the model's layouts."""
     spellings = [name]
     for layout in model.checkpoint_layouts:
         spelling = name
         for ours, theirs in layout.items():
             spelling = spelling.replace(ours, theirs)
         spellings.append(spelling)
-    return next((spelling for spelling in spellings if spelling in names), spellings[-1])
+    return spellings
 
 
 def find_tensors(folder: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it, and plain ones that are rounded when loaded.
+"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it, and plain ones, rounded when loaded.
 
 Qwen's and DeepSeek's (arXiv 2412.19437, section 3.3) have a scale for each block of 128 x 128 weights, others one for
 each row or for the whole matrix.
@@ -27,16 +27,18 @@ DUMMY_SCALE = 0.02 / DUMMY_STD
 
 @dataclass(frozen=True)
 class Fp8Blocks:
-    """A float32 scale, `weight_scale_inv`, for each block of weights."""
+    """A float32 scale for each block of weights."""
 
     block: tuple[int, int]
+    scale_name: str = "weight_scale_inv"
+    rounds_input: bool = True
 
     def create(self, layer: LinearBase) -> None:
         layer.add_parameter("weight", E4M3)
-        layer.add_parameter("weight_scale_inv", torch.float32, self.block).dummy = DUMMY_SCALE
+        layer.add_parameter(self.scale_name, torch.float32, self.block).dummy = DUMMY_SCALE
 
     def finish(self, layer: LinearBase) -> None:
-        scales, block = layer.weight_scale_inv.data, self.block
+        scales, block = getattr(layer, self.scale_name).data, self.block
         if any(part.size % block[0] for part in layer.rows[:-1]):  # later matrices begin within a block of rows
             sizes = [part.size for part in layer.rows]
             pieces = scales.split([-(-size // block[0]) for size in sizes])
@@ -44,20 +46,25 @@ class Fp8Blocks:
             scales = torch.cat([piece[:size] for piece, size in zip(spread, sizes, strict=True)])
             block = 1, block[1]
         codes = layer.weight.data
-        del layer.weight, layer.weight_scale_inv
-        layer.weight = QuantizedWeight(codes, scales, block, rounds_input=True)
+        del layer.weight
+        delattr(layer, self.scale_name)
+        layer.weight = QuantizedWeight(codes, scales, block, rounds_input=self.rounds_input)
 
 
 @dataclass(frozen=True)
-class Fp8Scaled:
-    """A scale, `weight_scale`, for each row or for each whole matrix; perhaps an `input_scale` of all rows of x."""
+class Scaled:
+    """A scale, `weight_scale`, for each row or for each whole matrix; perhaps an `input_scale` of all rows of x.
+
+    dtype: of the codes, e4m3 or int8.
+    """
 
     is_per_row: bool
     has_input_scale: bool = False
     rounds_input: bool = True
+    dtype: torch.dtype = E4M3
 
     def create(self, layer: LinearBase) -> None:
-        layer.add_parameter("weight", E4M3)
+        layer.add_parameter("weight", self.dtype)
         if self.is_per_row:
             scales = layer.add_parameter("weight_scale", torch.float32, (1, layer.columns.full_size))
         else:
@@ -90,7 +97,7 @@ class RoundingShard(Shard):
     scales: Tensor | None = None
 
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
-        """Of columns, too, the scales are those of whole rows, so that results do not depend on the number of ranks."""
+        """Of columns, too, scales are those of whole rows, so that results do not depend on the number of ranks."""
         codes, scales = parameter.data, self.scales
         if self.expert is not None:
             codes, scales = codes[self.expert], scales[self.expert]
@@ -133,7 +140,7 @@ class OnlineFp8:
     def __init__(self, facts: JsonFacts) -> None:
         """There is nothing to read."""
 
-    def scheme_of(self, name: str) -> RoundedFp8:
+    def scheme_of(self, names: list[str]) -> RoundedFp8:
         return RoundedFp8()
 
 
@@ -148,7 +155,7 @@ class Fp8:
         if raw.get("fmt", "e4m3") != "e4m3":
             raise facts.error(f"fmt={raw['fmt']!r} is not supported, only 'e4m3'")
         if block is None:
-            self.scheme = Fp8Scaled(is_per_row=False, has_input_scale=activations == "static")
+            self.scheme = Scaled(is_per_row=False, has_input_scale=activations == "static")
         elif block != [128, 128]:
             raise facts.error(f"weight_block_size={block!r} is not supported, only [128, 128]")
         elif activations == "static":
@@ -157,5 +164,5 @@ class Fp8:
             self.scheme = Fp8Blocks((128, 128))
         self.ignored = names_of(facts, "modules_to_not_convert") + names_of(facts, "ignored_layers")
 
-    def scheme_of(self, name: str) -> Fp8Blocks | Fp8Scaled | None:
-        return None if is_listed(name, self.ignored) else self.scheme
+    def scheme_of(self, names: list[str]) -> Fp8Blocks | Scaled | None:
+        return None if is_listed(names, self.ignored) else self.scheme
