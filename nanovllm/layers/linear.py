@@ -127,9 +127,9 @@ class LinearBase(Weighted):
         return parameter
 
     def add_vectors(self, name: str, dtype: torch.dtype, size: int | None = None) -> nn.Parameter:
-        """A parameter with a vector for each of the matrices, [matrices * size]; None: with an element for each column.
+        """A parameter with a vector for each of the matrices, [matrices * size]; None: as long as the rank's rows.
 
-        A checkpoint has them one by one, and that of several matrices which are one there belongs to each of them.
+        A checkpoint has them one by one; that of several matrices which are one there belongs to each of them.
         """
         part = self.columns if size is None else Part(size, 0, size)
         parameter = self.tp.parameter(len(self.rows) * part.size, dtype=dtype)

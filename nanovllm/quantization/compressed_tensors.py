@@ -148,10 +148,8 @@ def _unpacked(weights: JsonFacts, inputs: JsonFacts | None) -> Scaled | Fp8Block
     kind = weights.raw.get("type", "int")
     strategies = ("tensor", "channel", "block") if kind == "float" else ("tensor", "channel")
     strategy = weights.choice("strategy", strategies)
-    if strategy == "block" and weights.raw.get("block_structure") != [128, 128]:
-        raise weights.error(
-            f"block_structure={weights.raw.get('block_structure')!r} is not supported, only [128, 128]"
-        )
+    if strategy == "block":
+        weights.choice("block_structure", ([128, 128],))
     has_input_scale = False
     if inputs is not None:
         inputs.choice("type", (kind,), "int")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.loader import DUMMY_STD, Shard
 from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.quantization.groups import DUMMY_SCALES
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Scaled:
             scales = layer.add_parameter("weight_scale", torch.float32, (1, layer.columns.full_size))
         else:
             scales = layer.add_scalars("weight_scale")
-        scales.dummy = DUMMY_SCALE
+        scales.dummy = DUMMY_SCALE if self.dtype == E4M3 else DUMMY_SCALES[8]
         if self.has_input_scale:
             layer.add_scalars("input_scale").dummy = DUMMY_SCALE
 
