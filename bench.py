@@ -144,7 +144,14 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
     floor = None
     if torch.cuda.is_available():
         dtype = options.get("dtype", config.dtype)
-        floor = Floor.measure(config, dtype, requests, args.shared_prefix, options["tensor_parallel_size"])
+        floor = Floor.measure(
+            config,
+            dtype,
+            requests,
+            args.shared_prefix,
+            options["tensor_parallel_size"],
+            options.get("kv_cache_dtype", "auto"),
+        )
     return Result(
         engine=args.engine,
         model=args.model or args.shape,

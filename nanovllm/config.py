@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, resolve_model_path
+from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, has_tokenizer, resolve_model_path
+from nanovllm.checkpoint.gguf.files import find_gguf
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
 from nanovllm.quantization import Method, read_method
@@ -19,6 +20,8 @@ from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
 DTYPES = ("float32", "bfloat16", "float16")
+KvCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
+FP8 = "fp8_e4m3"
 OTHER_DTYPES = {"half": "float16", "float": "float32"}
 MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
 LIMITS = {  # lowest, highest
@@ -39,13 +42,16 @@ class Config:
     """The engine's options; what is "auto", or None where that says the same, is resolved when constructed.
 
     Attributes:
-        model: a Hugging Face folder or hub name (HF_HUB_OFFLINE is honoured).
-        tokenizer: a folder or hub name of another tokenizer than the model's. Resolved: its folder, or None if
-            skip_tokenizer_init.
+        model: a Hugging Face folder or hub name (HF_HUB_OFFLINE is honoured), or a GGUF file. Resolved: the folder or
+            the file.
+        tokenizer: a folder or hub name of another tokenizer than the model's. Resolved: its folder, or the GGUF file
+            that has it, or None if skip_tokenizer_init.
         revision: the branch, tag or commit of a model of the hub; a folder is the one that it is.
         tokenizer_revision: the same of the tokenizer; without `tokenizer`, None is the model's.
         download_dir: where the hub's files are kept, None: where Hugging Face keeps them.
         hf_token: for the hub; True: the one that was stored by logging in.
+        hf_config_path: a folder or hub name whose config.json and generation_config.json count in place of the
+            model's, such as the one that a GGUF file was made of. Resolved: its folder, or None: the model's.
         hf_overrides: keys of config.json with other values.
         skip_tokenizer_init: have no tokenizer; prompts must be token ids, and results have no text.
         generation_config: whose generation_config.json says what requests without parameters ask for and, with
@@ -61,15 +67,18 @@ class Config:
         enforce_eager: run decode steps without CUDA graphs.
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
-        dtype: "auto" (the checkpoint's; float32 for half types on a CPU without fast bf16), or one of Dtype's or
-            torch's. Resolved: one of DTYPES.
+        kv_cache_dtype: "auto" (that of the computation, which may be named too) or "fp8", which is "fp8_e4m3": half
+            the bytes, on GPUs of compute capability 8.9 and later, with attention_backend "triton". Resolved: one of
+            DTYPES or FP8.
+        dtype: "auto" (the checkpoint's, of a GGUF file bfloat16; float32 for half types on a CPU without fast bf16),
+            or one of Dtype's or torch's. Resolved: one of DTYPES.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
         sampler_backend: "auto" (the faster one), "triton" or "torch" (compiled on CUDA); they make equal draws.
         enable_prefix_caching: share the KV of equal prefixes between requests.
         async_scheduling: prepare and launch a step before the tokens of the last one are seen.
-        load_format: "auto" and "safetensors" read safetensors, "dummy" draws random weights and needs no file but
-            config.json.
+        load_format: "safetensors" and "gguf" read such files, "auto" the latter where a folder has none of the
+            former; "dummy" draws random weights and needs no file but config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
         quantization: the method of a quantised checkpoint, which is known without it, or "fp8" to round a plain one
             while it is loaded.
@@ -85,6 +94,7 @@ class Config:
     tokenizer_revision: str | None = None
     download_dir: str | os.PathLike[str] | None = None
     hf_token: str | bool | None = field(default=None, repr=False)
+    hf_config_path: str | os.PathLike[str] | None = None
     hf_overrides: dict[str, Any] | None = None
     skip_tokenizer_init: bool = False
     generation_config: str | os.PathLike[str] | None = "auto"
@@ -97,13 +107,14 @@ class Config:
     enforce_eager: bool | None = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
+    kv_cache_dtype: KvCacheDtype | None = "auto"
     dtype: Dtype | torch.dtype = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto"
     sampler_backend: Literal["auto", "triton", "torch"] = "auto"
     enable_prefix_caching: bool | None = True
     async_scheduling: bool | None = True
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     seed: int | None = 0
     quantization: str | None = None
     model_config: ModelConfig = field(init=False)
@@ -124,7 +135,7 @@ class Config:
         if self.device == "cuda" and size > num_gpus:
             raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
         self._find_folders()
-        self.model_config = ModelConfig.from_folder(self.model, self.hf_overrides, self.generation_folder)
+        self.model_config = ModelConfig.from_folder(self.config_folder, self.hf_overrides, self.generation_folder)
         self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
         heads, kv_heads = self.model_config.num_attention_heads, self.model_config.num_key_value_heads
         if heads % size:
@@ -133,8 +144,9 @@ class Config:
             raise ValueError(
                 f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
             )
-        path = os.path.join(self.model, "config.json")
-        self.quantization_method = read_method(self.quantization, self.model_config.quantization_config, path)
+        self.quantization_method = read_method(
+            self.quantization, self.model_config.quantization_config, f"{self.config_folder}/config.json"
+        )
         if self.dtype == "auto":
             self.dtype = self.model_config.dtype
             if self.dtype not in DTYPES:
@@ -142,16 +154,27 @@ class Config:
             if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
                 self.dtype = "float32"
         self._resolve_backends()
+        self._resolve_kv_cache_dtype()
+
+    @property
+    def config_folder(self) -> str:
+        """The folder whose config.json counts, or the GGUF file that has the same to say."""
+        return self.model if self.hf_config_path is None else self.hf_config_path
 
     @property
     def generation_folder(self) -> str:
         """The folder whose generation_config.json counts, be it for the tokens that end a text alone."""
-        return self.model if self.generation_config in ("auto", "vllm") else self.generation_config
+        return self.config_folder if self.generation_config in ("auto", "vllm") else self.generation_config
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The resolved `dtype` as torch knows it."""
         return getattr(torch, self.dtype)
+
+    @property
+    def torch_kv_cache_dtype(self) -> torch.dtype:
+        """The resolved `kv_cache_dtype` as torch knows it."""
+        return torch.float8_e4m3fn if self.kv_cache_dtype == FP8 else getattr(torch, self.kv_cache_dtype)
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -189,13 +212,21 @@ class Config:
             )
 
     def _find_folders(self) -> None:
-        """Brings the names of model, tokenizer and generation_config to folders."""
+        """Brings the names of model, tokenizer, hf_config_path and generation_config to folders, or a GGUF file."""
         hub, name = {"download_dir": self.download_dir, "hf_token": self.hf_token}, self.model
-        self.model = resolve_model_path(name, self.load_format != "dummy", revision=self.revision, **hub)
+        folder = resolve_model_path(name, self.load_format != "dummy", revision=self.revision, **hub)
+        self.model = find_gguf(folder, self.load_format) or folder
+        if self.hf_config_path is not None:
+            self.hf_config_path = resolve_model_path(self.hf_config_path, option="hf_config_path", **hub)
+        elif self.model != folder:  # a GGUF file, beside which the folder may have more
+            if os.path.isfile(os.path.join(folder, "config.json")):
+                self.hf_config_path = folder
+            elif self.generation_config == "auto" and os.path.isfile(os.path.join(folder, "generation_config.json")):
+                self.generation_config = folder
         if self.skip_tokenizer_init:
             self.tokenizer = None
         elif self.tokenizer is None and self.tokenizer_revision is None:
-            self.tokenizer = self.model
+            self.tokenizer = folder if has_tokenizer(folder) else self.model
         else:
             name = name if self.tokenizer is None else self.tokenizer
             self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
@@ -212,6 +243,20 @@ class Config:
         }
         self.attention_reason = self._resolve_backend("attention_backend", obstacles)
         self._resolve_backend("sampler_backend", {})
+
+    def _resolve_kv_cache_dtype(self) -> None:
+        option = f"kv_cache_dtype={self.kv_cache_dtype!r}"
+        if self.kv_cache_dtype in ("fp8", FP8):
+            self.kv_cache_dtype = FP8
+            if self.attention_backend != "triton":
+                raise ValueError(
+                    f"{option} needs attention_backend='triton', it is {self.attention_backend!r}: "
+                    f"{self.attention_reason}"
+                )
+        elif self.kv_cache_dtype not in ("auto", self.dtype):
+            raise ValueError(f"{option} must be 'auto', 'fp8' or the dtype of the computation, {self.dtype!r}")
+        else:
+            self.kv_cache_dtype = self.dtype
 
     def _resolve_backend(self, option: str, own_obstacles: dict[str, bool]) -> str:
         """Resolves "auto" to Triton or, if there is an obstacle, to torch; returns the reason.

@@ -18,7 +18,7 @@ from nanovllm.chat.prompts import is_conversation, render_conversations
 from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
 from nanovllm.compat.refused_arguments import refuse
 from nanovllm.compat.refused_methods import refused_method
-from nanovllm.config import Dtype
+from nanovllm.config import Dtype, KvCacheDtype
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
@@ -44,6 +44,7 @@ class LLM(LLMEngine):
         tokenizer_revision: str | None = None,
         download_dir: str | os.PathLike[str] | None = None,
         hf_token: str | bool | None = None,
+        hf_config_path: str | os.PathLike[str] | None = None,
         hf_overrides: dict[str, Any] | None = None,
         skip_tokenizer_init: bool = False,
         generation_config: str | os.PathLike[str] | None = "auto",
@@ -56,17 +57,20 @@ class LLM(LLMEngine):
         enforce_eager: bool | None = False,
         kvcache_block_size: int = 256,
         num_kvcache_blocks: int = -1,
+        kv_cache_dtype: KvCacheDtype | None = "auto",
         dtype: Dtype | torch.dtype = "auto",
         device: Literal["auto", "cuda", "cpu"] = "auto",
         attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto",
         sampler_backend: Literal["auto", "triton", "torch"] = "auto",
         enable_prefix_caching: bool | None = True,
         async_scheduling: bool | None = True,
-        load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+        load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto",
         seed: int | None = 0,
         **unknown: Any,
     ) -> None:
-        """Starts an engine for a Hugging Face folder or hub name; `nanovllm.config.Config` says what the options are.
+        """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.
+
+        `nanovllm.config.Config` says what the options are.
 
         Options of vLLM that have another name there, or that ask for nothing else than what is here, may be given too.
 

@@ -233,6 +233,8 @@ def test_the_longest_prompt(llm):
         ({"attention_backend": "magic"}, ValueError, "attention_backend.*triton.*magic"),
         ({"attention_backend": "triton"}, ValueError, "attention_backend.*triton.*cuda.*cpu"),
         ({"attention_backend": "flash_attn"}, ValueError, "attention_backend.*flash_attn.*cuda.*cpu"),
+        ({"kv_cache_dtype": "int8"}, ValueError, "kv_cache_dtype.*fp8.*int8"),
+        ({"kv_cache_dtype": "fp8"}, ValueError, "kv_cache_dtype.*fp8.*attention_backend.*torch.*cuda.*cpu"),
         ({"load_format": "pickle"}, ValueError, "load_format.*dummy.*pickle"),
         ({"seed": -1}, ValueError, "seed.*-1"),
         ({"seed": 2**63}, ValueError, f"seed.*{2**63}"),

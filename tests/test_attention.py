@@ -15,7 +15,8 @@ from kernel_data import DOT_DTYPES, assert_rows_close, ints, paged_inputs
 
 from nanovllm.kernels import HAS_TRITON, tl, triton
 from nanovllm.kernels.decode_shares import find_work
-from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch
 from nanovllm.layers.attention import Attention, decode_without_host
 from nanovllm.utils.context import Context
 

@@ -114,6 +114,8 @@ def test_floor(tmp_path, monkeypatch):
     assert floor.kv_bytes == 13_853_760_356_352
     assert floor.weight_bytes == 1023 * 2 * (layers + head)
     assert floor.seconds == pytest.approx((floor.kv_bytes + floor.weight_bytes) / 4e12 + floor.prefill_flops / 800e12)
+    floor = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), 0, 1, kv_cache_dtype="fp8")
+    assert floor.kv_bytes == 13_853_760_356_352 // 2
     # Three decode steps of one request, then two requests of which the second computes one token of its own.
     one = floors.Floor.measure(config, "bfloat16", [bench.Request([1] * 10, 4)], prefix=0, num_gpus=1)
     assert one.kv_bytes == 114_688 * (11 + 12 + 13)

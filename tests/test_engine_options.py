@@ -77,7 +77,8 @@ ASK_FOR_NOTHING = {
     "enable_lora": False,
     "max_lora_rank": 16,
     "limit_mm_per_prompt": {},
-    "kv_cache_dtype": "auto",
+    "kv_cache_dtype_skip_layers": [],
+    "calculate_kv_scales": False,
     "speculative_config": None,
     "distributed_executor_backend": "mp",
     "enable_expert_parallel": False,
@@ -106,7 +107,7 @@ ASK_FOR_SOMETHING = [
     ("data_parallel_size", 2, "replica"),
     ("enable_lora", True, "LoRA"),
     ("limit_mm_per_prompt", {"image": 1}, "images"),
-    ("kv_cache_dtype", "fp8", "dtype of the model"),
+    ("calculate_kv_scales", True, "scales of the checkpoint"),
     ("speculative_config", {"method": "ngram"}, "speculative"),
     ("distributed_executor_backend", "ray", "one host"),
     ("enable_expert_parallel", True, "experts"),
@@ -192,7 +193,7 @@ def test_unknown_options(config, name, suggestion):
 
 def test_none_is_the_default(config):
     names = ("max_num_batched_tokens", "max_num_seqs", "enforce_eager", "enable_prefix_caching", "async_scheduling")
-    assert config(**dict.fromkeys((*names, "seed", "attention_backend"))) == config()
+    assert config(**dict.fromkeys((*names, "seed", "attention_backend", "kv_cache_dtype"))) == config()
     assert (config(seed=None).seed, config(enable_prefix_caching=None).enable_prefix_caching) == (0, True)
     with pytest.raises(TypeError, match=r"tensor_parallel_size.*None"):
         config(tensor_parallel_size=None)
@@ -225,8 +226,10 @@ def test_load_formats(checkpoint, folder, config):
     assert config(load_format="safetensors").load_format == "safetensors"
     with engine(checkpoint("qwen3").path, load_format="safetensors") as llm:
         assert generate(llm, [PROMPT])[0]["token_ids"] == checkpoint("qwen3").greedy(PROMPT, GREEDY.max_tokens)[0]
-    for name in ("pt", "gguf", "bitsandbytes"):
-        with pytest.raises(ValueError, match=f"load_format must be one of auto, safetensors, dummy, got '{name}'"):
+    for name in ("pt", "bitsandbytes"):
+        with pytest.raises(
+            ValueError, match=f"load_format must be one of auto, safetensors, gguf, dummy, got '{name}'"
+        ):
             config(load_format=name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ import time
 import pytest
 import torch
 from checkpoints import FAMILIES, mixed_prompts, random_prompt
-from engines import MAX_TOKENS, SCENARIOS, Trace, check_scenario, engine, expected, generate, tokens
+from engines import MAX_TOKENS, SCENARIOS, Trace, check_scenario, engine, expected, generate, scenario_options, tokens
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
@@ -24,6 +26,9 @@ from nanovllm.utils.context import Context
 pytestmark = pytest.mark.gpu
 GRAPHS = pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
+needs_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU that knows FP8"
+)
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 FLOAT32 = {"device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.5}
 
@@ -291,6 +296,72 @@ def test_logits_are_as_good_as_those_of_transformers(random_qwen3, backend, num_
         error = relative_error(theirs[step], reference[step])
         assert 1e-4 < error < 0.1
         assert relative_error(ours[step], reference[step]) <= 1.2 * error
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@needs_fp8
+def test_greedy_tokens_of_an_fp8_cache(checkpoint, enforce_eager):
+    """Chunks, preemptions and prefixes from the cache change nothing: what is read is the same FP8 numbers.
+
+    But for one request at most: a number that is rounded otherwise in a batch of another size may be another of FP8.
+    """
+    options, prompts = FLOAT32 | {"kv_cache_dtype": "fp8", "enforce_eager": enforce_eager}, mixed_prompts()
+    path = checkpoint("qwen3").path
+    with engine(path, **options | {"enforce_eager": True}, enable_prefix_caching=False) as llm:
+        assert llm.config.kv_cache_dtype == "fp8_e4m3"
+        want = tokens(generate(llm, prompts))
+    for scenario in SCENARIOS:
+        with engine(path, **options, **scenario_options(scenario, 16)) as llm:
+            trace = Trace(llm)
+            assert num_equal(tokens(generate(llm, prompts)), want) >= len(want) - 1
+            assert SCENARIOS[scenario](trace)
+            assert num_equal(tokens(generate(llm, prompts)), want) >= len(want) - 1
+
+
+def num_equal(results: list, others: list) -> int:
+    return sum(a == b for a, b in zip(results, others, strict=True))
+
+
+@pytest.mark.parametrize("scale", [None, 0.05])
+@needs_fp8
+def test_logits_of_an_fp8_cache(random_qwen3, scale, tmp_path):
+    """In bf16, against float32: worse than those of a cache in bf16, but not by much.
+
+    Computed in float32 on a CPU, the FP8 numbers alone make an error of 0.06 in a model like this, whatever the scale.
+    """
+    folder, model = random_qwen3
+    if scale is not None:
+        shutil.copytree(folder, tmp_path / "scaled")
+        folder = str(tmp_path / "scaled")
+        tensors = load_file(f"{folder}/model.safetensors")
+        scales = (f"model.layers.{layer}.self_attn.{name}_scale" for layer in range(28) for name in "kv")
+        save_file(tensors | {name: torch.tensor(scale) for name in scales}, f"{folder}/model.safetensors")
+    prompts = [random_prompt(seed, 200, 151_936) for seed in range(16)]
+    logits, generated = engine_logits(folder, prompts, kv_cache_dtype="fp8", num_kvcache_blocks=64)
+    ids = torch.cat([torch.tensor(prompts, device="cuda"), generated], dim=1)
+    reference = reference_logits(cast(model, torch.float32), ids)
+    cast(model, torch.bfloat16)
+    plain_error = relative_error(engine_logits(folder, prompts, num_kvcache_blocks=64)[0][0], reference[0])
+    for step in (slice(0, 1), slice(1, None)):
+        assert plain_error < relative_error(logits[step], reference[step]) < 0.1
+
+
+@needs_fp8
+def test_twice_as_many_blocks_of_fp8_fit(random_qwen3):
+    folder, _model = random_qwen3
+    nums = []
+    for kv_cache_dtype in ("auto", "fp8"):
+        options = {"device": "cuda", "gpu_memory_utilization": 0.5, "enforce_eager": True}
+        with LLM(folder, kv_cache_dtype=kv_cache_dtype, **options) as llm:
+            nums.append(len(llm.scheduler.block_manager.blocks))
+    assert 1.95 < nums[1] / nums[0] < 2.05
+
+
+@pytest.mark.parametrize("backend", ["torch", "flash_attn"])
+def test_other_backends_refuse_an_fp8_cache(random_qwen3, monkeypatch, backend):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match=f"kv_cache_dtype='fp8' needs attention_backend='triton', it is '{backend}'"):
+        LLM(random_qwen3[0], device="cuda", attention_backend=backend, kv_cache_dtype="fp8")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "flash_attn"])

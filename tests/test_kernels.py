@@ -16,7 +16,8 @@ from kernel_data import DOT_DTYPES, DTYPES, assert_rows_close, ints, paged_input
 
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels.activation import GATES, gelu_tanh_and_mul_torch, silu_and_mul_torch
-from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch
 from nanovllm.kernels.rms_norm import rms_norm, rms_norm_torch
 from nanovllm.kernels.sampling import draw, filter_thresholds, unpack_token_ids
 from nanovllm.kernels.sampling_torch import draw as draw_torch

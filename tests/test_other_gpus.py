@@ -51,6 +51,7 @@ EARLY_START = 90  # the capability from which on a kernel can start before the o
 ADDRESS = 2**40  # too large for 32 bits, as those of GPUs are
 MAX_MODEL_LEN, VOCAB_SIZE, HIDDEN_SIZE = 40960, 151936, 4096
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+E4M3 = torch.float8_e4m3fn
 
 
 class Driver:
@@ -128,10 +129,16 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def launch_attention(
-    dtype: torch.dtype, dim: int, block_size: int, heads: int = 16, kv_heads: int = 8, **scores: float
+    dtype: torch.dtype,
+    dim: int,
+    block_size: int,
+    heads: int = 16,
+    kv_heads: int = 8,
+    cache_dtype: torch.dtype | None = None,
+    **scores: float,
 ) -> None:
     """Decodes of one row, of some and of many, which takes wide tiles; a prefill."""
-    k_cache, v_cache = empty(2, 64, block_size, kv_heads, dim, dtype=dtype)
+    k_cache, v_cache = empty(2, 64, block_size, kv_heads, dim, dtype=cache_dtype or dtype)
     for rows in (1, 12, 256):
         q = empty(rows, heads, dim, dtype=dtype)
         tables = empty(rows, MAX_MODEL_LEN // block_size, dtype=I32)
@@ -140,10 +147,12 @@ def launch_attention(
     paged_prefill(q, k_cache, v_cache, tables, lens, empty(rows + 1, dtype=I32), 0.1, **scores)
 
 
-def launch_rope(dtype: torch.dtype, dim: int, heads: int = 16, kv_heads: int = 8) -> None:
+def launch_rope(
+    dtype: torch.dtype, dim: int, heads: int = 16, kv_heads: int = 8, cache_dtype: torch.dtype | None = None
+) -> None:
     """Of whole heads, and of a part of them."""
     norm = empty(dim, dtype=dtype)
-    caches = empty(2, 64, 256, kv_heads, dim, dtype=dtype)
+    caches = empty(2, 64, 256, kv_heads, dim, dtype=cache_dtype or dtype)
     qkv, ints = empty(4, (heads + 2 * kv_heads) * dim, dtype=dtype), empty(4, dtype=I32)
     for rotary_dim in (dim, dim // 4 * 2):
         cos_sin = empty(MAX_MODEL_LEN, rotary_dim, dtype=F32)
@@ -240,6 +249,21 @@ def test_attention(compile_for, capability, dtype, dim, block_size):
     assert_fits(compiled, capability)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "block_size"),
+    mark_slow(
+        [(capability, *others) for capability, *others in ATTENTION if capability in (89, 90)],
+        but=[(90, BF16, 128, 256)],
+    ),
+)
+def test_attention_of_an_fp8_cache(compile_for, capability, dtype, dim, block_size):
+    compiled = compile_for(capability)
+    launch_attention(dtype, dim, block_size, cache_dtype=E4M3)
+    launch_attention(dtype, dim, block_size, cache_dtype=E4M3, window=4096, soft_cap=50.0)
+    launch_rope(dtype, dim, cache_dtype=E4M3)
+    assert_fits(compiled, capability)
+
+
 @pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(89, F32)]))
 def test_linear(compile_for, capability, dtype):
     compiled = compile_for(capability)
@@ -296,13 +320,14 @@ def test_no_kernel_is_left_out(launch_on):
 
 
 def test_an_h200_gets_what_was_measured_on_it():
-    def tiles(*args, is_wide):
-        return tuple(tuning.attention_tiles(*args, GPUS[90], is_wide))
+    def tiles(*args, is_wide, is_fp8=False):
+        return tuple(tuning.attention_tiles(*args, GPUS[90], is_wide, is_fp8))
 
     assert tiles(128, 256, BF16, is_wide=True) == (128, 3)
     assert tiles(128, 256, BF16, is_wide=False) == (64, 5)
     assert tiles(128, 64, BF16, is_wide=True) == (64, 5)  # a wide tile would not lie within a page
     assert tiles(256, 256, F32, is_wide=False) == (16, 5)
+    assert tiles(128, 256, BF16, is_wide=True, is_fp8=True) == (128, 5)  # as many bytes on their way
     assert [tuning.decode_programs(units, GPUS[90]) for units in (8, 9, 132, 133)] == [
         (132, 0),
         (264, 0),

@@ -126,7 +126,8 @@ def test_what_is_imported_is_a_dependency():
                 modules.add(node.module)
     packages = {module.split(".")[0] for module in modules - {"__future__"}} - sys.stdlib_module_names
     packages = {package.replace("_", "-") for package in packages}
-    optional = PROJECT["optional-dependencies"]["cuda"] + PROJECT["optional-dependencies"]["structured"]
+    extras = PROJECT["optional-dependencies"]
+    optional = extras["cuda"] + extras["gguf"] + extras["structured"]
     required = {re.match(r"[\w-]+", requirement).group() for requirement in PROJECT["dependencies"] + optional}
     assert {"torch", "safetensors"} <= packages
     missing = packages - {"nanovllm"} - required

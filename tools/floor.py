@@ -38,10 +38,19 @@ class Floor:
     seconds: float
 
     @classmethod
-    def measure(cls, config: ModelConfig, dtype: str, requests: list[Request], prefix: int, num_gpus: int) -> Floor:
+    def measure(
+        cls,
+        config: ModelConfig,
+        dtype: str,
+        requests: list[Request],
+        prefix: int,
+        num_gpus: int,
+        kv_cache_dtype: str = "auto",
+    ) -> Floor:
         """Counts the work of requests that share their first `prefix` tokens; measures the current device."""
+        cache_dtype = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
         lens = [(len(request.prompt), request.max_tokens) for request in requests]
-        kv_bytes = sum(cache_bytes(config, dtype, range(p + 1, p + n)) for p, n in lens)
+        kv_bytes = sum(cache_bytes(config, cache_dtype, range(p + 1, p + n)) for p, n in lens)
         longest = max(n for _, n in lens)
         weight_bytes = sum(
             step_bytes(config, dtype, batch) * steps
@@ -86,7 +95,10 @@ def step_bytes(config: ModelConfig, dtype: str, batch: int) -> float:
 
 
 def cache_bytes(config: ModelConfig, dtype: str, contexts: Sequence[int]) -> int:
-    """Bytes of the keys and values, in all layers, that queries with such contexts read, their own among them."""
+    """Bytes of the keys and values, in all layers, that queries with such contexts read, their own among them.
+
+    `dtype` is the cache's.
+    """
     seen = sum(
         num_layers * sum(min(context, window or context) for context in contexts)
         for window, num_layers in Counter(config.layer_windows).items()
@@ -105,6 +117,8 @@ def attended_pairs(config: ModelConfig, length: int) -> int:
 
 def element_bytes(dtype: str) -> int:
     """Bytes of an element."""
+    if dtype.startswith("fp8"):
+        return 1
     return 4 if dtype == "float32" else 2
 
 

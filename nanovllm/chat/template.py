@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from nanovllm.text.tokenizer import pretrained_tokenizer
+
 Message = dict[str, Any]
 ContentFormat = Literal["auto", "string", "openai"]
 PROBE = "nanovllmprobe"
@@ -22,10 +24,8 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str) -> "ChatTemplate":
-        """The template of a folder that has a tokenizer."""
-        from transformers import AutoTokenizer
-
-        return cls(AutoTokenizer.from_pretrained(folder))
+        """The template of a folder, or a GGUF file, that has a tokenizer."""
+        return cls(pretrained_tokenizer(folder))
 
     def render(
         self,

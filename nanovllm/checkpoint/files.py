@@ -4,6 +4,8 @@ import json
 import os
 from typing import Any
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 def resolve_model_path(
     model: str | os.PathLike[str],
@@ -15,6 +17,8 @@ def resolve_model_path(
     hf_token: str | bool | None = None,
 ) -> str:
     """The local folder of `model`: itself, or the hub's snapshot (only its small files unless `weights`).
+
+    A GGUF file of this machine is its own path, as `model` alone.
 
     The other arguments are for the hub: which version, where to keep it, by whose leave. `option` is what errors call
     the model.
@@ -32,9 +36,12 @@ def resolve_model_path(
         raise TypeError(f"download_dir must be a folder, got {download_dir!r}")
     if not isinstance(hf_token, str | bool | None):  # no part of a token is to be shown
         raise TypeError(f"hf_token must be a string or a bool, got a {type(hf_token).__name__}")
-    for folder in (name, os.path.expanduser(name)):
-        if os.path.isdir(folder):
-            return os.path.abspath(folder)
+    is_file = option == "model" and name.endswith(".gguf")
+    for path in (name, os.path.expanduser(name)):
+        if os.path.isdir(path) or (is_file and os.path.isfile(path)):
+            return os.path.abspath(path)
+    if is_file:
+        raise ValueError(f"model={name!r} is no file; GGUF files of the hub must be downloaded before")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * weights
@@ -49,7 +56,12 @@ def resolve_model_path(
 
 def find_tokenizer(tokenizer: str | os.PathLike[str], **hub: Any) -> str:
     """The local folder of the tokenizer that the option `tokenizer` names; raises what `resolve_model_path` raises."""
-    return _find("tokenizer", tokenizer, ("tokenizer.json", "tokenizer_config.json"), hub)
+    return _find("tokenizer", tokenizer, TOKENIZER_FILES, hub)
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder has one of the files by which a tokenizer is known."""
+    return any(os.path.isfile(os.path.join(folder, file)) for file in TOKENIZER_FILES)
 
 
 def find_generation_config(generation_config: str | os.PathLike[str], **hub: Any) -> str:

@@ -1,4 +1,4 @@
-"""Weights from safetensors files, each rank reading only its slices, straight into the fused parameters.
+"""Weights from safetensors or GGUF files, each rank reading only its slices, straight into the fused parameters.
 
 A parameter's `shards` say which slices of a checkpoint's tensors fill it: one for each tensor that it fuses, in the
 order of the model's `packed_modules_mapping`, or just one. A parameter without shards is a whole tensor on each rank.
@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm.checkpoint.files import read_json
+from nanovllm.checkpoint.gguf.files import is_gguf
+from nanovllm.checkpoint.gguf.names import find_gguf_tensors
+from nanovllm.checkpoint.kv_scales import SCALES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -84,7 +87,7 @@ class VectorShard(Shard):
 
 
 def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:
-    """Fills every parameter of the model from the safetensors files of a folder.
+    """Fills every parameter of the model from the safetensors files of a folder, or from a GGUF file.
 
     All names and shapes are checked before any data is read. `check` is called between tensors, to break off.
 
@@ -97,7 +100,9 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
     head, embedding = (original_name(model, name, found) for name in (HEAD, EMBEDDING))
     is_tied_copy = head in found and head not in targets
     passed_over = [head] if is_tied_copy else []
-    passed_over += [name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS)]
+    passed_over += [
+        name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS + SCALES)
+    ]
     unexpected = found.keys() - targets.keys() - set(passed_over)
     for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
         if names:
@@ -195,7 +200,7 @@ def spellings_of(model: nn.Module, name: str) -> list[str]:
 
 
 def find_tensors(folder: str) -> dict[str, Any]:
-    """The tensors of a checkpoint by name, as slices that are yet to be read.
+    """The tensors of a checkpoint, a folder or a GGUF file, by name, as slices that are yet to be read.
 
     As in transformers, model.safetensors counts, or else what model.safetensors.index.json names; other files, such as
     adapters or copies in another layout, do not. Without either, all safetensors files of the folder count together.
@@ -203,6 +208,8 @@ def find_tensors(folder: str) -> dict[str, Any]:
     Raises:
         ValueError: no or unreadable files, a damaged index, or two files with a tensor of one name.
     """
+    if is_gguf(folder):
+        return find_gguf_tensors(folder)
     single = os.path.join(folder, SINGLE_FILE)
     if os.path.isfile(single):
         return open_file(single)
@@ -221,7 +228,9 @@ def find_tensors(folder: str) -> dict[str, Any]:
                 )
             found[name], origins[name] = tensor, file
     if not origins:
-        raise ValueError(f"model={folder!r} has no safetensors files; other weight formats are not read")
+        raise ValueError(
+            f"model={folder!r} has no safetensors files, nor one GGUF file; other weight formats are not read"
+        )
     return found
 
 

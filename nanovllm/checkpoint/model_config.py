@@ -13,6 +13,8 @@ from typing import Any
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS, TEXT_KEY, Family
 from nanovllm.checkpoint.files import read_object
+from nanovllm.checkpoint.gguf.config import read_gguf_config
+from nanovllm.checkpoint.gguf.files import is_gguf
 from nanovllm.checkpoint.mixture import Mixture, read_mixture
 from nanovllm.checkpoint.rope import OLDER_NAMES, ROPE_KEYS, Rope, read_ropes, with_outer_thetas
 from nanovllm.checkpoint.windows import layer_windows, unrotated_layers
@@ -91,17 +93,18 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Reads config.json and the EOS ids of generation_config.json, the folder's or that of `generation_folder`.
 
-        `overrides` are keys of config.json with other values.
+        `overrides` are keys of config.json with other values. Of a GGUF file in place of the folder, its metadata are
+        what config.json would say.
 
         Raises:
             ValueError: no config.json, a damaged one, a key that is missing or of a wrong type, or one that asks for
                 what no layer here does.
         """
-        path = os.path.join(folder, "config.json")
+        path = folder if is_gguf(folder) else os.path.join(folder, "config.json")
         generation_path = os.path.join(generation_folder or folder, "generation_config.json")
         if not os.path.isfile(path):
             raise ValueError(f"model={folder!r} has no config.json")
-        raw = read_object(path)
+        raw = read_gguf_config(path) if is_gguf(path) else read_object(path)
         if overrides is not None:
             path, raw = f"{path} with hf_overrides={overrides!r}", override(raw, overrides)
         generation = Facts(generation_path, read_object(generation_path))

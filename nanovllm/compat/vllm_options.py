@@ -35,9 +35,8 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "code_revision": NONE,
     },
     "models are run by this package's own layers": {"model_impl": (None, "auto", "vllm")},
-    "config.json is read from the model's folder, in Hugging Face's form; hf_overrides changes keys of it": {
-        "hf_config_path": NONE,
-        "config_format": (None, "auto", "hf"),
+    "config.json is read in Hugging Face's form, the model's or that of hf_config_path; hf_overrides changes keys": {
+        "config_format": (None, "auto", "hf")
     },
     "pass it by hf_overrides, as a key of config.json": {"rope_scaling": EMPTY, "rope_theta": NONE},
     "quantised weights are not read, and none are quantised": {
@@ -46,8 +45,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "quantization_param_path": NONE,
     },
     "attention computes in the dtype of the model": {"override_attention_dtype": NONE},
-    "the KV cache has the dtype of the model": {
-        "kv_cache_dtype": (None, "auto"),
+    "the KV cache has one dtype, kv_cache_dtype, and in FP8 the scales of the checkpoint": {
         "kv_cache_dtype_skip_layers": EMPTY,
         "calculate_kv_scales": OFF,
     },

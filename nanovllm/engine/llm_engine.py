@@ -92,7 +92,7 @@ class LLMEngine:
         print(
             f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
             f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of",
-            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens;",
+            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in {config.kv_cache_dtype};",
             f"max_model_len={config.max_model_len}",
             file=sys.stderr,
         )

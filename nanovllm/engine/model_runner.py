@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.loader import fill_dummy, load_model
-from nanovllm.config import Config
+from nanovllm.checkpoint.kv_scales import set_kv_scales
+from nanovllm.checkpoint.loader import fill_dummy, find_tensors, load_model
+from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graphs import GRAPH_TOKENS, CudaGraphs, StepShape
 from nanovllm.engine.device_rows import DeviceRows
@@ -53,6 +54,7 @@ class ModelRunner:
         self.config = config
         self.tp = tp
         self.device = tp.device
+        kv_cache.check_device(config, self.device)
         limit_cublas_workspace(self.device)
         self.model = model_class(config.model_config.architecture)(config, tp)
         create_weights(self.model, schemes_of(self.model, config.quantization_method))
@@ -60,6 +62,8 @@ class ModelRunner:
             fill_dummy(self.model, config.seed)
         else:
             load_model(self.model, config.model, tp.check)
+            if config.kv_cache_dtype == FP8:
+                set_kv_scales(self.model, find_tensors(config.model))
         finish_weights(self.model)
         self.sampler = Sampler(tp, config.sampler_backend)
         self.graphs = CudaGraphs(config, tp.stream)

@@ -1,7 +1,8 @@
 """Triton kernels, each beside the plain torch function that it must equal.
 
 Every public function here chooses by itself: CUDA tensors go to the Triton kernel, anything else to `<name>_torch`.
-Only sampling has two files, `sampling.py` and `sampling_torch.py`; `layers/sampler.py` chooses by `sampler_backend`.
+Only sampling and paged attention have two files each, as `sampling.py` and `sampling_torch.py`; which of the samplers,
+`layers/sampler.py` chooses by `sampler_backend`.
 With TRITON_INTERPRET=1 in the environment (read once, at import) CPU tensors take the kernel too, in Triton's
 interpreter; the tests use that. Where triton has no wheel (macOS) the package still imports and runs on torch.
 

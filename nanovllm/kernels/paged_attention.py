@@ -3,102 +3,31 @@
 
 This step's keys and values are in the cache already, so attention reads one place only: a layer's K and V, each
 [num_blocks, block_size, Hkv, D], through block tables that list the blocks of every sequence.
-`paged_attention_torch` is the definition and the CPU path; `paged_prefill` (any number of queries a sequence) and
-`paged_decode` (exactly one) are its fast forms. Pages hold a power of two of tokens, 16 or more; D is at most 256.
+`paged_attention_torch`, in the file of its name, is the definition and the CPU path; `paged_prefill` (any number of
+queries a sequence) and `paged_decode` (exactly one) are its fast forms. Pages hold a power of two of tokens, 16 or
+more; D is at most 256.
 """
 
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.attend_pages import attend_pages
 from nanovllm.kernels.decode_shares import find_work, merge_parts, owner_of, tiles_of
-from nanovllm.kernels.tuning import ATTENTION_WARPS, attention_tiles, decode_programs, gpu_of, prefill_rows
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch
+from nanovllm.kernels.store_kvcache import FP8
+from nanovllm.kernels.tuning import (
+    ATTENTION_WARPS,
+    FP8_DECODE_REGISTERS,
+    attention_tiles,
+    decode_programs,
+    gpu_of,
+    prefill_rows,
+)
 
 LOG2_E = 1.4426950408889634
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """softmax(scores) v, where scores = q k^T * scale; a soft cap makes them cap * tanh(scores / cap).
-
-    Soft caps after Gemma 2 (arXiv 2408.00118).
-
-    Args:
-        q: [..., Hq, M, D].
-        k: [..., Hkv, N, D], with each head for Hq / Hkv of the query heads.
-        v: the same.
-        seen: bool, broadcast to [..., Hq, M, N], the keys that each query sees.
-        scale: of q k^T.
-        soft_cap: what no score exceeds.
-
-    Returns:
-        [..., Hq, M, D], in q's dtype.
-    """
-    if soft_cap is None:
-        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
-    group = q.size(-3) // k.size(-3)
-    k, v = (x.float().repeat_interleave(group, dim=-3) for x in (k, v))
-    scores = q.float() @ k.transpose(-1, -2) * scale
-    scores = soft_cap * torch.tanh(scores / soft_cap)
-    # The lowest number has no weight beside others, and keeps a row that sees nothing from NaN.
-    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
-    return (scores.softmax(-1) @ v).to(q.dtype)
-
-
-def paged_attention_torch(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Tensor:
-    """Attention by gathering each sequence's pages and masking what its queries do not see.
-
-    Query i of a sequence's q_len stands at position p = context_len - q_len + i and sees the keys up to its own, with
-    a window only those at p - window < position <= p; with no context it gives zeros.
-
-    Args:
-        q: [N, Hq, D], the queries of S sequences one after another.
-        k_cache: [num_blocks, block_size, Hkv, D].
-        v_cache: the same.
-        block_tables: int32 [S, max_blocks], arbitrary past a sequence's context; before its first query's window any
-            blocks, whatever they hold.
-        context_lens: int32 [S], the tokens in the cache, this step's included.
-        cu_seqlens_q: int32 [S + 1], where each sequence's queries begin.
-        scale: of q k^T, before the softmax.
-        window: the keys that a query sees at most, its own included (Mistral 7B, arXiv 2310.06825).
-        soft_cap: see `softmax_attention`.
-
-    Returns:
-        [N, Hq, D], in q's dtype.
-    """
-    o = torch.zeros_like(q)
-    block_size = k_cache.size(1)
-    starts = cu_seqlens_q.tolist()
-    for begin, end, context, table in zip(starts[:-1], starts[1:], context_lens.tolist(), block_tables, strict=True):
-        if begin == end or context == 0:
-            continue
-        past = context - (end - begin)
-        oldest = max(past + 1 - window, 0) if window else 0
-        first_page = oldest // block_size
-        blocks = table[first_page : -(-context // block_size)]
-        is_read = slice(oldest - first_page * block_size, context - first_page * block_size)
-        k, v = (cache[blocks].flatten(0, 1)[is_read].transpose(0, 1) for cache in (k_cache, v_cache))
-        queries = torch.arange(past, context, device=q.device)[:, None]
-        keys = torch.arange(oldest, context, device=q.device)
-        seen = keys <= queries
-        if window:
-            seen &= keys > queries - window
-        o_part = softmax_attention(q[begin:end].transpose(0, 1), k, v, seen, scale, soft_cap)
-        o[begin:end] = o_part.transpose(0, 1)
-    return o
 
 
 @triton.jit(do_not_specialize=["batch", "num_big"])
@@ -114,6 +43,7 @@ def _decode_kernel(
     table_stride,
     lens_ptr,
     scale,
+    v_scale,
     batch,
     num_big,
     WINDOW: tl.constexpr,
@@ -162,6 +92,7 @@ def _decode_kernel(
             first_key=oldest,
             last_key=end - 1,
             scale=scale,
+            v_scale=v_scale,
             WINDOW=WINDOW,
             SOFT_CAP=SOFT_CAP,
             KV_HEADS=KV_HEADS,
@@ -198,6 +129,7 @@ def _prefill_kernel(
     table_stride,
     lens_ptr,
     scale,
+    v_scale,
     starts_ptr,
     num_seqs,
     WINDOW: tl.constexpr,
@@ -256,6 +188,7 @@ def _prefill_kernel(
         first_key=past + tokens + 1 - WINDOW,
         last_key=past + tokens,
         scale=scale,
+        v_scale=v_scale,
         WINDOW=WINDOW,
         SOFT_CAP=SOFT_CAP,
         KV_HEADS=KV_HEADS,
@@ -276,11 +209,13 @@ def _compiled_for(
     window: int | None,
     soft_cap: float | None,
     is_wide: bool = False,
+    is_fp8: bool = False,
 ) -> dict[str, int | float]:
     """The arguments that both kernels are compiled for: what the layer is, and tiles that suit the GPU."""
     _, block_size, num_kv_heads, dim = cache_shape
-    tiles = attention_tiles(dim, block_size, dtype, gpu_of(device), is_wide)
-    return {
+    tiles = attention_tiles(dim, block_size, dtype, gpu_of(device), is_wide, is_fp8)
+    limits = {"maxnreg": FP8_DECODE_REGISTERS} if is_fp8 and is_wide else {}
+    return limits | {
         "WINDOW": window or 0,
         "SOFT_CAP": (soft_cap or 0.0) * LOG2_E,
         "KV_HEADS": num_kv_heads,
@@ -293,6 +228,13 @@ def _compiled_for(
     }
 
 
+def _kernel_scales(k_cache: Tensor, scale: float, k_scale: float, v_scale: float) -> tuple[float, float | None]:
+    """The scale of scores, in base 2, and that of values, None if the cache is not FP8."""
+    if k_cache.dtype != FP8:
+        return scale * LOG2_E, None
+    return scale * LOG2_E * k_scale, v_scale
+
+
 def paged_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -303,6 +245,8 @@ def paged_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Attention of one query a sequence, balanced over the whole GPU (after LeanAttention, Sanovar et al., 2024).
 
@@ -320,7 +264,9 @@ def paged_decode(
     """
     if not use_triton(q):
         starts = torch.arange(len(q) + 1)
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, soft_cap)
+        return paged_attention_torch(
+            q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, soft_cap, k_scale, v_scale
+        )
     o = torch.empty_like(q)
     batch_size, num_heads, dim = q.shape
     num_kv_heads = k_cache.size(2)
@@ -341,11 +287,13 @@ def paged_decode(
         block_tables,
         block_tables.stride(0),
         context_lens,
-        scale * LOG2_E,
+        *_kernel_scales(k_cache, scale, k_scale, v_scale),
         batch_size,
         num_big,
         ROWS_PAD=max(256, triton.next_power_of_2(batch_size)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_wide=num_small > 0),
+        **_compiled_for(
+            num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, num_small > 0, k_cache.dtype == FP8
+        ),
         **pdl_options(q.device),
     )
     return o
@@ -361,6 +309,8 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
@@ -369,7 +319,7 @@ def paged_prefill(
     """
     if not use_triton(q):
         return paged_attention_torch(
-            q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap
+            q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap, k_scale, v_scale
         )
     o = torch.empty_like(q)
     num_tokens, num_heads, _dim = q.shape
@@ -384,11 +334,11 @@ def paged_prefill(
         block_tables,
         block_tables.stride(0),
         context_lens,
-        scale * LOG2_E,
+        *_kernel_scales(k_cache, scale, k_scale, v_scale),
         cu_seqlens_q,
         num_seqs,
         BLOCK_M=block_m,
         SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap),
+        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=k_cache.dtype == FP8),
     )
     return o

@@ -10,6 +10,7 @@ from torch import Tensor
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton
 from nanovllm.kernels.activation import Gate
 from nanovllm.kernels.linear_rows import finish_rows, store_rows
+from nanovllm.kernels.quantized_row import launch_row
 from nanovllm.kernels.quantized_weight import INT4_RUN, QuantizedWeight
 from nanovllm.kernels.tuning import LARGE_WEIGHT, quantized_tile
 
@@ -199,6 +200,9 @@ def launch_quantized_linear(
 ) -> None:
     """`launch_linear` with a weight in few bits, the columns of which are in the order of x."""
     rows, (num_features, size) = len(x), weight.shape
+    if rows == 1 and x.dtype in (torch.bfloat16, torch.float16):
+        launch_row(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
+        return
     tile = quantized_tile(rows, num_features, size, weight.block[1], weight.bits)
     _few_rows_kernel[(triton.cdiv(num_features, tile.block_n),)](
         x,

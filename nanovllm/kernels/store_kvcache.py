@@ -11,6 +11,9 @@ from torch import Tensor
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.rms_norm import rms_norm_torch
 
+FP8 = torch.float8_e4m3fn  # of a quantised cache: 8 bits, a sign, 4 of exponent and 3 of mantissa, no infinity
+FP8_MAX = 448.0  # what is beyond is stored as this
+
 
 @triton.jit
 def _load_pairs(x_ptr, HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
@@ -49,17 +52,39 @@ def _load_turns(row_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
 
 
 @triton.jit
+def _quantised(x, inverse_scale, MAX: tl.constexpr):
+    """What of x goes into a cache: x itself if there is no scale; NaN stays NaN."""
+    if inverse_scale is not None:
+        x = tl.clamp(x.to(tl.float32) * inverse_scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = x.to(tl.float8e4nv)
+    return x
+
+
+@triton.jit
 def _norm_rope_store(
-    a, b, offs, apart, mask, norm_ptr, eps, cos, sin, out_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr
+    a,
+    b,
+    offs,
+    apart,
+    mask,
+    norm_ptr,
+    eps,
+    cos,
+    sin,
+    out_ptr,
+    inverse_scale,
+    DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    MAX: tl.constexpr,
 ):
-    """Normalise, rotate and write to out_ptr what `_load_pairs` gave."""
+    """Normalise, rotate and write to out_ptr what `_load_pairs` gave, see `_quantised`."""
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / DIM + eps)[:, None]
         norm_a, norm_b, _, _, _ = _load_pairs(norm_ptr, 1, DIM, ROTARY_DIM)
         a *= rstd * norm_a
         b *= rstd * norm_b
-    tl.store(out_ptr + offs, a * cos - b * sin, mask=mask)
-    tl.store(out_ptr + offs + apart, b * cos + a * sin, mask=mask)
+    tl.store(out_ptr + offs, _quantised(a * cos - b * sin, inverse_scale, MAX), mask=mask)
+    tl.store(out_ptr + offs + apart, _quantised(b * cos + a * sin, inverse_scale, MAX), mask=mask)
 
 
 @triton.jit
@@ -75,10 +100,13 @@ def _rope_store_kernel(
     k_norm_ptr,
     eps,
     q_ptr,
+    k_inverse_scale,
+    v_inverse_scale,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
+    MAX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Arguments of `rope_store_kvcache`; a program has one row."""
@@ -95,12 +123,14 @@ def _rope_store_kernel(
     v_mask = v_offs < KV_HEADS * DIM
     v = tl.load(k + KV_HEADS * DIM + v_offs, mask=v_mask)
     q_out = q_ptr + row * (Q_HEADS * DIM)
-    _norm_rope_store(q_a, q_b, q_offs, q_apart, q_mask, q_norm_ptr, eps, cos, sin, q_out, DIM, ROTARY_DIM)
+    _norm_rope_store(q_a, q_b, q_offs, q_apart, q_mask, q_norm_ptr, eps, cos, sin, q_out, None, DIM, ROTARY_DIM, MAX)
     if slot >= 0:
         before = slot * (KV_HEADS * DIM)
         k_out = k_cache_ptr + before
-        _norm_rope_store(k_a, k_b, k_offs, k_apart, k_mask, k_norm_ptr, eps, cos, sin, k_out, DIM, ROTARY_DIM)
-        tl.store(v_cache_ptr + before + v_offs, v, mask=v_mask)
+        _norm_rope_store(
+            k_a, k_b, k_offs, k_apart, k_mask, k_norm_ptr, eps, cos, sin, k_out, k_inverse_scale, DIM, ROTARY_DIM, MAX
+        )
+        tl.store(v_cache_ptr + before + v_offs, _quantised(v, v_inverse_scale, MAX), mask=v_mask)
 
 
 def rope_store_kvcache_torch(
@@ -113,6 +143,8 @@ def rope_store_kvcache_torch(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """What `rope_store_kvcache` computes, said plainly."""
     kv_heads, dim = k_cache.shape[-2:]
@@ -124,13 +156,18 @@ def rope_store_kvcache_torch(
         x = x.float()
         x = x if weight is None else rms_norm_torch(x, weight, eps)
         a, b, rest = x.tensor_split((pairs, 2 * pairs), dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(qkv.dtype)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
     stored = slot_mapping >= 0
     slots = slot_mapping[stored].long()
-    k_cache.view(-1, kv_heads, dim)[slots] = norm_rope(k, k_norm)[stored]
-    v_cache.view(-1, kv_heads, dim)[slots] = v[stored]
-    return norm_rope(q, q_norm)
+    k_cache.view(-1, kv_heads, dim)[slots] = quantised(norm_rope(k, k_norm)[stored], k_scale, k_cache.dtype)
+    v_cache.view(-1, kv_heads, dim)[slots] = quantised(v[stored], v_scale, v_cache.dtype)
+    return norm_rope(q, q_norm).to(qkv.dtype)
+
+
+def quantised(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """x as a cache of `dtype` has it: divided by the scale and within +-FP8_MAX, if that is FP8."""
+    return (x.float() * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8 else x.to(dtype)
 
 
 def rope_store_kvcache(
@@ -143,6 +180,8 @@ def rope_store_kvcache(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Rotates q and k (Su et al., 2021; the "rotate half" order), returns q and stores k and v in their slots.
 
@@ -154,19 +193,24 @@ def rope_store_kvcache(
             head rotate.
         positions: int [N].
         slot_mapping: int [N], slot = block * block_size + offset; -1 (padding): that row's K and V are not stored.
-        k_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's dtype.
+        k_cache: [num_blocks, block_size, Hkv, D], contiguous, in qkv's dtype or FP8.
         v_cache: the same.
         q_norm: [D], the weight of an RMSNorm of every query head before the rotation; with k_norm, or neither.
         k_norm: [D], that of the key heads.
         eps: of both norms.
+        k_scale: in an FP8 cache stands what is stored of keys divided by this, at most +-FP8_MAX.
+        v_scale: the same of values.
 
     Returns:
         q, [N, Hq, D] in qkv's dtype, contiguous.
     """
     if not use_triton(qkv):
-        return rope_store_kvcache_torch(qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps)
+        return rope_store_kvcache_torch(
+            qkv, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm, k_norm, eps, k_scale, v_scale
+        )
     kv_heads, dim = k_cache.shape[-2:]
     heads = qkv.size(1) // dim - 2 * kv_heads
+    is_fp8 = k_cache.dtype == FP8
     q = torch.empty((len(qkv), heads, dim), dtype=qkv.dtype, device=qkv.device)
     _rope_store_kernel[(len(qkv),)](
         qkv,
@@ -180,10 +224,13 @@ def rope_store_kvcache(
         k_norm,
         eps,
         q,
+        1.0 / k_scale if is_fp8 else None,
+        1.0 / v_scale if is_fp8 else None,
         Q_HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
         ROTARY_DIM=cos_sin.size(1),
+        MAX=FP8_MAX,
         num_warps=4,
         **pdl_options(qkv.device),
     )

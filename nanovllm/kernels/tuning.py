@@ -82,6 +82,13 @@ def quantized_tile(rows: int, num_features: int, size: int, scale_columns: int, 
     return QuantizedTile(16 if rows == 1 else 32, block_k, parts, min(4, parts))
 
 
+def row_tile(num_features: int, size: int, scale_columns: int, bits: int) -> QuantizedTile:
+    """The same for one row."""
+    block_k = scale_block(size, scale_columns)
+    parts = min(8, triton.next_power_of_2(-(-size // block_k)))
+    return QuantizedTile(8, block_k, parts, min(4, parts))
+
+
 class ProductsTile(NamedTuple):
     """Rows, features and columns of K that a program multiplies at once; tiles on their way, and warps."""
 
@@ -107,6 +114,10 @@ def scale_block(size: int, scale_columns: int) -> int:
 
 ATTENTION_WARPS = 4
 
+# Of a thread, for decodes of an FP8 cache with wide tiles. The compiler would take 180, with which two programs run on
+# an SM of Hopper, not three.
+FP8_DECODE_REGISTERS = 168
+
 
 class AttentionTiles(NamedTuple):
     """Of keys and values: tokens of a tile, and tiles on their way from memory at once, in stages of the pipeline."""
@@ -115,20 +126,24 @@ class AttentionTiles(NamedTuple):
     stages: int
 
 
-def attention_tiles(dim: int, block_size: int, dtype: torch.dtype, gpu: Gpu, is_wide: bool) -> AttentionTiles:
+def attention_tiles(
+    dim: int, block_size: int, dtype: torch.dtype, gpu: Gpu, is_wide: bool, is_fp8: bool = False
+) -> AttentionTiles:
     """For heads of `dim` elements in pages of `block_size` tokens; wide where a GPU has much to read.
 
     A tile of K is 16 KiB, or shared memory would not hold the pipeline, whose depth it limits too: an indirect load
     takes two stages a tile. Wide tiles and a short pipeline read an H200's memory up to 5% faster, given much work.
     A decode program takes 36 to 84 KiB, one of prefill up to 129. With 128 KiB or less they take 20 to 50 and 70.
+    Keys and values in FP8, multiplied in `dtype`, have twice as many tiles on their way, for the same bytes.
     """
+    buffers = 2 if is_fp8 else 1  # for each that other data types have
     padded_dim = max(16, triton.next_power_of_2(dim))
     block_n = min(64, max(16, 16 * 1024 // (padded_dim * dtype.itemsize)))
     if gpu.shared_memory <= 128 * 1024:
-        return AttentionTiles(block_n, stages=3)
+        return AttentionTiles(block_n, stages=1 + 2 * buffers)
     if is_wide and 2 * block_n <= block_size:
-        return AttentionTiles(2 * block_n, stages=3)
-    return AttentionTiles(block_n, stages=5)
+        return AttentionTiles(2 * block_n, stages=1 + 2 * buffers)
+    return AttentionTiles(block_n, stages=1 + 4 * buffers)
 
 
 def prefill_rows(dtype: torch.dtype) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.paged_attention import paged_attention_torch, paged_decode, paged_prefill, softmax_attention
+from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch, softmax_attention
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
@@ -21,7 +22,8 @@ class Attention(nn.Module):
 
     `scale` is of q k^T; a `window` and a `soft_cap` are as `paged_attention_torch` defines them.
     `k_cache` and `v_cache` [num_blocks, block_size, num_kv_heads, head_dim] and `semaphores`, the zeros that
-    paged_decode counts in, are set by whoever owns the cache's memory.
+    paged_decode counts in, are set by whoever owns the cache's memory. `k_scale` and `v_scale`, of a cache in FP8, are
+    a checkpoint's, or 1.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         self.attend = BACKENDS[backend]
         self.rotary_table = rotary_table
         self.k_cache = self.v_cache = self.semaphores = torch.empty(0)
+        self.k_scale = self.v_scale = 1.0
 
     def forward(
         self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None, k_norm: RMSNorm | None
@@ -55,6 +58,8 @@ class Attention(nn.Module):
             q_norm.weight if q_norm else None,
             k_norm.weight if k_norm else None,
             q_norm.eps if q_norm else 0.0,
+            self.k_scale,
+            self.v_scale,
         )
         return self.attend(self, q, context).flatten(1)
 
@@ -102,7 +107,7 @@ def attend_triton(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """Our own kernels: one for the decodes, which come first, one for parts of prompts."""
     caches = layer.k_cache, layer.v_cache
     tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
-    scores = layer.scale, layer.window, layer.soft_cap
+    scores = layer.scale, layer.window, layer.soft_cap, layer.k_scale, layer.v_scale
     n = context.num_decodes
     if n == len(q):
         return paged_decode(q, *caches, tables, lens, layer.semaphores, *scores)

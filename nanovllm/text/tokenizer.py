@@ -14,6 +14,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanovllm.checkpoint.files import read_json
+from nanovllm.checkpoint.gguf.files import gguf_package, is_gguf
+from nanovllm.checkpoint.gguf.header import read_header
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -90,7 +92,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | None) -> Tokenizer | None:
-    """The tokenizer of a folder, None if it has none or no folder is given.
+    """The tokenizer of a folder or a GGUF file, None if it has none or no folder is given.
 
     Raises:
         ValueError: the files cannot be used, naming the folder.
@@ -104,15 +106,38 @@ def load_tokenizer(folder: str | None) -> Tokenizer | None:
         except Exception as error:  # the package raises nothing more special
             raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
         return _set_up(backend, folder)
-    if not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
+    metadata = read_header(folder).metadata if is_gguf(folder) else None
+    if metadata is not None:
+        if "tokenizer.ggml.model" not in metadata:
+            return None
+    elif not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
         return None
-    from transformers import AutoTokenizer  # converts older formats, but takes seconds to import
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = pretrained_tokenizer(folder)  # converts older formats and GGUF's, but takes seconds to import
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer in {folder!r} is of a kind that the tokenizers package does not know")
-    backend = tokenizer.backend_tokenizer
-    return Tokenizer(backend, tokenizer.eos_token_id, _cleans_up(backend, tokenizer.clean_up_tokenization_spaces))
+    backend, eos_token_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    if metadata is not None:  # transformers 4.51 makes another token of it
+        eos_token_id = metadata.get("tokenizer.ggml.eos_token_id")
+    return Tokenizer(backend, eos_token_id, _cleans_up(backend, tokenizer.clean_up_tokenization_spaces))
+
+
+def pretrained_tokenizer(folder: str) -> Any:
+    """transformers' tokenizer of a folder, or of a GGUF file whose metadata have one.
+
+    Raises:
+        ValueError: transformers cannot make one of the GGUF file.
+    """
+    from transformers import AutoTokenizer
+
+    if not is_gguf(folder):
+        return AutoTokenizer.from_pretrained(folder)
+    gguf_package()  # some versions of transformers read with it
+    place, file = os.path.split(read_header(folder).path)
+    try:
+        return AutoTokenizer.from_pretrained(place, gguf_file=file)
+    except Exception as error:  # of any kind, for metadata that it does not know
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"transformers cannot make the tokenizer of {folder}, pass tokenizer: {reason}") from error
 
 
 def _set_up(backend: tokenizers.Tokenizer, folder: str) -> Tokenizer:

@@ -1,0 +1,99 @@
+"""What kernels/paged_attention.py computes, said plainly: gathered pages and a softmax."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.store_kvcache import FP8
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """softmax(scores) v, where scores = q k^T * scale; a soft cap makes them cap * tanh(scores / cap).
+
+    Soft caps after Gemma 2 (arXiv 2408.00118).
+
+    Args:
+        q: [..., Hq, M, D].
+        k: [..., Hkv, N, D], with each head for Hq / Hkv of the query heads.
+        v: the same.
+        seen: bool, broadcast to [..., Hq, M, N], the keys that each query sees.
+        scale: of q k^T.
+        soft_cap: what no score exceeds.
+
+    Returns:
+        [..., Hq, M, D], in q's dtype.
+    """
+    if soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+    group = q.size(-3) // k.size(-3)
+    k, v = (x.float().repeat_interleave(group, dim=-3) for x in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    # The lowest number has no weight beside others, and keeps a row that sees nothing from NaN.
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    return (scores.softmax(-1) @ v).to(q.dtype)
+
+
+def dequantised(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What pages of a cache hold: x itself, or FP8 times its scale, in `dtype`."""
+    return (x.float() * scale).to(dtype) if x.dtype == FP8 else x
+
+
+def paged_attention_torch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """Attention by gathering each sequence's pages and masking what its queries do not see.
+
+    Query i of a sequence's q_len stands at position p = context_len - q_len + i and sees the keys up to its own, with
+    a window only those at p - window < position <= p; with no context it gives zeros.
+
+    Args:
+        q: [N, Hq, D], the queries of S sequences one after another.
+        k_cache: [num_blocks, block_size, Hkv, D], in q's dtype or FP8 (float8_e4m3fn).
+        v_cache: the same.
+        block_tables: int32 [S, max_blocks], arbitrary past a sequence's context; before its first query's window any
+            blocks, whatever they hold.
+        context_lens: int32 [S], the tokens in the cache, this step's included.
+        cu_seqlens_q: int32 [S + 1], where each sequence's queries begin.
+        scale: of q k^T, before the softmax.
+        window: the keys that a query sees at most, its own included (Mistral 7B, arXiv 2310.06825).
+        soft_cap: see `softmax_attention`.
+        k_scale: a key is what the cache has of it times this, if that is FP8; else it has no meaning.
+        v_scale: the same of values.
+
+    Returns:
+        [N, Hq, D], in q's dtype.
+    """
+    o = torch.zeros_like(q)
+    block_size = k_cache.size(1)
+    starts = cu_seqlens_q.tolist()
+    for begin, end, context, table in zip(starts[:-1], starts[1:], context_lens.tolist(), block_tables, strict=True):
+        if begin == end or context == 0:
+            continue
+        past = context - (end - begin)
+        oldest = max(past + 1 - window, 0) if window else 0
+        first_page = oldest // block_size
+        blocks = table[first_page : -(-context // block_size)]
+        is_read = slice(oldest - first_page * block_size, context - first_page * block_size)
+        k, v = (
+            dequantised(cache[blocks], factor, q.dtype).flatten(0, 1)[is_read].transpose(0, 1)
+            for cache, factor in ((k_cache, k_scale), (v_cache, v_scale))
+        )
+        queries = torch.arange(past, context, device=q.device)[:, None]
+        keys = torch.arange(oldest, context, device=q.device)
+        seen = keys <= queries
+        if window:
+            seen &= keys > queries - window
+        o_part = softmax_attention(q[begin:end].transpose(0, 1), k, v, seen, scale, soft_cap)
+        o[begin:end] = o_part.transpose(0, 1)
+    return o
