@@ -17,22 +17,21 @@ import torch
 from checkpoints import SEED, Checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, Qwen3Config
+from transformers import Phi3Config, PretrainedConfig, Qwen3Config
 
 # Sizes that two ranks can halve: into whole blocks of 128.
-CONFIG = Qwen3Config(
-    vocab_size=320,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=128,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-    tie_word_embeddings=True,
-)
+SHAPE = {
+    "vocab_size": 320,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CONFIG = Qwen3Config(**SHAPE, hidden_size=128, head_dim=128, tie_word_embeddings=True)
+PHI3 = Phi3Config(**SHAPE, hidden_size=256, pad_token_id=None)  # which has q, k and v, and gate and up, as one
 INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 Pack = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]  # name, weight -> its tensors, and their numbers
@@ -122,14 +121,14 @@ def words(codes: Tensor, bits: int, order: list[int] | None = None) -> Tensor:
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
-def awq(group: int, is_symmetric: bool = False, **config: Any) -> Format:
+def awq(group: int, is_symmetric: bool = False, model: PretrainedConfig = CONFIG, **config: Any) -> Format:
     def pack(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         made = rounded(weight, 4, group, is_symmetric, torch.float16)
         qweight, qzeros = words(made.codes.t(), 4, AWQ_ORDER), words(made.zeros.t(), 4, AWQ_ORDER)
         return {"qweight": qweight, "qzeros": qzeros, "scales": made.scales.t()}, made.numbers
 
     raw = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": not is_symmetric, "version": "gemm"}
-    return Format(raw | config, pack)
+    return Format(raw | config, pack, model=model)
 
 
 def gptq(

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import CONFIGS, random_prompt
+from checkpoints import random_prompt
 from engines import engine, generate
 from quantized_checkpoints import (
-    CONFIG,
+    AWQ_ORDER,
     DYNAMIC,
+    PHI3,
     STATIC,
-    Format,
     QuantizedCheckpoint,
     awq,
-    compressed,
     fp8,
     gptq,
     packed,
     unpacked,
+    words,
 )
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config
 
 from nanovllm import SamplingParams
+from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.models.gemma3 import Gemma3ForConditionalGeneration
+from nanovllm.models.mixtral import MixtralForCausalLM
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.quantization import read_method, schemes_of
+from nanovllm.quantization.awq import unpack_features
+from nanovllm.quantization.groups import unpack_words
 
 MAX_TOKENS = 10
 PARAMS = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
@@ -65,9 +71,17 @@ FORMATS = {
     "fp8_blocks": fp8(has_blocks=True),
     "fp8_tensor": fp8(has_blocks=False),
     "fp8_static": fp8(has_blocks=False, is_static=True),
+    "phi3_gptq_4_order": gptq(4, 32, is_symmetric=False, desc_act=True, model=PHI3),
+    "phi3_awq": awq(64, model=PHI3),
+    "phi3_packed_4": packed(4, 32, is_symmetric=False, model=PHI3),
+    "phi3_float_rows": unpacked("float", "channel", DYNAMIC, model=PHI3),
+    "phi3_fp8_blocks": fp8(has_blocks=True, model=PHI3),
+    "phi3_fp8_static": fp8(has_blocks=False, is_static=True, model=PHI3),
 }
-FIRST = ["awq_32", "gptq_4_zeros", "gptq_4_order", "gptq_8", "packed_4_zeros", "packed_4_order", "packed_8_zeros"]
-FIRST += ["int8_rows", "float_tensor", "float_blocks"]
+# What others differ from in a size or a dtype.
+SLOW = ["awq_128", "awq_symmetric", "gptq_4", "gptq_4_v2", "packed_4", "packed_4_rows", "packed_4_weight_order"]
+SLOW += ["packed_8", "float_tensor", "float_blocks", "fp8_static", "phi3_awq", "phi3_float_rows"]
+IN_ANOTHER_ORDER = [name for name in FORMATS if name.endswith("_order") and "weight" not in name]
 
 
 @pytest.fixture(scope="session")
@@ -91,10 +105,362 @@ def check_tokens(checkpoint: QuantizedCheckpoint, **options: Any) -> None:
             assert call == 0 or results[2]["num_cached_tokens"] == 48
 
 
-def slow_but(first: list[str], names: list[str]) -> list[Any]:
-    return [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", slow_but(FIRST, list(FORMATS)))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FORMATS]
+)
 def test_tokens(quantized, name):
     check_tokens(quantized(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "packed_4_zeros" else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMATS
+        if name not in IN_ANOTHER_ORDER
+    ],
+)
+def test_two_ranks(quantized, name):
+    check_tokens(quantized(name), tensor_parallel_size=2)
+
+
+# ---- what is read of a configuration --------------------------------------------------------------------------------
+
+
+def changed(name: str, path: str, value: Any) -> dict[str, Any]:
+    """The configuration of a format with another value, at a path of keys."""
+    config = copy.deepcopy(FORMATS[name].config)
+    *before, key = path.split("/")
+    place = config
+    for part in before:
+        place = place[part]
+    place[key] = value
+    return config
+
+
+GROUP = "config_groups/group_0"
+WEIGHTS, INPUTS = f"{GROUP}/weights", f"{GROUP}/input_activations"
+REFUSED = [  # format, path, value, what the message has beside the last key
+    ("awq_32", "version", "gemv", "gemv.*'gemm'"),
+    ("awq_32", "version", "marlin", "marlin"),
+    ("awq_32", "version", "exllama", "exllama"),
+    ("awq_32", "bits", 8, "=8.*only 4"),
+    ("awq_32", "bits", True, "=True"),
+    ("awq_32", "group_size", 48, "=48.*32 or 64 or 128 or -1"),
+    ("awq_32", "zero_point", "yes", "'yes'"),
+    ("awq_32", "modules_to_not_convert", "lm_head", "list of names"),
+    ("gptq_4", "bits", 3, "=3.*only 4 or 8"),
+    ("gptq_4", "bits", None, "=None"),
+    ("gptq_4", "group_size", 1024, "=1024"),
+    ("gptq_4", "lm_head", True, "=true"),
+    ("gptq_4", "dynamic", {"-:.*down": {}}, "down.*rules"),
+    ("gptq_4", "checkpoint_format", "marlin", "marlin.*'gptq' or 'gptq_v2'"),
+    ("gptq_4", "is_marlin_format", True, "true"),
+    ("gptq_4", "pack_dtype", "int16", "int16"),
+    ("gptq_4", "desc_act", 1, "true or false"),
+    ("gptq_4", "modules_in_block_to_quantize", [[1]], "list of names"),
+    ("gptq_4", "modules_in_block_to_quantize", [1], "list of lists"),
+    ("packed_4", "quantization_status", "calibration", "'calibration'"),
+    ("packed_4", "format", "marlin-24", "marlin-24"),
+    ("packed_4", "format", "mixed-precision", "=None.*group_0 of config_groups of quantization_config of /model"),
+    ("packed_4", "format", "nvfp4-pack-quantized", "nvfp4"),
+    ("packed_4", "sparsity_config", {"format": "sparse-24-bitmask"}, "sparse-24-bitmask"),
+    ("packed_4", "transform_config", {"config_groups": {"u": {}}}, "config_groups"),
+    ("packed_4", "config_groups", None, "must be an object"),
+    ("packed_4", "ignore", ["re:("], "regular expression"),
+    ("packed_4", GROUP, [], "must be an object"),
+    ("packed_4", f"{GROUP}/targets", "Linear", "list of names"),
+    ("packed_4", f"{GROUP}/output_activations", DYNAMIC, "num_bits"),
+    ("packed_4", INPUTS, DYNAMIC, "pack-quantized"),
+    ("packed_4", WEIGHTS, None, "must be an object"),
+    ("packed_4", f"{WEIGHTS}/num_bits", 2, "=2.*only 4 or 8"),
+    ("packed_4", f"{WEIGHTS}/type", "float", "'float'"),
+    ("packed_4", f"{WEIGHTS}/strategy", "tensor_group", "tensor_group"),
+    ("packed_4", f"{WEIGHTS}/group_size", 16, "=16"),
+    ("packed_4", f"{WEIGHTS}/actorder", "other", "other"),
+    ("packed_4", f"{WEIGHTS}/dynamic", True, "True"),
+    ("float_rows", "format", "int-quantized", None),
+    ("float_rows", f"{WEIGHTS}/num_bits", 4, "=4"),
+    ("float_rows", f"{WEIGHTS}/symmetric", False, "False"),
+    ("float_rows", f"{WEIGHTS}/strategy", "group", "group"),
+    ("float_rows", f"{INPUTS}/type", "int", "'int'"),
+    ("float_rows", f"{INPUTS}/strategy", "tensor", "tensor"),
+    ("float_tensor", f"{INPUTS}/strategy", "token", "token"),
+    ("int8_rows", f"{INPUTS}/symmetric", False, "False"),
+    ("int8_rows", f"{INPUTS}/num_bits", 4, "=4"),
+    ("float_blocks", f"{WEIGHTS}/block_structure", [64, 64], r"\[64, 64\].*\[128, 128\]"),
+    ("float_blocks", f"{INPUTS}/group_size", 64, "=64"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "match"), REFUSED)
+def test_a_configuration_that_is_not_supported(name, path, value, match):
+    with pytest.raises(ValueError, match=f"{path.split('/')[-1]}.*{match}" if match else "type=.*of /model/config"):
+        read_method(None, changed(name, path, value), "/model/config.json")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "mxfp4", "modelopt", "nvfp4", "x", None, 4])
+def test_a_method_that_is_not_supported(method):
+    with pytest.raises(ValueError, match=f"quant_method={method!r} is not supported, only fp8, awq, gptq, comp"):
+        read_method(None, {"quant_method": method}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "is_right"),
+    [
+        ("awq_32", "awq", True),
+        ("awq_32", "awq_marlin", True),
+        ("awq_32", "gptq_marlin", False),
+        ("gptq_4", "gptq", True),
+        ("gptq_4", "gptq_marlin", True),
+        ("gptq_4", "fp8", False),
+        ("packed_4", "compressed-tensors", True),
+        ("packed_4", "awq", False),
+    ],
+)
+def test_the_option_quantization(name, option, is_right):
+    if is_right:
+        assert read_method(option, FORMATS[name].config, "config.json").scheme_of(["model.layers.0.mlp.up_proj"])
+    else:
+        with pytest.raises(ValueError, match=f"quantization='{option}' contradicts quant_method"):
+            read_method(option, FORMATS[name].config, "config.json")
+
+
+def test_spellings_of_awq():
+    """AutoAWQ's own file calls them otherwise than transformers."""
+    own = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}
+    of_transformers = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}
+    schemes = [read_method(None, config, "").scheme_of(["a"]) for config in (own, of_transformers)]
+    assert schemes[0] == schemes[1] and schemes[0].group_size == 64
+    with pytest.raises(ValueError, match="w_bit=3"):
+        read_method(None, own | {"w_bit": 3}, "")
+
+
+# ---- which matrices a configuration means ---------------------------------------------------------------------------
+
+
+def is_quantized(model: type[Qwen3ForCausalLM], config: dict[str, Any], name: str) -> bool:
+    return schemes_of(model, read_method(None, config, "config.json"))(name) is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "listed", "module"),
+    [
+        (Qwen3ForCausalLM, ["model.layers.1.mlp.down_proj"], "mlp.down_proj"),
+        (Qwen3ForCausalLM, ["self_attn.q_proj", "k_proj", "re:.*v_proj$"], "self_attn.qkv_proj"),
+        (Qwen3ForCausalLM, ["model.layers.1."], "mlp.gate_up_proj"),
+        (Qwen3ForCausalLM, ["model.layers.1.mlp.gate_up_proj"], "mlp.gate_up_proj"),
+        (Gemma3ForConditionalGeneration, ["language_model.model.layers.1.mlp.down_proj"], "mlp.down_proj"),
+        (Gemma3ForConditionalGeneration, ["re:model.language_model.layers.1.mlp"], "mlp.gate_up_proj"),
+        (Gemma3ForConditionalGeneration, ["model.language_model.layers.1.self_attn"], "self_attn.o_proj"),
+        (MixtralForCausalLM, ["model.layers.1.block_sparse_moe.w2"], "mlp.down_proj"),
+    ],
+)
+def test_names_of_plain_matrices(model, listed, module):
+    """They may be of any of the model's layouts, and of the matrices that a layer fuses or of what they are then."""
+    for name, key in (("awq_32", "modules_to_not_convert"), ("packed_4", "ignore"), ("fp8_blocks", "ignored_layers")):
+        config = FORMATS[name].config | {key: listed}
+        assert not is_quantized(model, config, f"model.layers.1.{module}")
+        assert is_quantized(model, config, "model.layers.11.mlp.other")
+
+
+def test_a_layer_that_is_quantised_in_part():
+    config = FORMATS["awq_32"].config | {"modules_to_not_convert": ["k_proj"]}
+    with pytest.raises(ValueError, match=r"qkv_proj must be quantised as a whole: k_proj"):
+        is_quantized(Qwen3ForCausalLM, config, "model.layers.0.self_attn.qkv_proj")
+
+
+def test_modules_that_gptq_names():
+    config = FORMATS["gptq_4"].config | {
+        "modules_in_block_to_quantize": [["mlp.down_proj"], ["mlp.up_proj", "gate_proj"]]
+    }
+    modules = {"mlp.down_proj": True, "mlp.gate_up_proj": True, "self_attn.o_proj": False, "self_attn.qkv_proj": False}
+    for module, is_listed in modules.items():
+        assert is_quantized(Qwen3ForCausalLM, config, f"model.layers.0.{module}") == is_listed
+
+
+def test_groups_of_compressed_tensors():
+    """A target that names a matrix counts before "Linear", whichever is first; what no target means is plain."""
+    config = copy.deepcopy(FORMATS["packed_4"].config) | {"format": "mixed-precision"}
+    four_bits, floats = config["config_groups"]["group_0"], FORMATS["float_rows"].config["config_groups"]["group_0"]
+    config["config_groups"] = {
+        "a": four_bits | {"format": "pack-quantized"},
+        "b": floats | {"format": "float-quantized", "targets": ["re:.*down_proj", "model.layers.1.self_attn.o_proj"]},
+    }
+    scheme_of = schemes_of(Qwen3ForCausalLM, read_method(None, config, ""))
+    floats_scheme = scheme_of("model.layers.0.mlp.down_proj")
+    assert floats_scheme == scheme_of("model.layers.1.self_attn.o_proj")
+    assert (
+        floats_scheme != scheme_of("model.layers.0.self_attn.o_proj") == scheme_of("model.layers.1.mlp.gate_up_proj")
+    )
+    del config["config_groups"]["a"]
+    assert schemes_of(Qwen3ForCausalLM, read_method(None, config, ""))("model.layers.0.self_attn.o_proj") is None
+
+
+# ---- what is read of tensors ----------------------------------------------------------------------------------------
+
+
+def test_words_of_public_packers():
+    """What packers make of given codes, so that the loops of these tests are not held to themselves alone.
+
+    AWQ and GPTQ: the layers WQLinear_GEMM and QuantLinear of auto-round 0.16.1. compressed-tensors: `pack_to_int32` of
+    0.20.1. n: features, k: columns.
+    """
+    n, k = torch.arange(8)[:, None], torch.arange(32)
+    codes = (3 * n + 5 * k + n * k) % 16
+    qweight = torch.tensor([[1603480672], [421123541], [-744518070], [-1659553857]], dtype=torch.int32)
+    assert torch.equal(unpack_features(qweight), codes[:, :4].to(torch.uint8))
+    assert torch.equal(words(codes.t(), 4, AWQ_ORDER)[:4], qweight)
+    qzeros = torch.tensor([[-1756133822]], dtype=torch.int32)
+    assert torch.equal(unpack_features(qzeros), n.to(torch.uint8) + 2)
+    of_four_columns = [[1049950800, -1239649576, 1049950800, -1239649576], [-686071917] * 4]
+    assert words(codes[:2], 4).tolist() == of_four_columns
+    assert torch.equal(unpack_words(torch.tensor(of_four_columns, dtype=torch.int32), 4), codes[:2].to(torch.uint8))
+    qzeros = torch.tensor([[1281191536, 135866939, -1262102809, 1887539875]], dtype=torch.int32)
+    assert torch.equal(unpack_words(qzeros, 4) + 1, (1 + 7 * k % 15).to(torch.uint8)[None])
+    codes = (3 * n + 5 * k + 11 * n * k) % 256
+    first_row = [252314880, 857936643, 1463558406, 2069180169, -1620165364, -1014543601, -408921838, 196699925]
+    assert words(codes, 8)[:, 0].tolist() == first_row
+    codes = torch.tensor([[-8, -7, -6, -5, 0, 1, 2, 7, 3, 4, 5, 6, -1, -2, -3, -4]])
+    packed_codes = torch.tensor([[-90689008, 1164438987]], dtype=torch.int32)
+    assert torch.equal(unpack_words(packed_codes, 4).int() - 8, codes.int())
+    assert unpack_words(torch.tensor([[-8356096]], dtype=torch.int32), 8).tolist() == [[0, 127, 128, 255]]
+
+
+class Damaged:
+    """A copy of a checkpoint with other tensors or another config.json."""
+
+    def __init__(self, checkpoint: QuantizedCheckpoint, folder: Path) -> None:
+        self.path = folder / "copy"
+        shutil.copytree(checkpoint.path, self.path)
+        self.tensors = {name: tensor.clone() for name, tensor in load_file(self.path / "model.safetensors").items()}
+
+    def refused(self, match: str, **options: Any) -> None:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.tensors.items()}, self.path / "model.safetensors"
+        )
+        with pytest.raises(ValueError, match=match):
+            engine(str(self.path), **options).close()
+
+
+QUERY, UP, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("awq_32", f"{QUERY}.scales"),
+        ("awq_32", f"{UP}.qzeros"),
+        ("gptq_8", f"{UP}.g_idx"),
+        ("packed_4_zeros", f"{QUERY}.weight_zero_point"),
+        ("packed_4_zeros", f"{QUERY}.weight_shape"),
+        ("int8_rows", f"{UP}.weight_scale"),
+        ("int8_tensor", f"{UP}.input_scale"),
+        ("fp8_blocks", f"{UP}.weight_scale_inv"),
+    ],
+)
+def test_a_missing_tensor(quantized, tmp_path, name, tensor):
+    damaged = Damaged(quantized(name), tmp_path)
+    del damaged.tensors[tensor]
+    damaged.refused(f"lacks the tensor '{tensor}'")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "change", "match"),
+    [
+        ("awq_32", f"{UP}.qweight", torch.Tensor.long, "dtype I64, the model needs I32"),
+        ("awq_32", f"{UP}.qweight", torch.t, "has shape"),
+        ("awq_32", f"{UP}.scales", lambda scales: scales[1:], "has shape"),
+        ("int8_rows", f"{UP}.weight", torch.Tensor.float, "dtype F32, the model needs I8"),
+        ("fp8_blocks", f"{UP}.weight", torch.Tensor.half, "dtype F16, the model needs F8_E4M3"),
+        ("gptq_4_order", f"{UP}.g_idx", lambda groups: groups + 1, "g_idx has groups from 0 to 4, there are 4"),
+        ("gptq_4_order", f"{UP}.g_idx", lambda groups: groups - 1, "g_idx has groups from -1"),
+        ("gptq_4_order", f"{QUERY}.g_idx", lambda groups: groups.flip(0), "g_idx differs between matrices"),
+        (
+            "gptq_4_order",
+            "model.layers.0.mlp.down_proj.g_idx",
+            torch.zeros_like,
+            "groups of 0 to 256 columns, not of 32",
+        ),
+        ("packed_4_zeros", f"{UP}.weight_shape", lambda shape: shape + 1, r"weight_shape is .*257, 129"),
+    ],
+)
+def test_a_damaged_tensor(quantized, tmp_path, name, tensor, change, match):
+    damaged = Damaged(quantized(name), tmp_path)
+    damaged.tensors[tensor] = change(damaged.tensors[tensor])
+    module = tensor.split(".")[2]
+    damaged.refused(rf"layers\.{module}.*{match}")
+
+
+def test_groups_that_were_never_set(quantized, tmp_path):
+    """-1 throughout: the columns of a group are neighbours."""
+    checkpoint = quantized("packed_4_zeros")
+    damaged = Damaged(checkpoint, tmp_path)
+    config = json.loads((damaged.path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (damaged.path / "config.json").write_text(json.dumps(config))
+    for name in list(damaged.tensors):
+        if name.endswith("weight_packed"):
+            size = damaged.tensors[name].size(1) * 8
+            damaged.tensors[name.replace("packed", "g_idx")] = torch.full((size,), -1, dtype=torch.int32)
+    save_file(damaged.tensors, damaged.path / "model.safetensors")
+    with engine(str(damaged.path), max_model_len=128) as llm:
+        result = generate(llm, [BASE], PARAMS)[0]
+    assert result["token_ids"] == checkpoint.greedy(BASE, MAX_TOKENS, True)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "match"),
+    [
+        ("gptq_4_order", {}, {"tensor_parallel_size": 2}, "o_proj: g_idx sorts the 256 columns.*2 ranks with 128"),
+        ("awq_128", {"intermediate_size": 384}, {"tensor_parallel_size": 2}, "down_proj.*cut a block of 128.* 192 of"),
+        ("awq_rows", {"head_dim": 24}, {"tensor_parallel_size": 2}, "o_proj.*32 columns on each rank, not 24 of 48"),
+        ("fp8_blocks", {"head_dim": 64}, {"tensor_parallel_size": 2}, "would cut a block of 128: a rank's part of we"),
+        ("packed_4", {"hidden_size": 160}, {}, "qkv_proj: 160 columns are not of whole groups of 128"),
+        (
+            "packed_4_rows",
+            {"hidden_size": 80},
+            {},
+            "qkv_proj: 4 bits need a multiple of 32 columns on each rank, not 80",
+        ),
+        ("packed_4_zeros", {"head_dim": 62}, {}, "qkv_proj: 124 rows are not of whole words of 8"),
+        ("gptq_8", {"head_dim": 62, "num_key_value_heads": 1}, {}, "qkv_proj: 62 rows are not of whole words of 4"),
+    ],
+)
+def test_sizes_that_do_not_fit(quantized, tmp_path, name, sizes, options, match):
+    """Layers are made before weights are read, so that random ones do."""
+    damaged = Damaged(quantized(name), tmp_path)
+    config = json.loads((damaged.path / "config.json").read_text())
+    (damaged.path / "config.json").write_text(json.dumps(config | sizes))
+    damaged.refused(match, load_format="dummy" if sizes else "auto", skip_tokenizer_init=True, **options)
+
+
+@pytest.mark.parametrize("name", ["awq_32", "gptq_8", "gptq_4_order", "packed_4_zeros", "packed_4_order", "int8_rows"])
+def test_dummy_weights(quantized, name):
+    """Random codes give numbers about as large as random weights, around 0."""
+    with engine(quantized(name).path, load_format="dummy", skip_tokenizer_init=True) as llm:
+        weights = weights_of(llm)
+    for weight in weights:
+        numbers = weight.dequantize(torch.float32)
+        assert 0.015 < numbers.std() < 0.025 and numbers.mean().abs() < 0.005
+        assert weight.zeros is None and weight.order is None
+
+
+def weights_of(llm: Any) -> list[QuantizedWeight]:
+    modules = llm.ranks.runner.model.modules()
+    return [module.weight for module in modules if isinstance(getattr(module, "weight", None), QuantizedWeight)]
+
+
+def test_the_form_of_weights(quantized):
+    """No more bytes than there must be: scales in 16 bits if they are, zeros and an order only if there are."""
+    forms = {}
+    for name in ("gptq_4_order", "packed_4_rows", "packed_8_zeros", "int8_rows", "naive_weights_only"):
+        with engine(quantized(name).path) as llm:
+            forms[name] = weights_of(llm)[0]
+    order, rows, zeros = forms["gptq_4_order"], forms["packed_4_rows"], forms["packed_8_zeros"]
+    assert order.codes.dtype == order.zeros.dtype == torch.uint8 and order.scales.dtype == torch.float16
+    assert order.block == (1, 32) and order.order.dtype == torch.int64 and not order.rounds_input
+    assert rows.scales.dtype == torch.float32 and rows.zeros is None and rows.order is None
+    assert rows.block == (1, 128) == (1, rows.shape[1]) and rows.scales.shape == (768, 1)
+    assert zeros.codes.dtype == zeros.zeros.dtype == torch.int8
+    assert forms["int8_rows"].rounds_input and not forms["naive_weights_only"].rounds_input
