@@ -104,6 +104,7 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS + SCALES)
     ]
     unexpected = found.keys() - targets.keys() - set(passed_over)
+    unexpected = {name for name in unexpected if not is_empty_bias(name, found)}
     for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
         if names:
             raise ValueError(f"{folder} {problem} tensor {min(names)!r} ({len(names)} in all)")
@@ -120,6 +121,12 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         check()
         for parameter, shard in places:
             shard.copy(found[name], parameter)
+
+
+def is_empty_bias(name: str, found: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a bias of zeros, which AutoGPTQ gives each quantised matrix, be there none in the model."""
+    module = name.removesuffix(".bias")
+    return module != name and f"{module}.qweight" in found and not found[name][:].any()
 
 
 def check_tied_head(head: Any, embedding: Any, dtype: torch.dtype, folder: str, check: Callable[[], None]) -> None:
