@@ -252,3 +252,41 @@ def fp8(has_blocks: bool, is_static: bool = False, model: PretrainedConfig = CON
 
     config = {"quant_method": "fp8", "activation_scheme": "static" if is_static else "dynamic"}
     return Format(config | ({"weight_block_size": [128, 128]} if has_blocks else {}), pack, model=model)
+
+
+TOKEN_GROUP = DYNAMIC | {"strategy": "group", "group_size": 128}
+FORMATS = {
+    "awq_32": awq(32),
+    "awq_128": awq(128, version="GEMM"),
+    "awq_rows": awq(-1),
+    "awq_symmetric": awq(64, is_symmetric=True),
+    "gptq_4": gptq(4, 64),
+    "gptq_4_rows": gptq(4, -1),
+    "gptq_4_zeros": gptq(4, 32, is_symmetric=False),
+    "gptq_4_order": gptq(4, 32, is_symmetric=False, desc_act=True),
+    "gptq_4_v2": gptq(4, 128, is_symmetric=False, version="gptq_v2"),
+    "gptq_8": gptq(8, 64),
+    "gptq_8_order": gptq(8, 32, is_symmetric=False, desc_act=True, version="gptq_v2"),
+    "packed_4": packed(4, 128),
+    "packed_4_zeros": packed(4, 32, is_symmetric=False, dtype=torch.float16),
+    "packed_4_rows": packed(4, -1, dtype=torch.float32),
+    "packed_4_order": packed(4, 32, actorder="group"),
+    "packed_4_weight_order": packed(4, 64, actorder="weight"),
+    "packed_8": packed(8, 32),
+    "packed_8_zeros": packed(8, -1, is_symmetric=False),
+    "int8_rows": unpacked("int", "channel", DYNAMIC),
+    "int8_tensor": unpacked("int", "tensor", STATIC, scale_dtype=torch.bfloat16),
+    "float_tensor": unpacked("float", "tensor", STATIC),
+    "float_rows": unpacked("float", "channel", DYNAMIC, scale_dtype=torch.bfloat16),
+    "float_blocks": unpacked("float", "block", TOKEN_GROUP),
+    "naive_weights_only": unpacked("float", "channel", None, name="naive-quantized"),
+    "fp8_blocks": fp8(has_blocks=True),
+    "fp8_tensor": fp8(has_blocks=False),
+    "fp8_static": fp8(has_blocks=False, is_static=True),
+    "phi3_gptq_4_order": gptq(4, 32, is_symmetric=False, desc_act=True, model=PHI3),
+    "phi3_awq": awq(64, model=PHI3),
+    "phi3_packed_4": packed(4, 32, is_symmetric=False, model=PHI3),
+    "phi3_float_rows": unpacked("float", "channel", DYNAMIC, model=PHI3),
+    "phi3_fp8_blocks": fp8(has_blocks=True, model=PHI3),
+    "phi3_fp8_static": fp8(has_blocks=False, is_static=True, model=PHI3),
+}
