@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.command_line import parse_args
-from tools.dummy_model import write_dummy_model
+from tools.dummy_model import QUANTIZATIONS, write_dummy_model
 from tools.floor import Floor
 from tools.other_engines import run_hf, run_vllm, start_hf, start_vllm
 from tools.runs import Engine, Request, Run
 from tools.step_profile import profile
+from tools.weight_format import weight_format
 
 if TYPE_CHECKING:  # imported where needed otherwise, since importing is among what is measured
     from nanovllm import LLM
@@ -124,6 +125,7 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
     from nanovllm.checkpoint.model_config import ModelConfig
 
     config = ModelConfig.from_folder(resolve_model_path(model, weights=False))
+    quantized = weight_format(config, options.get("quantization"))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     run_engine(engine, [Request(list(range(16)), 8)], sampling)
     print("warmed up by a request of 16 + 8 tokens, not counted")
@@ -143,15 +145,9 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
     gc.collect()  # what comes next needs memory of its own
     floor = None
     if torch.cuda.is_available():
-        dtype = options.get("dtype", config.dtype)
-        floor = Floor.measure(
-            config,
-            dtype,
-            requests,
-            args.shared_prefix,
-            options["tensor_parallel_size"],
-            options.get("kv_cache_dtype", "auto"),
-        )
+        dtype, num_gpus = options.get("dtype", config.dtype), options["tensor_parallel_size"]
+        cache_dtype = options.get("kv_cache_dtype", "auto")
+        floor = Floor.measure(config, dtype, requests, args.shared_prefix, num_gpus, cache_dtype, quantized)
     return Result(
         engine=args.engine,
         model=args.model or args.shape,
@@ -191,6 +187,8 @@ def print_summary(result: Result) -> None:
     if (floor := result.floor) is not None:
         share = floor.seconds * rate / result.runs[0].output_tokens
         units = f"{floor.bandwidth / 1e12:.2f} TB/s and {floor.flops_per_second / 1e12:.0f} TFLOP/s"
+        if floor.flops_per_second_in_8_bits is not None:
+            units += f", in 8 bits {floor.flops_per_second_in_8_bits / 1e12:.0f}"
         print(f"floor at the measured {units}: {floor.seconds:.3f} s; achieved {share:.1%} of its speed")
 
 
@@ -199,7 +197,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = DEMO if args.model == "demo" else args.model
         if model is None:
-            write_dummy_model(args.shape, folder, not args.no_tokenizer)
+            stored = QUANTIZATIONS.get(options.get("quantization"))
+            if stored is not None:  # config.json says it, in place of the option
+                del options["quantization"]
+            write_dummy_model(args.shape, folder, not args.no_tokenizer, stored)
             model, options["load_format"] = folder, "dummy"
         result = measure(args, model, options)
     print_summary(result)

@@ -81,7 +81,7 @@ class Config:
             former; "dummy" draws random weights and needs no file but config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
         quantization: the method of a quantised checkpoint, which is known without it, or "fp8" to round a plain one
-            while it is loaded.
+            while it is loaded. Resolved: the name of the method; None: plain weights.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:
@@ -144,9 +144,9 @@ class Config:
             raise ValueError(
                 f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
             )
-        self.quantization_method = read_method(
-            self.quantization, self.model_config.quantization_config, f"{self.config_folder}/config.json"
-        )
+        stored, path = self.model_config.quantization_config, f"{self.config_folder}/config.json"
+        self.quantization_method = read_method(self.quantization, stored, path)
+        self.quantization = stored.get("quant_method", self.quantization)
         if self.dtype == "auto":
             self.dtype = self.model_config.dtype
             if self.dtype not in DTYPES:
@@ -188,6 +188,8 @@ class Config:
             self.max_model_len = MAX_SLOTS
         if self.generation_config is None:
             self.generation_config = "vllm"
+        if not isinstance(self.quantization, (str, NoneType)):
+            raise TypeError(f"quantization must be the name of a method, got {self.quantization!r}")
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
         for name, hint in get_type_hints(Config).items():

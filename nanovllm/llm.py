@@ -66,6 +66,7 @@ class LLM(LLMEngine):
         async_scheduling: bool | None = True,
         load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto",
         seed: int | None = 0,
+        quantization: str | None = None,
         **unknown: Any,
     ) -> None:
         """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.

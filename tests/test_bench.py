@@ -21,6 +21,7 @@ command_line = importlib.import_module("tools.command_line")
 dummy_model = importlib.import_module("tools.dummy_model")
 floors = importlib.import_module("tools.floor")
 step_profile = importlib.import_module("tools.step_profile")
+weight_format = importlib.import_module("tools.weight_format").weight_format
 
 TINY = {"num_seqs": 4, "input_len": (8, 16), "output_len": (30, 40), "shared_prefix": 5}
 DEFAULT = {"num_seqs": 256, "input_len": (100, 1024), "output_len": (100, 1024), "shared_prefix": 0}
@@ -108,7 +109,7 @@ def test_floor(tmp_path, monkeypatch):
     monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4e12, 800e12))
     dummy_model.write_dummy_model("qwen3-0.6b", str(tmp_path), with_tokenizer=False)
     config = ModelConfig.from_folder(str(tmp_path))
-    layers, _, head = floors.count_weights(config)
+    layers, _, _, head = floors.count_weights(config)
     assert layers + head == 596_049_920 - 65_536  # of the published checkpoint, less its norms
     floor = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), prefix=0, num_gpus=1)
     assert floor.kv_bytes == 13_853_760_356_352
@@ -128,7 +129,8 @@ def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4.4e12, 790e12))
     dummy_model.write_dummy_model("qwen3-30b-a3b", str(tmp_path), with_tokenizer=False)
     config = ModelConfig.from_folder(str(tmp_path))
-    layers, expert, head = floors.count_weights(config)
+    layers, expert, routers, head = floors.count_weights(config)
+    layers += routers
     assert layers + 128 * expert + 2 * head == pytest.approx(30.53e9, rel=1e-3)  # parameters of the published model
     assert floors.step_bytes(config, "bfloat16", 1) == 2 * (layers + 8 * expert + head)
     assert floors.step_bytes(config, "bfloat16", 10**6) == 2 * (layers + 128 * expert + head)
@@ -138,6 +140,90 @@ def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
     config = ModelConfig.from_folder(str(tmp_path))
     assert floors.cache_bytes(config, "bfloat16", [100, 4096, 30000]) == 131_072 * (100 + 2 * 4096)
     assert floors.attended_pairs(config, 4098) == 32 * (4096 * 4097 // 2 + 2 * 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "weight_bytes", "group_bytes", "group", "in_8_bits"),
+    [
+        (None, None, 2, 0, 1, False),
+        (None, "fp8", 1, 4, None, True),
+        ("fp8-block", None, 1, 4, 128**2, True),
+        ("int8", None, 1, 4, None, True),
+        ("int4", None, 0.5, 2, 128, False),
+        ("awq", None, 0.5, 3, 128, False),
+    ],
+)
+def test_floor_of_quantised_weights(tmp_path, monkeypatch, name, option, weight_bytes, group_bytes, group, in_8_bits):
+    monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4.4e12, 790e12))
+    monkeypatch.setattr(floors, "measure_8_bit_product", lambda: 1500e12)
+    requests = draw(DEFAULT, vocab_size=151936)
+    for shape in ("qwen3-8b", "qwen3-30b-a3b"):
+        dummy_model.write_dummy_model(shape, str(tmp_path), False, dummy_model.QUANTIZATIONS.get(name))
+        config = ModelConfig.from_folder(str(tmp_path))
+        quantized = weight_format(config, option)
+        weights = floors.count_weights(config)
+        layer_bytes = weight_bytes + group_bytes / (group or config.hidden_size)
+        read = weights.layers + 8 * weights.expert
+        assert floors.step_bytes(config, "bfloat16", 1, quantized) == pytest.approx(
+            layer_bytes * read + 2 * (weights.routers + weights.head)
+        )
+        floor = floors.Floor.measure(config, "bfloat16", requests, 0, 1, quantized)
+        plain = floors.Floor.measure(config, "bfloat16", requests, 0, 1)
+        assert floor.prefill_flops + floor.prefill_flops_in_8_bits == plain.prefill_flops
+        assert floor.prefill_flops_in_8_bits == (2 * read * 142_827 if in_8_bits else 0)
+        assert floor.seconds == pytest.approx(
+            (floor.kv_bytes + floor.weight_bytes) / 4.4e12
+            + floor.prefill_flops / 790e12
+            + floor.prefill_flops_in_8_bits / 1500e12
+        )
+
+
+def test_floors_that_are_quoted(tmp_path):
+    """Qwen3-8B, the weights of one request's step at 4.40 TB/s, in tokens a second."""
+    rates = {}
+    for name in (None, "fp8-block", "int4"):
+        dummy_model.write_dummy_model("qwen3-8b", str(tmp_path), False, dummy_model.QUANTIZATIONS.get(name))
+        config = ModelConfig.from_folder(str(tmp_path))
+        rates[name] = round(4.4e12 / floors.step_bytes(config, "bfloat16", 1, weight_format(config, None)))
+    assert rates == {None: 291, "fp8-block": 537, "int4": 912}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"quant_method": "fp8", "activation_scheme": "static"}, (8, None, 4, True)),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False}, (8, None, 3, False)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, (4, 32, 2, False)),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": False}, (4, 64, 2, False)),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, (4, 64, 3, False)),
+    ],
+)
+def test_formats_of_real_checkpoints(tmp_path, facts, expected):
+    dummy_model.write_dummy_model("qwen3-8b", str(tmp_path), False, facts)
+    assert weight_format(ModelConfig.from_folder(str(tmp_path)), None) == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}, (8, None, 4, True)),
+        ({"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}, (8, 16384, 4, True)),
+        ({"num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": True}, (4, 128, 2, False)),
+        ({"num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": False}, (4, 128, 3, False)),
+    ],
+)
+def test_formats_of_compressed_tensors(tmp_path, weights, expected):
+    activations = {"num_bits": 8, "dynamic": True} if weights["num_bits"] == 8 else None
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
+    facts = {"quant_method": "compressed-tensors", "config_groups": groups}
+    dummy_model.write_dummy_model("qwen3-8b", str(tmp_path), False, facts)
+    assert weight_format(ModelConfig.from_folder(str(tmp_path)), None) == expected
+
+
+def test_a_format_without_a_floor(tmp_path):
+    dummy_model.write_dummy_model("qwen3-8b", str(tmp_path), False, {"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match="no floor is known of weights by 'bitsandbytes'"):
+        weight_format(ModelConfig.from_folder(str(tmp_path)), None)
 
 
 def test_trace_summary_counts_overlaps_once(tmp_path):
@@ -163,3 +249,41 @@ def test_only_given_engine_options_reach_the_engine(monkeypatch):
     args, options = command_line.parse_args()
     assert options == {"tensor_parallel_size": 1, "enable_prefix_caching": False, "kvcache_block_size": 32}
     assert args.top_k == 5
+
+
+@pytest.mark.parametrize("name", ["fp8", *dummy_model.QUANTIZATIONS])
+def test_random_weights_are_stored_as_asked(monkeypatch, name):
+    """fp8 is an option of the engine, the other formats are those of a checkpoint."""
+    seen = []
+
+    def measure(args, model, options):
+        stored = json.loads(Path(model, "config.json").read_text()).get("quantization_config")
+        seen.append((stored, options.get("quantization")))
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "print_summary", lambda result: None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--no-tokenizer", "--quantization", name])
+    bench.main()
+    assert seen == [(None, "fp8") if name == "fp8" else (dummy_model.QUANTIZATIONS[name], None)]
+
+
+def test_the_engine_reads_what_it_is_given_of_a_real_folder(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "measure", lambda args, model, options: seen.append(options["quantization"]))
+    monkeypatch.setattr(bench, "print_summary", lambda result: None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "demo", "--quantization", "int4"])
+    bench.main()
+    assert seen == ["int4"]
+
+
+@pytest.mark.parametrize("arguments", [["--quantization", "int3"], ["--engine", "hf", "--quantization", "fp8"]])
+def test_quantizations_that_there_are_not(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(SystemExit):
+        command_line.parse_args()
+    assert "--quantization" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_with_quantised_weights(tmp_path):
+    result = run_tiny(tmp_path, "--quantization", "fp8")
+    assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))

@@ -234,9 +234,12 @@ ROWS = [
     # The weights.
     Row("dtype", HONOURED, "bfloat16"),
     Row("torch_dtype", HONOURED, "bfloat16"),
-    Row("quantization_config", REFUSED, {"quant_method": "awq"}),
+    # What it may hold, the method says: see nanovllm/quantization.
+    Row("quantization_config", HONOURED, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    Row("quantization_config", REFUSED, "fp8"),
     Row("quantization_config", HARMLESS, None, ALL if IS_TRANSFORMERS_5 else []),
-    Row("compression_config", REFUSED, {"format": "pack-quantized"}),
+    Row("compression_config", HONOURED, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+    Row("compression_config", REFUSED, ["pack-quantized"]),
     Row("pruned_heads", REFUSED, {"0": [1]}),
     Row("pruned_heads", HARMLESS, {}),
     Row("per_layer_config", REFUSED, {"0": {"num_key_value_heads": 4}}),

@@ -22,6 +22,7 @@ from nanovllm.checkpoint.rope import Rope
 from nanovllm.compat.engine_options import OTHER_NAMES, translate
 from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
+from nanovllm.kernels import quantized_weight
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.text.tokenizer import load_tokenizer
 
@@ -101,7 +102,8 @@ ASK_FOR_SOMETHING = [
     ("cpu_offload_gb", False, "stay on their device"),
     ("enable_chunked_prefill", False, "in chunks"),
     ("disable_log_stats", "no", "logged"),
-    ("quantization", "fp8", "quantised"),
+    ("quantization_config", {"global_scheme": "fp8_per_tensor"}, "config.json says how"),
+    ("quantization_param_path", "scales.json", "no file of their own"),
     ("pipeline_parallel_size", 2, "tensor_parallel_size"),
     ("pipeline_parallel_size", True, "tensor_parallel_size"),
     ("data_parallel_size", 2, "replica"),
@@ -153,7 +155,7 @@ def test_every_option_of_the_table():
 
 def test_long_values_are_cut_short(config):
     with pytest.raises(ValueError) as caught:
-        config(quantization="x" * 10_000)
+        config(tokenizer_mode="x" * 10_000)
     assert len(str(caught.value)) < 400
 
 
@@ -239,6 +241,61 @@ def test_vllm_names_of_attention_backends(config):
     assert config(attention_backend="TORCH_SDPA") == config(attention_backend="torch")
     with pytest.raises(ValueError, match=r"attention_backend must be one of auto, .*'FLASHINFER'"):
         config(attention_backend="FLASHINFER")
+
+
+def test_quantization(config, folder):
+    """A method's name, which a quantised checkpoint tells by itself, and which may then be given too."""
+    assert config().quantization is None
+    assert config(quantization="fp8").quantization == "fp8"
+    quantised = folder(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    for given in (None, "fp8"):
+        made = config(quantised, load_format="dummy", quantization=given)
+        assert (made.quantization, type(made.quantization_method).__name__) == ("fp8", "Fp8")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [
+        (8, TypeError, "quantization.*8"),
+        (True, TypeError, "quantization.*True"),
+        ({"quant_method": "fp8"}, TypeError, "quantization.*quant_method"),
+        ("", ValueError, "quantization.*''"),
+        ("int3", ValueError, r"quantization='int3'.*only fp8 can be made of a checkpoint without quantization_config"),
+    ],
+    ids=str,
+)
+def test_quantizations_that_are_refused(config, value, error, match):
+    with pytest.raises(error, match=match):
+        config(quantization=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "has_e4m3", "said"),
+    [
+        ({}, True, None),
+        ({"quantization": "fp8"}, True, "weights by fp8"),
+        ({"quantization": "fp8"}, False, "weights by fp8 (e4m3 is not computed with before compute capability 8.9: "),
+    ],
+)
+def test_what_is_said_at_start_of_weights(checkpoint, capsys, monkeypatch, options, has_e4m3, said):
+    monkeypatch.setattr(quantized_weight, "has_e4m3", lambda device: has_e4m3)
+    with engine(checkpoint("qwen3").path, **options):
+        pass
+    parts = capsys.readouterr().err.split("; ")
+    assert parts[0] == "nano-vllm: Qwen3ForCausalLM in float32 on 1 x cpu"
+    assert parts[1 if said is None else 2].startswith("attention by torch")
+    if said is not None:
+        assert parts[1].startswith(said)
+        assert has_e4m3 or parts[1].endswith("weights are read in 8 bits and multiplied in float32)")
+
+
+def test_a_quantization_that_contradicts_the_checkpoint(config, folder):
+    quantised = folder(quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match=r"quantization='bitsandbytes' contradicts quant_method='fp8' .*config\.json"):
+        config(quantised, load_format="dummy", quantization="bitsandbytes")
+    unknown = folder(quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match=r"quant_method='bitsandbytes' is not supported, only .*fp8.*config\.json"):
+        config(unknown, load_format="dummy")
 
 
 def test_max_logprobs(config):

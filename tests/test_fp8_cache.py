@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm import LLM
+from nanovllm.checkpoint.kv_scales import SCALES, set_kv_scales
 from nanovllm.checkpoint.loader import find_tensors
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
 from nanovllm.layers.attention import Attention
-from nanovllm.checkpoint.kv_scales import SCALES, set_kv_scales
 
 E4M3 = torch.float8_e4m3fn
 

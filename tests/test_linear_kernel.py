@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from interpreter import run_in_interpreter
 
-from nanovllm.kernels import HAS_TRITON
+from nanovllm.kernels import HAS_TRITON, quantized_products, quantized_weight
 from nanovllm.kernels import linear as linear_module
 from nanovllm.kernels.linear import LARGE_WEIGHT, linear
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -165,6 +166,22 @@ def test_any_batch(rows):
         check(arguments)
     else:
         assert linear(**arguments).shape == (0, 24)
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [1, 20, 300])
+def test_e4m3_that_kernels_cannot_read(monkeypatch, rows):
+    """As on GPUs before compute capability 8.9: rows are not rounded, and torch makes numbers of the codes."""
+    monkeypatch.setattr(quantized_weight, "has_e4m3", lambda device: False)
+    for launch in ("launch_quantized_linear", "multiply_tiles", "round_rows"):
+        module = linear_module if launch == "launch_quantized_linear" else quantized_products
+        monkeypatch.setattr(module, launch, None)
+    arguments = inputs(rows, 256, 128, torch.float32, True, True, True, "silu")
+    codes, scales = (arguments["weight"] * 100).to(torch.float8_e4m3fn), torch.full((256, 1), 0.01, device=DEVICE)
+    weight = QuantizedWeight(codes, scales, (1, 128), rounds_input=True)
+    expected = definition(**arguments | {"weight": codes.float() * scales})
+    y = linear(**arguments | {"weight": weight})
+    assert ((y - expected).norm() / expected.norm()).item() < 1e-5
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ import torch
 
 import nanovllm.kernels
 import nanovllm.parallel
-from nanovllm.kernels import HAS_TRITON, tuning
+from nanovllm.kernels import HAS_TRITON, quantized_weight, tuning
 from nanovllm.kernels.activation import GATES
 from nanovllm.kernels.adjust_logits import LogitTables, adjust_logits
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
@@ -26,6 +26,8 @@ from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.logprobs import top_logprobs
 from nanovllm.kernels.paged_attention import _compiled_for, paged_decode, paged_prefill
+from nanovllm.kernels.quantized_products import scale_products
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.routing import route
 from nanovllm.kernels.sampling import draw, filter_thresholds
@@ -88,6 +90,7 @@ def launch_on(monkeypatch) -> Iterator[Callable[[int, Callable], None]]:
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(quantized_weight, "has_e4m3", lambda device: capability >= 89)
         monkeypatch.setattr(JITFunction, "run", launch)
         # So that any tensor goes to the kernels.
         monkeypatch.setattr(nanovllm.kernels, "INTERPRETED", True)
@@ -166,6 +169,40 @@ def launch_linear(dtype: torch.dtype, rows: int) -> None:
         x, weight = empty(rows, HIDDEN_SIZE, dtype=dtype), empty(features, HIDDEN_SIZE, dtype=dtype)
         for gate in GATES:
             linear(x, weight, None, norm, 1e-6, residual=empty(rows, features // 2, dtype=dtype), gate=gate)
+
+
+def quantized_weights(kind: str) -> list[QuantizedWeight]:
+    """Square weights: e4m3 with scales of rows and of blocks; int8 of rows; 4 bits without zeros and with."""
+    size = HIDDEN_SIZE
+    by_rows, by_blocks = empty(size, 1, dtype=F32), empty(size // 128, size // 128, dtype=F32)
+    by_groups, zeros = empty(size, size // 128, dtype=torch.float16), empty(size, size // 128, dtype=torch.uint8)
+    e4m3, int8 = (empty(size, size, dtype=dtype) for dtype in (torch.float8_e4m3fn, torch.int8))
+    int4 = empty(size, size // 2, dtype=torch.uint8)
+    return {
+        "fp8": [
+            QuantizedWeight(e4m3, by_rows, (1, size), rounds_input=True),
+            QuantizedWeight(e4m3, by_blocks, (128, 128), rounds_input=True),
+        ],
+        "int8": [QuantizedWeight(int8, by_rows, (1, size), rounds_input=True)],
+        "int4": [QuantizedWeight(int4, by_groups, (1, 128)), QuantizedWeight(int4, by_groups, (1, 128), zeros=zeros)],
+    }[kind]
+
+
+def launch_quantized(dtype: torch.dtype, kind: str) -> None:
+    """Products for few, some and many rows, and a part of a sum over ranks."""
+    norm = empty(HIDDEN_SIZE, dtype=dtype)
+    for weight in quantized_weights(kind):
+        for rows in (1, tuning.SMALL_BATCH + 1, tuning.DEQUANTIZED_ROWS + 1):
+            linear(empty(rows, HIDDEN_SIZE, dtype=dtype), weight, None, norm, 1e-6, gate="silu")
+        peers = Peers([empty(2**24, dtype=torch.uint8)] * 2, "packets", (ADDRESS,) * 2, 1, 256, empty(1, dtype=I32))
+        send_linear(empty(4, HIDDEN_SIZE, dtype=dtype), weight, None, peers)
+
+
+def launch_scaling(dtype: torch.dtype) -> None:
+    """What follows the library's products of codes, which are only made on a GPU."""
+    rows, columns = empty(1, 4, dtype=F32), empty(2 * HIDDEN_SIZE, 1, dtype=F32)
+    products, y = empty(4, 2 * HIDDEN_SIZE, dtype=dtype), empty(4, HIDDEN_SIZE, dtype=dtype)
+    scale_products(products, rows, columns, None, "silu", y, is_added=True)
 
 
 def launch_rows(dtype: torch.dtype) -> None:
@@ -272,6 +309,23 @@ def test_linear(compile_for, capability, dtype):
     assert_fits(compiled, capability)
 
 
+def test_no_e4m3_before_there_is_any(compile_for):
+    """Numbers are made of the codes by torch, and multiplied by the library."""
+    compiled = compile_for(80)
+    launch_quantized(BF16, "fp8")
+    assert {name for name, _ in compiled} == {"_rms_norm_kernel", "_gate_and_mul_kernel", "_send_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_quantised_weights(compile_for, capability, kind):
+    compiled = compile_for(capability)
+    launch_quantized(BF16, kind)
+    launch_scaling(BF16)
+    assert_fits(compiled, capability)
+
+
 @pytest.mark.parametrize(("capability", "dtype"), mark_slow(OTHERS, but=[(80, BF16), (89, BF16)]))
 def test_rows(compile_for, capability, dtype):
     compiled = compile_for(capability)
@@ -316,6 +370,9 @@ def test_no_kernel_is_left_out(launch_on):
     launch_adjustments(BF16)
     launch_experts(BF16)
     launch_sums(BF16, 2)
+    for kind in ("fp8", "int8", "int4"):
+        launch_quantized(BF16, kind)
+    launch_scaling(BF16)
     assert launched == {name for name in kernels if name.endswith("_kernel")}
 
 

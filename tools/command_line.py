@@ -6,7 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from tools.dummy_model import SHAPES
+from tools.dummy_model import QUANTIZATIONS, SHAPES
+
+ONLINE = "fp8"  # what the engine makes of a plain checkpoint
+QUANTIZATION_HELP = """of the engine, with --model. Of random weights: fp8 (e4m3, rounded while they are made up, a
+scale for each row), fp8-block (e4m3, a scale for each 128 x 128, as Qwen's checkpoints), int8 (a scale for each row;
+the rows of a prompt are rounded too, as with fp8), int4 (GPTQ, symmetric, a scale for each 128), awq (4 bits, a scale
+and a zero for each 128)"""
 
 
 def length_range(text: str) -> tuple[int, int]:
@@ -54,6 +60,7 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
     engine.add_argument("--attention-backend")
     engine.add_argument("--sampler-backend")
     engine.add_argument("--kv-cache-dtype")
+    engine.add_argument("--quantization", metavar="METHOD", help=QUANTIZATION_HELP)
     engine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
     if args.profile and args.engine != "nanovllm":
@@ -62,5 +69,10 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
         parser.error("--params is for --engine nanovllm")
     if min(args.num_seqs, args.repeats, args.params_every) < 1 or args.shared_prefix < 0:
         parser.error("--num-seqs, --repeats and --params-every must be at least 1, --shared-prefix at least 0")
+    quantization, known = getattr(args, "quantization", None), (ONLINE, *QUANTIZATIONS)
+    if quantization is not None and args.engine == "hf":
+        parser.error("--quantization is not for --engine hf")
+    if args.model is None and quantization not in (None, *known):
+        parser.error(f"--quantization of random weights must be one of {', '.join(known)}, got {quantization!r}")
     # An option of the engine that was not given has no value: the engine has a default of its own.
     return args, {name: value for name, value in vars(args).items() if name not in benchmark_options}

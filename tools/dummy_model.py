@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -35,15 +36,61 @@ SHAPES = {  # facts, SIZES, whether head and embedding are tied
     "mixtral-8x7b": (MIXTRAL, (4096, 14336, 32, 32, 8), False),
     "gemma3-4b": (GEMMA3, (2560, 10240, 34, 8, 4), True),
 }
+WHOLE_ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+QUANTIZATIONS: dict[str, dict[str, Any]] = {  # what config.json says in published checkpoints, by a name of our own
+    "fp8-block": {  # Qwen/Qwen3-8B-FP8
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    },
+    "int8": {  # RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": WHOLE_ROWS | {"strategy": "channel", "dynamic": False},
+                "input_activations": WHOLE_ROWS | {"strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+    },
+    "int4": {  # Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+        "damp_percent": 0.01,
+        "static_groups": False,
+        "true_sequential": True,
+    },
+    "awq": {  # Qwen/Qwen3-8B-AWQ
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    },
+}
 
 
-def write_dummy_model(shape: str, folder: str, with_tokenizer: bool = True) -> None:
+def write_dummy_model(
+    shape: str, folder: str, with_tokenizer: bool = True, quantization_config: dict[str, Any] | None = None
+) -> None:
     """Writes a shape's config.json, and a byte-level BPE tokenizer of all bytes and made-up words.
 
     With it, turning tokens into text is part of the work, as it is with a real checkpoint.
     """
     facts, sizes, is_tied = SHAPES[shape]
     config = facts | dict(zip(SIZES, sizes, strict=True))
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
     files = {"config.json": config | {"tie_word_embeddings": is_tied, "torch_dtype": "bfloat16"}}
     if with_tokenizer:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

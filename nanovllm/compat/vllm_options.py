@@ -39,11 +39,10 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "config_format": (None, "auto", "hf")
     },
     "pass it by hf_overrides, as a key of config.json": {"rope_scaling": EMPTY, "rope_theta": NONE},
-    "quantised weights are not read, and none are quantised": {
-        "quantization": NONE,
-        "quantization_config": EMPTY,
-        "quantization_param_path": NONE,
+    "plain weights are rounded as the option quantization says, and config.json says how quantised ones are stored": {
+        "quantization_config": EMPTY
     },
+    "scales are read from the checkpoint, from no file of their own": {"quantization_param_path": NONE},
     "attention computes in the dtype of the model": {"override_attention_dtype": NONE},
     "the KV cache has one dtype, kv_cache_dtype, and in FP8 the scales of the checkpoint": {
         "kv_cache_dtype_skip_layers": EMPTY,

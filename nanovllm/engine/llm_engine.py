@@ -71,6 +71,7 @@ class LLMEngine:
                 self.ranks.spawn()
             self.tokenizer = load_tokenizer(config.tokenizer)
             self.ranks.load()
+            described = self.ranks.call("describe_weights")
             num_blocks = self.ranks.call("allocate_kv_cache")
             if config.device == "cuda" and not config.enforce_eager:
                 self.ranks.call("capture_cudagraph")
@@ -89,11 +90,12 @@ class LLMEngine:
         self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
         self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
         self.failure = None
+        weights = f" weights by {described};" if described else ""
         print(
             f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
-            f"{config.device}; attention by {config.attention_backend} ({config.attention_reason}); KV cache of",
-            f"num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in {config.kv_cache_dtype};",
-            f"max_model_len={config.max_model_len}",
+            f"{config.device};{weights} attention by {config.attention_backend} ({config.attention_reason});",
+            f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in",
+            f"{config.kv_cache_dtype}; max_model_len={config.max_model_len}",
             file=sys.stderr,
         )
         if defaults.taken:

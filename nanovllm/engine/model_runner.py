@@ -25,7 +25,7 @@ from nanovllm.layers.linear import create_weights, finish_weights
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.quantization import schemes_of
+from nanovllm.quantization import describe_weights, schemes_of
 from nanovllm.sampling.device import AdjustedSampler
 from nanovllm.utils.context import Context, StepTensors
 
@@ -72,6 +72,10 @@ class ModelRunner:
         self.counts = torch.arange(config.max_num_seqs + 2, dtype=torch.int32, device=self.device)
 
     # ---- start-up -------------------------------------------------------------------------------------------------
+
+    def describe_weights(self) -> str:
+        """How the weights are stored, in words; "" if they are plain."""
+        return describe_weights(self.model, self.config)
 
     @torch.inference_mode()
     def warmup_model(self) -> int:

@@ -46,7 +46,7 @@ def _dequantize_kernel(
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The numbers of a matrix, [N, K] in a dtype, columns in the order of the codes."""
-    if not use_triton(weight.codes):
+    if not use_triton(weight.codes) or not weight.is_readable:
         return weight.dequantize(dtype)
     num_rows, size = weight.shape
     numbers = torch.empty((num_rows, size), dtype=dtype, device=weight.codes.device)

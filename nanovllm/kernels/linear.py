@@ -13,6 +13,7 @@ from nanovllm.kernels.activation import GATES, Gate
 from nanovllm.kernels.linear_rows import finish_rows, store_rows
 from nanovllm.kernels.quantized_linear import launch_quantized_linear
 from nanovllm.kernels.quantized_products import linear_quantized
+from nanovllm.kernels.quantized_row import launch_row, takes_row
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.tuning import LARGE_WEIGHT, SMALL_BATCH, TILES, fitting_warps, gpu_of
@@ -84,7 +85,7 @@ def _linear_kernel(
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    finish_rows(y, features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
+    finish_rows(y, tl.program_id(0), features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
 
 
 def linear_torch(
@@ -123,22 +124,30 @@ def linear(
 ) -> Tensor:
     """y = x W^T + bias, of normalised rows, through a gate, onto a residual.
 
-    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous, or in few bits. bias: [N]. norm: [K],
-    the weight of an RMSNorm of x's rows with `eps`. gate: the features are N/2 gates, then N/2 ups, and y is
-    activation(gates) * ups. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in place and it is
-    returned. All in one dtype: float32, float16 or bfloat16, but that norm may be float32; sums in float32. Returns
-    [M, N] (gated: [M, N/2]).
+    x: [M, K], rows any distance apart, elements of a row contiguous. weight: [N, K], contiguous, or in few bits.
+    bias: [N]. norm: [K], the weight of an RMSNorm of x's rows with `eps`. gate: the features are N/2 gates, then N/2
+    ups, and y is activation(gates) * ups. residual: [M, N] (gated: [M, N/2]), not overlapping x; y is added to it in
+    place and it is returned. All in one dtype: float32, float16 or bfloat16, but that norm may be float32; sums in
+    float32. Returns [M, N] (gated: [M, N/2]).
     """
     rows, num_features = len(x), len(weight)
     if isinstance(weight, QuantizedWeight) and weight.order is not None and use_triton(x):
         weight, x, norm = weight.in_order_of_columns(x, norm)
-    if not use_triton(x) or not 0 < rows <= SMALL_BATCH:
+    if not takes_few_rows(x, weight):
         return linear_torch(x, weight, bias, norm, eps, residual, gate)
     y = residual
     if y is None:
         y = torch.empty((rows, num_features // 2 if gate else num_features), dtype=x.dtype, device=x.device)
     launch_linear(x, weight, bias, norm, eps, y, gate, is_added=residual is not None)
     return y
+
+
+def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """Whether a kernel for few rows can compute x W^T, and is faster than what `linear_torch` does."""
+    limit = SMALL_BATCH
+    if isinstance(weight, QuantizedWeight):
+        limit = 0 if not weight.is_readable else 1 if weight.rounds_input else SMALL_BATCH
+    return use_triton(x) and 0 < len(x) <= limit
 
 
 def launch_linear(
@@ -155,7 +164,8 @@ def launch_linear(
 ) -> None:
     """Launches the kernel for up to SMALL_BATCH rows; `store` is the device function that takes its rows."""
     if isinstance(weight, QuantizedWeight):
-        launch_quantized_linear(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
+        launch = launch_row if takes_row(x, weight) else launch_quantized_linear
+        launch(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
         return
     rows, (num_features, size) = len(x), weight.shape
     is_large = weight.numel() >= LARGE_WEIGHT

@@ -1,8 +1,9 @@
 # ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
-"""`linear` with a weight in few bits, for few rows: codes become numbers in registers, so that memory sees codes only.
+"""`linear` with a weight in few bits, for a few rows that stay in 16 bits.
 
-As in kernels/linear.py the norm before and the activation or the residual addition after are fused in, and the first
-codes are on their way before the kernel waits for the one ahead of it.
+Codes become numbers in registers, so that only codes are read from memory. As in kernels/linear.py the norm before and
+the activation or the residual addition after are fused in, and the first codes are on their way before the kernel
+waits for the one ahead of it.
 """
 
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton
 from nanovllm.kernels.activation import Gate
 from nanovllm.kernels.linear_rows import finish_rows, store_rows
-from nanovllm.kernels.quantized_row import launch_row
 from nanovllm.kernels.quantized_weight import INT4_RUN, QuantizedWeight
 from nanovllm.kernels.tuning import LARGE_WEIGHT, quantized_tile
 
@@ -31,7 +31,7 @@ SPLIT_BYTES = tl.constexpr("""{
 
 
 @triton.jit
-def split_bytes(codes):
+def _split_bytes(codes):
     """The low and the high halves of bytes, as bfloat16, CODE_OFFSET more than they are: four bytes a time."""
     if IS_INTERPRETED:
         low = (codes & 15).to(tl.float32) + CODE_OFFSET
@@ -47,20 +47,6 @@ def split_bytes(codes):
 def _products(x, numbers):
     """x [P, M, B] times numbers [P, N, B], which both must have a form for tensor cores -> float32 [P, M, N]."""
     return tl.dot(x, tl.trans(numbers.to(x.dtype), 0, 2, 1), input_precision="ieee")
-
-
-@triton.jit
-def _to_float16(x):
-    """x [P, M, B] in float16, times a power of two for each [P, M] that makes the largest some hundreds; and its inverse.
-
-    Nothing is lost but of numbers that are 2^-22 of the largest. E4M3 becomes float16 in half an instruction a code,
-    bfloat16 in two, which would take longer than reading it.
-    """
-    SIGN_AND_MANTISSA_OFF: tl.constexpr = 0x7F800000
-    x = x.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x), 2), 1e-30)
-    power = (largest.to(tl.int32, bitcast=True) & SIGN_AND_MANTISSA_OFF).to(tl.float32, bitcast=True) * (1 / 256)
-    return (x * (1.0 / power)[:, :, None]).to(tl.float16), power
 
 
 @triton.jit
@@ -154,12 +140,9 @@ def _few_rows_kernel(
             next_high_x = tl.load(x_ptr + RUN + ahead, mask=mask_m & left, other=0.0)
             high_x, sums = _normalise(high_x, high_norm)
             squares += sums
-            low, high = split_bytes(codes)
+            low, high = _split_bytes(codes)
             products = _products(x, low) + _products(high_x, high)
             zeros = tl.full((PARTS, BLOCK_N), 8.0, tl.float32)
-        elif codes.dtype == tl.float8e4nv and x.dtype != tl.float32:
-            x, power = _to_float16(x)
-            products = _products(x, codes) * power[:, :, None]
         else:
             products = _products(x, codes.to(tl.float32))
         if zeros_ptr is not None:
@@ -183,7 +166,7 @@ def _few_rows_kernel(
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    finish_rows(y, features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
+    finish_rows(y, tl.program_id(0), features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
 
 
 def launch_quantized_linear(
@@ -200,10 +183,7 @@ def launch_quantized_linear(
 ) -> None:
     """`launch_linear` with a weight in few bits, the columns of which are in the order of x."""
     rows, (num_features, size) = len(x), weight.shape
-    if rows == 1 and x.dtype in (torch.bfloat16, torch.float16):
-        launch_row(x, weight, bias, norm, eps, y, gate, is_added, store, destination)
-        return
-    tile = quantized_tile(rows, num_features, size, weight.block[1], weight.bits)
+    tile = quantized_tile(size, weight.block[1])
     _few_rows_kernel[(triton.cdiv(num_features, tile.block_n),)](
         x,
         x.stride(0),

@@ -18,7 +18,6 @@ from nanovllm.kernels.quantized_tiles import multiply_tiles
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.round_rows import round_rows
-from nanovllm.kernels.tuning import DEQUANTIZED_ROWS
 
 BLOCK = 1024
 
@@ -115,14 +114,8 @@ def scale_products(
     )
 
 
-@functools.cache
-def multiplies_codes(device: torch.device) -> bool:
-    """Whether the GPU multiplies e4m3: from sm_89 on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def multiplies_blocks(device: torch.device, weight: QuantizedWeight) -> bool:
-    """Whether the library multiplies e4m3 with a scale for each whole block of 128 x 128: on Hopper, from CUDA 12.9 on."""
+    """Whether the library multiplies e4m3 with a scale for each block of 128 x 128: on Hopper, from CUDA 12.9 on."""
     version = tuple(map(int, torch.version.cuda.split(".")))
     is_whole = weight.block == (128, 128) and all(size % 128 == 0 for size in weight.shape)
     return is_whole and torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
@@ -142,7 +135,7 @@ def linear_quantized(
     rows, (num_features, size) = len(x), weight.shape
     has_one_scale = weight.scales.size(1) == 1
     is_float = weight.codes.dtype == torch.float8_e4m3fn
-    if weight.rounds_input and (not is_float or multiplies_codes(x.device)):
+    if weight.rounds_input and weight.is_readable:
         group = size if has_one_scale else weight.block[1]
         codes, x_scales = round_rows(x, weight.codes.dtype, group, norm, eps, weight.input_scale)
         in_library = is_float and x.is_cuda and num_features % 16 == size % 16 == 0
@@ -158,11 +151,8 @@ def linear_quantized(
         else:
             numbers = multiply_tiles(codes, x_scales, weight, x.dtype)
     else:
-        x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
-        if rows <= DEQUANTIZED_ROWS:
-            numbers = multiply_tiles(x, None, weight, x.dtype)
-        else:
-            numbers = x @ dequantize(weight, x.dtype).t()
+        x = x if norm is None else rms_norm(x, norm, eps)
+        numbers = x @ dequantize(weight, x.dtype).t()
     if bias is not None:
         numbers += bias
     if gate is not None:

@@ -1,11 +1,18 @@
 """A weight in few bits, as the kernels take it, and what its numbers are. Knows nothing of checkpoints' formats."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 INT4_RUN = 16  # codes that lie side by side in the low halves of bytes, those that follow them in the high halves
+
+
+@functools.cache
+def has_e4m3(device: torch.device) -> bool:
+    """Whether a GPU computes with e4m3, and kernels can read it: from compute capability 8.9 on. Torch can on any."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class QuantizedWeight:
     def bits(self) -> int:
         """Bits of a code."""
         return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether kernels can read the codes where they are; torch can, see `dequantize`."""
+        return self.codes.dtype != torch.float8_e4m3fn or has_e4m3(self.codes.device)
 
     @property
     def shape(self) -> tuple[int, ...]:

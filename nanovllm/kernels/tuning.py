@@ -37,9 +37,6 @@ def gpu_of(device: torch.device) -> Gpu:
 # Rows up to which the kernel beats the matrix product of the library; 0 turns it off.
 SMALL_BATCH = 8
 
-# Rows up to which a kernel makes numbers of a weight's codes on the way; with more, they are written to memory first.
-DEQUANTIZED_ROWS = 256
-
 # From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
 # done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532. It makes no
 # difference before Hopper, where no kernel starts early.
@@ -75,18 +72,32 @@ class QuantizedTile(NamedTuple):
     warps: int
 
 
-def quantized_tile(rows: int, num_features: int, size: int, scale_columns: int, bits: int) -> QuantizedTile:
-    """For few rows and a weight [num_features, size] in few bits, with a scale for so many columns of a row."""
+def quantized_tile(size: int, scale_columns: int) -> QuantizedTile:
+    """For few rows of so many elements and a weight in few bits, with a scale for so many columns of a row."""
     block_k = scale_block(size, scale_columns)
     parts = min(8, triton.next_power_of_2(-(-size // block_k)))
-    return QuantizedTile(16 if rows == 1 else 32, block_k, parts, min(4, parts))
+    return QuantizedTile(16, block_k, parts, min(4, parts))
 
 
-def row_tile(num_features: int, size: int, scale_columns: int, bits: int) -> QuantizedTile:
-    """The same for one row."""
-    block_k = scale_block(size, scale_columns)
-    parts = min(8, triton.next_power_of_2(-(-size // block_k)))
-    return QuantizedTile(8, block_k, parts, min(4, parts))
+class RowTile(NamedTuple):
+    """Features of one row that a program has at a time, programs, and warps."""
+
+    block_n: int
+    num_programs: int
+    warps: int
+
+
+def row_tile(num_features: int, row_bytes: int, gpu: Gpu) -> RowTile:
+    """For a weight whose rows have so many bytes of codes.
+
+    A program has 16 to 64 KiB on their way, and as many run at once as have 128 registers for each thread. All get as
+    many features, or one block fewer.
+    """
+    warps = 4 if row_bytes <= 8192 else 8
+    block_n = 8 if row_bytes <= 8192 else 4
+    blocks = triton.cdiv(num_features, block_n)
+    turns = triton.cdiv(blocks, gpu.num_sms * 16 // warps)
+    return RowTile(block_n, triton.cdiv(blocks, turns), warps)
 
 
 class ProductsTile(NamedTuple):
@@ -101,8 +112,8 @@ class ProductsTile(NamedTuple):
 
 def products_tile(rows: int, size: int, scale_columns: int) -> ProductsTile:
     """For many rows."""
-    block_m = min(128, max(16, triton.next_power_of_2(rows)))
-    return ProductsTile(block_m, 64, scale_block(size, scale_columns), 3, 4)
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    return ProductsTile(block_m, 64 if rows <= 64 else 128, scale_block(size, scale_columns), 3, 4)
 
 
 def scale_block(size: int, scale_columns: int) -> int:

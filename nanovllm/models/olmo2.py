@@ -1,13 +1,12 @@
 """OLMo 2 (arXiv 2501.00656): a layer normalises what it adds, not what it reads; queries and keys as a whole."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.config import Config
 from nanovllm.layers.layernorm import Normalised, RMSNorm
+from nanovllm.layers.linear import Part
 from nanovllm.layers.residual import only_sampled
 from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
@@ -16,14 +15,14 @@ from nanovllm.utils.context import Context
 
 
 class Olmo2HeadsNorm(nn.Module):
-    """Normalises rows of all heads, of which each rank has as many [N, size]: those of `shard`, of a projection."""
+    """Normalises rows of all heads, of which each rank has as many [N, size]: `part` of a projection's rows."""
 
-    def __init__(self, shard: Shard, eps: float, tp: TensorParallel) -> None:
+    def __init__(self, part: Part, eps: float, tp: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
         self.tp = tp
-        self.weight = tp.parameter(shard.size)
-        self.weight.shards = [replace(shard, full_shape=shard.full_shape[:1], offset=0)]
+        self.weight = tp.parameter(part.size)
+        self.weight.shards = [Shard((part.full_size,), 0, part.start, 0, part.size)]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
@@ -37,7 +36,7 @@ class Olmo2Attention(LlamaAttention):
 
     def __init__(self, config: Config, tp: TensorParallel, rotary_table: Tensor, index: int) -> None:
         super().__init__(config, tp, rotary_table, index)
-        q, k, v = self.qkv_proj.weight.shards
+        q, k, v = self.qkv_proj.rows
         self.q_norm, self.k_norm = (Olmo2HeadsNorm(part, config.model_config.rms_norm_eps, tp) for part in (q, k))
         self.sizes = q.size, k.size, v.size
 

@@ -25,8 +25,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
-from nanovllm.kernels.linear import SMALL_BATCH, launch_linear, linear_torch
+from nanovllm.kernels import pdl_options, pdl_wait, tl, triton
+from nanovllm.kernels.linear import launch_linear, linear_torch, takes_few_rows
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import normalise, num_warps, rms_norm_torch
 
 POLLS = tl.constexpr(4096)  # between looks at whether the engine has given up: those go to host memory
@@ -235,7 +236,7 @@ def _send_rows(y, offs, mask, y_ptr, destination):
     send(y.to(dtype_ptr.dtype.element_ty), offs, mask, size, addresses, rank, offset, len(addresses))
 
 
-def send_linear(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Peers) -> None:
+def send_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, peers: Peers) -> None:
     """x W^T + bias, left with `peers` as this rank's part of a sum: x [M, K], weight [N, K], bias [N]."""
     rows, size = len(x), len(weight)
     if peers.form == "shares":
@@ -243,11 +244,13 @@ def send_linear(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Peers) ->
         for peer, x_share in enumerate(x.split(share)):
             out = peers.view(peer, peers.rank * share, len(x_share), size, x.dtype)
             linear_torch(x_share, weight, bias, out=out)
-    elif peers.form == "parts" or not use_triton(x) or not 0 < rows <= SMALL_BATCH:
+    elif peers.form == "parts":
         linear_torch(x, weight, bias, out=peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype))
-    else:
+    elif takes_few_rows(x, weight):
         destination = (peers.addresses, peers.offset, peers.rank, rows * size, x)
         launch_linear(x, weight, bias, None, 0.0, None, None, False, store=_send_rows, destination=destination)
+    else:
+        send_part(linear_torch(x, weight, bias), peers)
 
 
 @triton.jit

@@ -14,12 +14,14 @@ from torch import nn
 
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.loader import spellings_of
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.quantization.awq import Awq
 from nanovllm.quantization.compressed_tensors import CompressedTensors
 from nanovllm.quantization.fp8 import Fp8, OnlineFp8
 from nanovllm.quantization.gptq import Gptq
 
 if TYPE_CHECKING:  # layers are made of options, which are read here
+    from nanovllm.config import Config
     from nanovllm.layers.linear import Scheme
 
 
@@ -63,6 +65,20 @@ def read_method(option: str | None, quantization_config: dict[str, Any] | None, 
     if OTHER_NAMES.get(option, option) not in (None, name):
         raise ValueError(f"quantization={option!r} contradicts quant_method={name!r} of {path}")
     return METHODS[name](facts)
+
+
+def describe_weights(model: nn.Module, config: Config) -> str:
+    """How a model's weights are stored, in words; "" if they are plain."""
+    if config.quantization is None:
+        return ""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    weights = [value for value in values if isinstance(value, QuantizedWeight)]
+    if all(weight.is_readable for weight in weights):
+        return config.quantization
+    return (
+        f"{config.quantization} (e4m3 is not computed with before compute capability 8.9: weights are read in 8 bits "
+        f"and multiplied in {config.dtype})"
+    )
 
 
 def schemes_of(model: nn.Module, method: Method | None) -> Callable[[str], Scheme | None]:

@@ -1,4 +1,4 @@
-"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it, and plain ones, rounded when loaded.
+"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it, and plain ones rounded when loaded.
 
 Qwen's and DeepSeek's (arXiv 2412.19437, section 3.3) have a scale for each block of 128 x 128 weights, others one for
 each row or for the whole matrix.
@@ -98,7 +98,7 @@ class RoundingShard(Shard):
     scales: Tensor | None = None
 
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
-        """Of columns, too, scales are those of whole rows, so that results do not depend on the number of ranks."""
+        """Of columns, too, the scales are those of whole rows, so that the number of ranks changes no result."""
         codes, scales = parameter.data, self.scales
         if self.expert is not None:
             codes, scales = codes[self.expert], scales[self.expert]
