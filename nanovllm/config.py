@@ -146,7 +146,7 @@ class Config:
             )
         stored, path = self.model_config.quantization_config, f"{self.config_folder}/config.json"
         self.quantization_method = read_method(self.quantization, stored, path)
-        self.quantization = self.quantization or stored.get("quant_method")
+        self.quantization = stored.get("quant_method", self.quantization)
         if self.dtype == "auto":
             self.dtype = self.model_config.dtype
             if self.dtype not in DTYPES:

@@ -27,6 +27,15 @@ class JsonFacts:
             raise self.error(f"{key} must be an integer between 1 and {LARGEST_SIZE}, got {value!r}")
         return value
 
+    def choice(self, key: str, options: tuple[Any, ...], default: Any = None) -> Any:
+        """One of some values; a missing one, or null, is the default, which must be one of them as well."""
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not any(type(value) is type(option) and value == option for option in options):
+            known = " or ".join(repr(option) for option in options)
+            raise self.error(f"{key}={value!r} is not supported, only {known}")
+        return value
+
     def number(self, name: str, value: Any) -> float:
         """A positive number."""
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:

@@ -52,6 +52,7 @@ class Shard:
     """
 
     is_copied: ClassVar[bool] = True  # element by element, so that dtypes must fit
+    is_joined: ClassVar[bool] = True  # of matrices that a checkpoint has as one, it has the elements behind each other
     full_shape: tuple[int, ...]
     dim: int
     start: int
@@ -73,8 +74,17 @@ class Shard:
 class ScalarShard(Shard):
     """One number of a parameter, from a tensor that has one: of shape () or (1,)."""
 
+    is_joined: ClassVar[bool] = False
+
     def copy(self, source: Any, parameter: nn.Parameter) -> None:
         parameter.data[self.offset] = source[()].item()
+
+
+@dataclass(frozen=True)
+class VectorShard(Shard):
+    """Some elements of a parameter, [N], from a tensor that matrices which a checkpoint has as one have in common."""
+
+    is_joined: ClassVar[bool] = False
 
 
 def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda: None) -> None:
@@ -95,6 +105,7 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS + SCALES)
     ]
     unexpected = found.keys() - targets.keys() - set(passed_over)
+    unexpected = {name for name in unexpected if not is_empty_bias(name, found)}
     for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
         if names:
             raise ValueError(f"{folder} {problem} tensor {min(names)!r} ({len(names)} in all)")
@@ -111,6 +122,12 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         check()
         for parameter, shard in places:
             shard.copy(found[name], parameter)
+
+
+def is_empty_bias(name: str, found: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a bias of zeros, which AutoGPTQ gives each quantised matrix, be there none in the model."""
+    module = name.removesuffix(".bias")
+    return module != name and f"{module}.qweight" in found and not found[name][:].any()
 
 
 def check_tied_head(head: Any, embedding: Any, dtype: torch.dtype, folder: str, check: Callable[[], None]) -> None:
@@ -144,7 +161,7 @@ def _sources(
 ) -> Iterator[tuple[str, Shard]]:
     """The tensors of a checkpoint that fill a parameter, and how."""
     shards = getattr(parameter, "shards", [Shard(tuple(parameter.shape), 0, 0, 0, len(parameter))])
-    has_experts = parameter.dim() > len(shards[0].full_shape)
+    has_experts = parameter.dim() > max(len(shards[0].full_shape), 1)  # numbers are side by side in a parameter
     path, kind = name.rsplit(".", 1)
     if has_experts:  # "experts.down_proj" and "experts.down_proj_scale_inv"
         path = name.removesuffix(EXPERTS_SCALES)
@@ -164,6 +181,9 @@ def _sources(
 
 def _fused(shards: list[Shard], num_experts: int | None) -> Iterator[Shard]:
     """The shards of one tensor that has the tensors of several behind each other, perhaps of all experts."""
+    if not shards[0].is_joined:
+        yield from shards
+        return
     dim, start = shards[0].dim, 0
     shape = list(shards[0].full_shape)
     shape[dim] = sum(shard.full_shape[dim] for shard in shards)
@@ -175,13 +195,19 @@ def _fused(shards: list[Shard], num_experts: int | None) -> Iterator[Shard]:
 
 def original_name(model: nn.Module, name: str, names: Collection[str]) -> str:
     """What a checkpoint with tensors of these names calls one of the model's: in the first layout that has it."""
+    spellings = spellings_of(model, name)
+    return next((spelling for spelling in spellings if spelling in names), spellings[-1])
+
+
+def spellings_of(model: nn.Module, name: str) -> list[str]:
+    """What checkpoints call one of the model's tensors: as it does, then in each of the model's layouts."""
     spellings = [name]
     for layout in model.checkpoint_layouts:
         spelling = name
         for ours, theirs in layout.items():
             spelling = spelling.replace(ours, theirs)
         spellings.append(spelling)
-    return next((spelling for spelling in spellings if spelling in names), spellings[-1])
+    return spellings
 
 
 def find_tensors(folder: str) -> dict[str, Any]:

@@ -7,14 +7,15 @@ quantization/ what it is made of. Nothing here knows which model a layer belongs
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm.checkpoint.loader import ScalarShard, Shard
+from nanovllm.checkpoint.loader import ScalarShard, Shard, VectorShard
 from nanovllm.kernels.activation import Gate
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.quantized_weight import QuantizedWeight
@@ -94,20 +95,23 @@ class LinearBase(Weighted):
     ) -> nn.Parameter:
         """A parameter with an element for each block of the weight's rows and columns.
 
+        A block of all columns belongs to every rank as a whole.
         is_transposed: the checkpoint's tensors have the columns first, and so does the parameter.
 
         Raises:
             ValueError: a block would be cut by the ranks, or by where one matrix ends and the next begins.
         """
         height, width = block
-        for part, size in [*((part, height) for part in self.rows), (self.columns, width)]:
+        full_width = self.columns.full_size
+        columns = self.columns if width < full_width else Part(full_width, 0, full_width)
+        for part, size in [*((part, height) for part in self.rows), (columns, width)]:
             check_blocks(name, part, size, self.tp)
-        full_width, width_size = -(-self.columns.full_size // width), -(-self.columns.size // width)
+        full_width, width_size = -(-full_width // width), -(-columns.size // width)
         shards, offset = [], 0
         for part in self.rows:
             full_shape, size = (-(-part.full_size // height), full_width), -(-part.size // height)
-            if self.columns.size < self.columns.full_size:
-                shards.append(Shard(full_shape, 1, self.columns.start // width, 0, width_size))
+            if columns.size < columns.full_size:
+                shards.append(Shard(full_shape, 1, columns.start // width, 0, width_size))
             else:
                 shards.append(Shard(full_shape, 0, part.start // height, offset, size))
             offset += size
@@ -124,6 +128,20 @@ class LinearBase(Weighted):
         """A float32 parameter with a number for each of the matrices, [matrices]; a checkpoint has them one by one."""
         parameter = self.tp.parameter(len(self.rows), dtype=torch.float32)
         parameter.shards = [ScalarShard((), 0, 0, index, 1) for index in range(len(self.rows))]
+        setattr(self, name, parameter)
+        return parameter
+
+    def add_vectors(self, name: str, dtype: torch.dtype, size: int | None = None) -> nn.Parameter:
+        """A parameter with a vector for each of the matrices, [matrices * size]; None: as long as the rank's rows.
+
+        A checkpoint has them one by one; that of several matrices which are one there belongs to each of them.
+        """
+        part = self.columns if size is None else Part(size, 0, size)
+        parameter = self.tp.parameter(len(self.rows) * part.size, dtype=dtype)
+        parameter.shards = [
+            VectorShard((part.full_size,), 0, part.start, index * part.size, part.size)
+            for index in range(len(self.rows))
+        ]
         setattr(self, name, parameter)
         return parameter
 
@@ -156,14 +174,25 @@ def create_weights(model: nn.Module, scheme_of: Callable[[str], Scheme | None]) 
     for name, layer in model.named_modules():
         if isinstance(layer, Weighted):
             layer.scheme = scheme_of(name) or Plain()
-            layer.create_weights()
+            with _named(name):
+                layer.create_weights()
 
 
 def finish_weights(model: nn.Module) -> None:
     """Brings all loaded weights to the form that the kernels take."""
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, Weighted):
-            layer.finish_weights()
+            with _named(name):
+                layer.finish_weights()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name of a layer, which schemes do not know, before what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class ColumnParallelLinear(LinearBase):

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from nanovllm.checkpoint.facts import JsonFacts
+from nanovllm.checkpoint.loader import spellings_of
 from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.quantization.awq import Awq
+from nanovllm.quantization.compressed_tensors import CompressedTensors
 from nanovllm.quantization.fp8 import Fp8, OnlineFp8
+from nanovllm.quantization.gptq import Gptq
 
 if TYPE_CHECKING:  # layers are made of options, which are read here
     from nanovllm.config import Config
@@ -27,11 +31,15 @@ class Method(Protocol):
     def __init__(self, facts: JsonFacts) -> None:
         """Reads quantization_config, an object of config.json; raises ValueError by key and value."""
 
-    def scheme_of(self, name: str) -> Scheme | None:
-        """The scheme of a checkpoint's matrix, such as "model.layers.0.mlp.up_proj"; None: it is plain."""
+    def scheme_of(self, names: list[str]) -> Scheme | None:
+        """The scheme of a matrix that checkpoints call by one of these names; None: it is plain.
+
+        Such as "model.layers.0.mlp.up_proj", or "model.layers.0.mlp.gate_up_proj" where it is a part of that.
+        """
 
 
-METHODS: dict[str, type[Method]] = {"fp8": Fp8}
+METHODS: dict[str, type[Method]] = {"fp8": Fp8, "awq": Awq, "gptq": Gptq, "compressed-tensors": CompressedTensors}
+OTHER_NAMES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}  # vLLM's, of kernels that it computes with
 ONLINE_METHODS: dict[str, type[Method]] = {  # of plain checkpoints, while they are loaded
     "fp8": OnlineFp8
 }
@@ -50,11 +58,11 @@ def read_method(option: str | None, quantization_config: dict[str, Any] | None, 
             known = f"only {', '.join(ONLINE_METHODS)} can be made of a checkpoint without quantization_config"
             raise ValueError(f"quantization={option!r}: {known} ({path})")
         return ONLINE_METHODS[option](JsonFacts(path, {}))
-    facts = JsonFacts(path, quantization_config)
+    facts = JsonFacts(f"quantization_config of {path}", quantization_config)
     name = quantization_config.get("quant_method")
     if name not in METHODS:
         raise facts.error(f"quant_method={name!r} is not supported, only {', '.join(METHODS)}")
-    if option not in (None, name):
+    if OTHER_NAMES.get(option, option) not in (None, name):
         raise ValueError(f"quantization={option!r} contradicts quant_method={name!r} of {path}")
     return METHODS[name](facts)
 
@@ -84,7 +92,10 @@ def schemes_of(model: nn.Module, method: Method | None) -> Callable[[str], Schem
             return None
         *before, module = name.split(".")
         sources = model.packed_modules_mapping.get(module, (module,))
-        schemes = {source: method.scheme_of(".".join([*before, source])) for source in sources}
+        schemes = {}
+        for source in sources:  # a checkpoint may have it in the layer's one matrix
+            names = dict.fromkeys([".".join([*before, source]), name])
+            schemes[source] = method.scheme_of([each for one in names for each in module_spellings(model, one)])
         first = next(iter(schemes.values()))
         for source, scheme in schemes.items():
             if scheme != first:
@@ -92,3 +103,8 @@ def schemes_of(model: nn.Module, method: Method | None) -> Callable[[str], Schem
         return first
 
     return scheme_of
+
+
+def module_spellings(model: nn.Module, name: str) -> list[str]:
+    """What checkpoints call one of the model's modules."""
+    return [spelling.removesuffix(".") for spelling in spellings_of(model, f"{name}.")]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES, Shard
 from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.quantization.groups import DUMMY_SCALES
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
@@ -28,19 +29,22 @@ DUMMY_SCALE = 0.02 / DUMMY_STD
 
 @dataclass(frozen=True)
 class Fp8Blocks:
-    """A float32 scale, `weight_scale_inv`, for each block of weights."""
+    """A float32 scale for each block of weights."""
 
     block: tuple[int, int]
+    scale_name: str = "weight_scale_inv"
+    rounds_input: bool = True
 
     def create(self, layer: LinearBase) -> None:
         layer.add_parameter("weight", E4M3)
-        layer.add_parameter("weight_scale_inv", torch.float32, self.block).dummy = DUMMY_SCALE
+        layer.add_parameter(self.scale_name, torch.float32, self.block).dummy = DUMMY_SCALE
 
     def finish(self, layer: LinearBase) -> None:
-        codes, scales = layer.weight.data, layer.weight_scale_inv.data
-        del layer.weight, layer.weight_scale_inv
+        codes, scales = layer.weight.data, getattr(layer, self.scale_name).data
+        del layer.weight
+        delattr(layer, self.scale_name)
         scales, block = join_scales(scales, [part.size for part in layer.rows], self.block)
-        layer.weight = QuantizedWeight(codes, scales, block, rounds_input=True)
+        layer.weight = QuantizedWeight(codes, scales, block, rounds_input=self.rounds_input)
 
     def create_experts(self, layer: Experts) -> None:
         layer.add_parameters("", E4M3)
@@ -71,20 +75,24 @@ def join_scales(scales: Tensor, sizes: list[int], block: tuple[int, int]) -> tup
 
 
 @dataclass(frozen=True)
-class Fp8Scaled:
-    """A scale, `weight_scale`, for each row or for each whole matrix; perhaps an `input_scale` of all rows of x."""
+class Scaled:
+    """A scale, `weight_scale`, for each row or for each whole matrix; perhaps an `input_scale` of all rows of x.
+
+    dtype: of the codes, e4m3 or int8.
+    """
 
     is_per_row: bool
     has_input_scale: bool = False
     rounds_input: bool = True
+    dtype: torch.dtype = E4M3
 
     def create(self, layer: LinearBase) -> None:
-        layer.add_parameter("weight", E4M3)
+        layer.add_parameter("weight", self.dtype)
         if self.is_per_row:
             scales = layer.add_parameter("weight_scale", torch.float32, (1, layer.columns.full_size))
         else:
             scales = layer.add_scalars("weight_scale")
-        scales.dummy = DUMMY_SCALE
+        scales.dummy = DUMMY_SCALE if self.dtype == E4M3 else DUMMY_SCALES[8]
         if self.has_input_scale:
             layer.add_scalars("input_scale").dummy = DUMMY_SCALE
 
@@ -175,7 +183,7 @@ class OnlineFp8:
     def __init__(self, facts: JsonFacts) -> None:
         """There is nothing to read."""
 
-    def scheme_of(self, name: str) -> RoundedFp8:
+    def scheme_of(self, names: list[str]) -> RoundedFp8:
         return RoundedFp8()
 
 
@@ -190,7 +198,7 @@ class Fp8:
         if raw.get("fmt", "e4m3") != "e4m3":
             raise facts.error(f"fmt={raw['fmt']!r} is not supported, only 'e4m3'")
         if block is None:
-            self.scheme = Fp8Scaled(is_per_row=False, has_input_scale=activations == "static")
+            self.scheme = Scaled(is_per_row=False, has_input_scale=activations == "static")
         elif block != [128, 128]:
             raise facts.error(f"weight_block_size={block!r} is not supported, only [128, 128]")
         elif activations == "static":
@@ -199,5 +207,5 @@ class Fp8:
             self.scheme = Fp8Blocks((128, 128))
         self.ignored = names_of(facts, "modules_to_not_convert") + names_of(facts, "ignored_layers")
 
-    def scheme_of(self, name: str) -> Fp8Blocks | Fp8Scaled | None:
-        return None if is_listed(name, self.ignored) else self.scheme
+    def scheme_of(self, names: list[str]) -> Fp8Blocks | Scaled | None:
+        return None if is_listed(names, self.ignored) else self.scheme
