@@ -12,9 +12,8 @@ import torch
 import transformers
 from checkpoints import SHAPE, Checkpoint, random_prompt
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
-
 from test_gpu import cast, engine_logits, reference_logits, relative_error
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.experts import Experts
@@ -34,6 +33,9 @@ CONFIGS = {
         moe_intermediate_size=256,
         norm_topk_prob=True,
         mlp_only_layers=[0],
+    ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56
     ),
     # The ups begin within a block.
     "mixtral": MixtralConfig(
@@ -185,7 +187,12 @@ def test_transformers_reads_the_same_numbers(tmp_path, family, layout):
 
 @pytest.mark.parametrize(
     ("family", "is_fused", "num_ranks"),
-    [("qwen3_moe", False, 1), ("qwen3_moe", True, 2), pytest.param("mixtral", True, 1, marks=pytest.mark.slow)],
+    [
+        ("qwen3_moe", False, 1),
+        ("qwen3_moe", True, 2),
+        ("qwen2_moe", False, 1),
+        pytest.param("mixtral", True, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_plain_experts_that_are_rounded(random_model, tmp_path, family, is_fused, num_ranks):
     """Results do not depend on the layout, nor on the ranks."""

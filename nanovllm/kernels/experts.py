@@ -80,8 +80,8 @@ def _grouped_kernel(
         left = k < K - start
         x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
         w = tl.load(weight_ptr + start, mask=mask_n[:, None] & left, other=0.0)
-        if scales_ptr is not None:
-            w = w.to(tl.float32).to(x.dtype)  # by float32, which is faster than at once
+        if scales_ptr is not None:  # to bfloat16 by float32, which is faster than at once
+            w = w.to(tl.float32 if x.dtype == tl.bfloat16 else x.dtype).to(x.dtype)
         if scales_ptr is not None and SCALE_COLUMNS < K:
             scales = tl.load(scales_ptr + start // SCALE_COLUMNS, mask=mask_n, other=0.0)
             acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scales[None, :]
