@@ -3,9 +3,9 @@
 
 A pair is a token and one of its experts; pair p belongs to token p // top_k. The gate and up projections give a row
 for each pair; the down projection's rows are weighted and added up for each token. Few tokens meet few experts, mostly
-a row each: see few_experts.py. Many tokens are sorted by expert, so that an expert's weights are read once
-for a tile of rows (after MegaBlocks, arXiv 2211.15841). How many rows an expert gets is known on the device alone, so
-that all of it can be in a CUDA graph.
+a row each: see few_experts.py. Many tokens are sorted by expert, so that an expert's weights are read once for a tile
+of rows (after MegaBlocks, arXiv 2211.15841). How many rows an expert gets is known on the device alone, so that all of
+it can be in a CUDA graph.
 
 Weights may be in 8 bits (e4m3) with scales. Their codes become numbers in registers, exactly; what is multiplied with
 them stays in its dtype.
