@@ -195,7 +195,10 @@ BLOCKS = {  # of gates and ups, and of downs; None: each row has a scale
 EIGHT_BIT_CASES = (
     [(1, "spread"), (2, "one gets nothing"), (FEW_TOKENS + 1, "all to some"), (64, "one gets nothing")]
     if INTERPRETED
-    else [(num_tokens, kind) for num_tokens in TOKENS for kind in ROUTINGS]
+    else [
+        *((num_tokens, "spread") for num_tokens in TOKENS),
+        *((FEW_TOKENS, "all to some"), (256, "all to some"), (131, "one gets nothing")),
+    ]
 )
 EIGHT_BIT_SHAPES = (  # experts, of a token, hidden, intermediate
     [(4, 2, 144, 72)] if INTERPRETED else [(8, 2, 1000, 512), (128, 8, 2048, 768), (6, 3, 512, 640), (4, 1, 400, 136)]

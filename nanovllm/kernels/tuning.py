@@ -181,7 +181,7 @@ def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
     return num_programs, num_programs
 
 
-# ---- mixtures of experts, kernels/routing.py and kernels/experts.py -------------------------------------------------
+# ---- mixtures of experts, kernels/routing.py, experts.py and few_experts.py -----------------------------------------
 
 # The shape of Qwen3-30B-A3B on one H200: 128 experts of 768 x 2048, of which a token has 8.
 
