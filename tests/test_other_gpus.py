@@ -192,7 +192,7 @@ def launch_quantized(dtype: torch.dtype, kind: str) -> None:
     """Products for few, some and many rows, and a part of a sum over ranks."""
     norm = empty(HIDDEN_SIZE, dtype=dtype)
     for weight in quantized_weights(kind):
-        for rows in (1, tuning.SMALL_BATCH + 1, tuning.DEQUANTIZED_ROWS + 1):
+        for rows in (1, 4, tuning.SMALL_BATCH + 1, 256):
             linear(empty(rows, HIDDEN_SIZE, dtype=dtype), weight, None, norm, 1e-6, gate="silu")
         peers = Peers([empty(2**24, dtype=torch.uint8)] * 2, "packets", (ADDRESS,) * 2, 1, 256, empty(1, dtype=I32))
         send_linear(empty(4, HIDDEN_SIZE, dtype=dtype), weight, None, peers)
@@ -348,11 +348,12 @@ def test_no_e4m3_before_there_is_any(compile_for):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("capability", GPUS)
-def test_quantised_weights(compile_for, capability, kind):
+def test_quantised_weights(compile_for, capability, kind, dtype):
     compiled = compile_for(capability)
-    launch_quantized(BF16, kind)
-    launch_scaling(BF16)
+    launch_quantized(dtype, kind)
+    launch_scaling(dtype)
     assert_fits(compiled, capability)
 
 

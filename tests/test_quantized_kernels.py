@@ -35,7 +35,7 @@ def random_weight(form: str, n: int, k: int, **options: bool) -> QuantizedWeight
     scales_shape = -(-n // block[0]), -(-k // block[1])
     zeros = None
     if dtype == torch.float8_e4m3fn:
-        codes, std = (torch.randn(n, k, device=DEVICE) * 100).to(dtype), 100
+        codes, std = (torch.randn(n, k, device=DEVICE) * 100).clamp(-448, 448).to(dtype), 100
     elif dtype == torch.int8:
         codes, std = torch.randint(-128, 128, (n, k), device=DEVICE, dtype=dtype), 74
     else:

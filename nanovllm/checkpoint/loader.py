@@ -279,7 +279,8 @@ def fill_dummy(model: nn.Module, seed: int) -> None:
             parameter.data.copy_(torch.as_tensor(parameter.dummy))
         elif parameter.dtype == torch.float8_e4m3fn:
             for rows in parameter.data.flatten(0, -2).split(ROWS_AT_ONCE):
-                rows.copy_(torch.empty_like(rows, dtype=torch.float16).normal_(0, DUMMY_STD, generator=generator))
+                numbers = torch.empty_like(rows, dtype=torch.float16).normal_(0, DUMMY_STD, generator=generator)
+                rows.copy_(numbers.clamp_(-448, 448))  # beyond which some versions of torch make NaN
         elif not parameter.is_floating_point():
             parameter.data.view(torch.uint8).random_(generator=generator)
         elif parameter.dim() > 1:

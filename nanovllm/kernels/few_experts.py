@@ -62,7 +62,7 @@ def _few_codes_products(
     BLOCK_N: tl.constexpr = codes_ptr.shape[1]
     BLOCK_K: tl.constexpr = codes_ptr.shape[2]
     RUNS: tl.constexpr = BLOCK_K // RUN
-    AHEAD: tl.constexpr = min(MOST_AHEAD, tl.cdiv(K, STEP))
+    AHEAD: tl.constexpr = min(MOST_AHEAD, triton.cdiv(K, STEP))
     k = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
     squares = tl.zeros((P, BLOCK_K), tl.float32)
     acc = tl.zeros((P, BLOCK_N, RUNS), tl.float32)  # each a thread's own; threads' sums are added up once, at the end

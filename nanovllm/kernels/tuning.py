@@ -79,25 +79,16 @@ def quantized_tile(size: int, scale_columns: int) -> QuantizedTile:
     return QuantizedTile(16, block_k, parts, min(4, parts))
 
 
-class RowTile(NamedTuple):
-    """Features of one row that a program has at a time, programs, and warps."""
+def row_tile(size: int, scale_columns: int) -> QuantizedTile:
+    """The same for one row.
 
-    block_n: int
-    num_programs: int
-    warps: int
-
-
-def row_tile(num_features: int, row_bytes: int, gpu: Gpu) -> RowTile:
-    """For a weight whose rows have so many bytes of codes.
-
-    A program has 16 to 64 KiB on their way, and as many run at once as have 128 registers for each thread. All get as
-    many features, or one block fewer.
+    Qwen3-8B's products, in us, in e4m3 with a scale a row: qkv 10.8, o 7.0, gate and up 30.4 (3.3 TB/s), down 18.0; in
+    bfloat16 16.6, 11.1, 49.7 and 26.2. Programs that stay for many features took 14.7, 9.4, 35.6 and 20.5: making
+    pairs of x is then not hidden behind other programs' reads.
     """
-    warps = 4 if row_bytes <= 8192 else 8
-    block_n = 8 if row_bytes <= 8192 else 4
-    blocks = triton.cdiv(num_features, block_n)
-    turns = triton.cdiv(blocks, gpu.num_sms * 16 // warps)
-    return RowTile(block_n, triton.cdiv(blocks, turns), warps)
+    block_k = scale_block(size, scale_columns)
+    parts = min(16 if size <= 8192 else 8, triton.next_power_of_2(-(-size // block_k)))
+    return QuantizedTile(8, block_k, parts, min(4, parts))
 
 
 class ProductsTile(NamedTuple):
