@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton types the arguments of its kernels itself)
+# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
 """`linear` with a weight in few bits, for one row, where the time goes into making numbers of codes.
 
 At 4.4 TB/s a processor of an H200 gets 20 codes of 8 bits a cycle, or 40 of 4 bits, and has 128 lanes to convert and
@@ -95,7 +95,7 @@ def _to_float16(x):
 
 @triton.jit
 def _words_of(x, PAIR_APART: tl.constexpr):
-    """Rows [P, B] in float16 -> two words for each four elements, int32 [P, 1, B / 4]: of neighbours, or of those apart."""
+    """Rows [P, B] in float16 -> two words of each four elements, int32 [P, 1, B / 4]: neighbours, or those apart."""
     PARTS: tl.constexpr = x.shape[0]
     WORDS: tl.constexpr = x.shape[1] // 4
     even, odd = tl.split(tl.reshape(x, (PARTS, WORDS, 2, 2)))
@@ -112,19 +112,15 @@ def _words_of(x, PAIR_APART: tl.constexpr):
 def _dot(words, low, high, zeros, FORM: tl.constexpr):
     """The sums of products of words of four codes, as pairs in float16."""
     if IS_INTERPRETED:
-        sums = tl.zeros(words.shape, tl.float32)
-        first_x, second_x = _halves(low)
-        third_x, fourth_x = _halves(high)
+        pairs = tl.zeros(words.shape, tl.float32)  # their sums, in truth
+        xs = _halves(low) + _halves(high)
         for index in tl.static_range(4):
             code = ((words >> (8 * index)) & 0xFF).to(tl.uint8)
             if FORM == "e4m3":
                 number = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
             else:
                 number = code.to(tl.int8, bitcast=True).to(tl.float32) + 1152.0 - _halves(zeros)[0]
-            sums += number * (
-                first_x if index == 0 else second_x if index == 1 else third_x if index == 2 else fourth_x
-            )
-        pairs = sums
+            pairs += number * xs[index]
     elif FORM == "e4m3":
         pairs = tl.inline_asm_elementwise(
             DOT_E4M3, "=r,r,r,r", [words, low, high], dtype=tl.int32, is_pure=True, pack=1
@@ -140,16 +136,12 @@ def _dot(words, low, high, zeros, FORM: tl.constexpr):
 def _dot_int4(words, low, high, more_low, more_high, zeros):
     """The same of words of eight codes, of which the high halves of bytes belong to `more`."""
     if IS_INTERPRETED:
-        zero = _halves(zeros)[0] - 1024.0
-        x_0, x_2 = _halves(low)
-        x_1, x_3 = _halves(high)
-        y_0, y_2 = _halves(more_low)
-        y_1, y_3 = _halves(more_high)
-        sums = ((words & 15).to(tl.float32) - zero) * x_0 + (((words >> 8) & 15).to(tl.float32) - zero) * x_1
-        sums += (((words >> 16) & 15).to(tl.float32) - zero) * x_2 + (((words >> 24) & 15).to(tl.float32) - zero) * x_3
-        sums += (((words >> 4) & 15).to(tl.float32) - zero) * y_0 + (((words >> 12) & 15).to(tl.float32) - zero) * y_1
-        sums += (((words >> 20) & 15).to(tl.float32) - zero) * y_2 + (((words >> 28) & 15).to(tl.float32) - zero) * y_3
-        pairs = sums
+        pairs = tl.zeros(words.shape, tl.float32)  # their sums, in truth
+        xs = _halves(low) + _halves(high) + _halves(more_low) + _halves(more_high)
+        shifts = (0, 16, 8, 24, 4, 20, 12, 28)
+        for index in tl.static_range(8):
+            code = ((words >> shifts[index]) & 15).to(tl.float32)
+            pairs += (code + 1024.0 - _halves(zeros)[0]) * xs[index]
     else:
         pairs = tl.inline_asm_elementwise(
             DOT_INT4,
@@ -165,10 +157,19 @@ def _dot_int4(words, low, high, more_low, more_high, zeros):
 @triton.jit
 def _total(pairs):
     """The sums of pairs, float32."""
-    if IS_INTERPRETED:
-        return pairs
-    else:
-        return tl.inline_asm_elementwise(ADD_PAIR, "=f,r", [pairs], dtype=tl.float32, is_pure=True, pack=1)
+    if not IS_INTERPRETED:
+        pairs = tl.inline_asm_elementwise(ADD_PAIR, "=f,r", [pairs], dtype=tl.float32, is_pure=True, pack=1)
+    return pairs
+
+
+@triton.jit
+def _load_x(x_ptr, norm_ptr, k, mask):
+    """Elements of x, float32 [P, B], times the norm's weight if there is one; and the sums of their squares [P]."""
+    x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    squares = tl.sum(x * x, 1)
+    if norm_ptr is not None:
+        x *= tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    return x, squares
 
 
 @triton.jit
@@ -197,7 +198,7 @@ def _one_row_kernel(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N features, by one program. Axis 0 of the tiles are PARTS parts of K that have one scale for each feature."""
+    """BLOCK_N features, by one program. Axis 0 of the tiles are PARTS parts of K, with one scale for each feature."""
     PER_WORD: tl.constexpr = 8 if FORM == "int4" else 4
     WORDS: tl.constexpr = BLOCK_K // PER_WORD
     STEP: tl.constexpr = PARTS * BLOCK_K
@@ -227,34 +228,24 @@ def _one_row_kernel(
         column = ((start + parts * BLOCK_K) // SCALE_COLUMNS)[:, None, None]
         mask_s = mask_n & (column < NUM_SCALES)
         scales = tl.load(scales_ptr + offs_s + column, mask=mask_s, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + start + k, mask=k < K - start, other=0.0).to(tl.float32)
-        squares += tl.sum(x * x, 1)
-        if norm_ptr is not None:
-            x *= tl.load(norm_ptr + start + k, mask=k < K - start, other=0.0).to(tl.float32)
+        zeros = tl.full((PARTS, BLOCK_N, 1), 8.0 if FORM == "int4" else 0.0, tl.float32)
+        if zeros_ptr is not None:
+            zeros = tl.load(zeros_ptr + offs_s + column, mask=mask_s, other=0).to(tl.float32)
+        zeros = (zeros + (1024.0 if FORM == "int4" else 1152.0)).to(tl.float16)
+        x, sums = _load_x(x_ptr, norm_ptr, start + k, k < K - start)
+        squares += sums
         if FORM == "int4":
-            more_x = tl.load(x_ptr + start + 16 + k, mask=k < K - start, other=0.0).to(tl.float32)
-            squares += tl.sum(more_x * more_x, 1)
-            if norm_ptr is not None:
-                more_x *= tl.load(norm_ptr + start + 16 + k, mask=k < K - start, other=0.0).to(tl.float32)
-            x = tl.join(x, more_x)
-            x = tl.reshape(x, (PARTS, BLOCK_K))
-            x, power = _to_float16(x)
+            more_x, sums = _load_x(x_ptr, norm_ptr, start + k + 16, k < K - start)
+            squares += sums
+            x, power = _to_float16(tl.reshape(tl.join(x, more_x), (PARTS, BLOCK_K)))
             x, more_x = tl.split(tl.reshape(x, (PARTS, HALF, 2)))
             low, high = _words_of(x, PAIR_APART=True)
             more_low, more_high = _words_of(more_x, PAIR_APART=True)
-            zeros = tl.full((PARTS, BLOCK_N, 1), 8.0, tl.float32)
-            if zeros_ptr is not None:
-                zeros = tl.load(zeros_ptr + offs_s + column, mask=mask_s, other=0).to(tl.float32)
-            zero = (zeros + 1024.0).to(tl.float16)
-            pairs = _dot_int4(words, low, high, more_low, more_high, _pair(zero, zero))
+            pairs = _dot_int4(words, low, high, more_low, more_high, _pair(zeros, zeros))
         else:
             x, power = _to_float16(x)
             low, high = _words_of(x, PAIR_APART=False)
-            zeros = tl.zeros((PARTS, BLOCK_N, 1), tl.float32)
-            if zeros_ptr is not None:
-                zeros = tl.load(zeros_ptr + offs_s + column, mask=mask_s, other=0).to(tl.float32)
-            zero = (zeros + 1152.0).to(tl.float16)
-            pairs = _dot(words, low, high, _pair(zero, zero), FORM)
+            pairs = _dot(words, low, high, _pair(zeros, zeros), FORM)
         acc += _total(pairs) * (scales * power[:, None, None])
     if PDL and IS_LATE:
         tl.extra.cuda.gdc_launch_dependents()
