@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -14,9 +15,11 @@ from checkpoints import random_prompt
 from engines import engine, generate
 from quantized_checkpoints import AWQ_ORDER, FORMATS, QuantizedCheckpoint, words
 from safetensors.torch import load_file, save_file
+from test_gpu import cast, engine_logits, reference_logits, relative_error
 
 from nanovllm import SamplingParams
 from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.kernels.round_rows import round_rows_torch
 from nanovllm.quantization.awq import unpack_features
 from nanovllm.quantization.groups import unpack_words
 
@@ -28,6 +31,7 @@ PROMPTS = [random_prompt(3, 3), random_prompt(33, 33), BASE, (*BASE[:40], 7, 8)]
 # What others differ from in a size or a dtype.
 SLOW = ["awq_128", "awq_symmetric", "gptq_4", "gptq_4_v2", "packed_4", "packed_4_rows", "packed_4_weight_order"]
 SLOW += ["packed_8", "float_tensor", "float_blocks", "fp8_static", "phi3_awq", "phi3_float_rows"]
+ROUNDED = ("int8", "float", "fp8", "phi3_f")  # formats whose rows are rounded too
 IN_ANOTHER_ORDER = [name for name in FORMATS if name.endswith("_order") and "weight" not in name]
 
 
@@ -69,6 +73,46 @@ def test_tokens(quantized, name):
 )
 def test_two_ranks(quantized, name):
     check_tokens(quantized(name), tensor_parallel_size=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(ROUNDED) and name not in SLOW])
+def test_tokens_on_a_gpu(quantized, name):
+    """By the kernels, in float32, with graphs: of formats whose rows stay as they are."""
+    check_tokens(quantized(name), device="cuda", gpu_memory_utilization=0.5)
+
+
+def round_inputs(model: torch.nn.Module, name: str) -> None:
+    """Has transformers' model round what its layers multiply, as the plain statement beside the kernels does."""
+    dtype = torch.int8 if name.startswith("int8") else torch.float8_e4m3fn
+
+    def rounded(module: torch.nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        x = args[0].flatten(0, -2)
+        group = 128 if "blocks" in name else x.size(1)
+        codes, scales = round_rows_torch(x, dtype, group)
+        numbers = codes.float() * scales.t().repeat_interleave(group, 1)[:, : x.size(1)]
+        return (numbers.to(x.dtype).view_as(args[0]),)
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in path:
+            module.register_forward_pre_hook(rounded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_prompts", [1, 6, 32])
+@pytest.mark.parametrize("name", ["int8_rows", "float_rows", "fp8_blocks", "fp8_tensor", "phi3_float_rows"])
+def test_logits_on_a_gpu(quantized, name, num_prompts):
+    """In bf16, against float32 with the codes' numbers: errors at most 1.2 times those of the plain statement."""
+    checkpoint = quantized(name)
+    exact, plain = (copy.deepcopy(checkpoint.model).cuda() for _ in range(2))
+    round_inputs(cast(plain, torch.bfloat16), name)
+    prompts = [random_prompt(seed, 50) for seed in range(num_prompts)]
+    logits, generated = engine_logits(checkpoint.path, prompts, attention_backend="triton", num_kvcache_blocks=64)
+    ids = torch.cat([torch.tensor(prompts, device="cuda"), generated], dim=1)
+    reference = reference_logits(exact, ids)
+    error = relative_error(reference_logits(plain, ids), reference)
+    assert 1e-4 < error < 0.5
+    assert relative_error(logits, reference) <= 1.2 * error
 
 
 def test_words_of_public_packers():

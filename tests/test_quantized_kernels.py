@@ -188,9 +188,9 @@ def test_dequantize(form):
 @kernel_test
 @pytest.mark.parametrize("rows", [1, 2, 20] if INTERPRETED else [1, 2, 8, 9, 64, 300])
 @pytest.mark.parametrize("form", FORMS)
-def test_linear(form, rows):
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_linear(form, rows, dtype):
     """Whichever way is taken: errors at most 1.2 times those of the plain statement, which rounds rows if asked to."""
-    dtype = torch.float16 if INTERPRETED else torch.bfloat16
     rounds = [False, True] if form in ("e4m3", "e4m3 blocks", "int8") else [False]
     for rounds_input in rounds:
         weight = random_weight(form, 256, 384, rounds_input=rounds_input)

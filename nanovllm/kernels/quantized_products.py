@@ -143,7 +143,9 @@ def linear_quantized(
             y = residual if residual is not None else out
             if y is None:
                 y = x.new_empty(rows, num_features // 2 if gate else num_features)
-            products = multiply_codes(codes, weight.codes, x.dtype)
+            # In float16 the products of codes, which have no scale yet, might be infinite.
+            dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+            products = multiply_codes(codes, weight.codes, dtype)
             scale_products(products, x_scales, weight.scales, bias, gate, y, is_added=residual is not None)
             return y
         if in_library and multiplies_blocks(x.device, weight) and x.dtype == torch.bfloat16:
