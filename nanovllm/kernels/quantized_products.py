@@ -139,7 +139,7 @@ def linear_quantized(
         group = size if has_one_scale else weight.block[1]
         codes, x_scales = round_rows(x, weight.codes.dtype, group, norm, eps, weight.input_scale)
         in_library = is_float and x.is_cuda and num_features % 16 == size % 16 == 0
-        if in_library and has_one_scale:
+        if in_library and weight.block == (1, size):
             y = residual if residual is not None else out
             if y is None:
                 y = x.new_empty(rows, num_features // 2 if gate else num_features)
