@@ -167,7 +167,7 @@ def test_floor_of_quantised_weights(tmp_path, monkeypatch, name, option, weight_
         assert floors.step_bytes(config, "bfloat16", 1, quantized) == pytest.approx(
             layer_bytes * read + 2 * (weights.routers + weights.head)
         )
-        floor = floors.Floor.measure(config, "bfloat16", requests, 0, 1, quantized)
+        floor = floors.Floor.measure(config, "bfloat16", requests, 0, 1, quantized=quantized)
         plain = floors.Floor.measure(config, "bfloat16", requests, 0, 1)
         assert floor.prefill_flops + floor.prefill_flops_in_8_bits == plain.prefill_flops
         assert floor.prefill_flops_in_8_bits == (2 * read * 142_827 if in_8_bits else 0)

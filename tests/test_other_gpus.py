@@ -318,10 +318,7 @@ def test_attention(compile_for, capability, dtype, dim, block_size):
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "dim", "block_size"),
-    mark_slow(
-        [(capability, *others) for capability, *others in ATTENTION if capability in (89, 90)],
-        but=[(90, BF16, 128, 256)],
-    ),
+    mark_slow([(capability, *others) for capability, *others in ATTENTION if capability in (89, 90)], but=[]),
 )
 def test_attention_of_an_fp8_cache(compile_for, capability, dtype, dim, block_size):
     compiled = compile_for(capability)

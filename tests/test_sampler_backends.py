@@ -28,6 +28,7 @@ from nanovllm.layers.sampler import Sampler
 
 
 @plain_test
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():
     run_in_interpreter(__file__)

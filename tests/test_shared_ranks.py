@@ -79,6 +79,7 @@ def test_greedy_tokens_of_several_ranks(checkpoint, monkeypatch, tmp_path, famil
     assert min(forms[form] for form in ("packets", "parts", "shares")) > 0, forms
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="the parent process runs it, with triton")
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
