@@ -316,10 +316,8 @@ def test_attention(compile_for, capability, dtype, dim, block_size):
     assert_fits(compiled, capability)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "dim", "block_size"),
-    mark_slow([(capability, *others) for capability, *others in ATTENTION if capability in (89, 90)], but=[]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "dim", "block_size"), [case for case in ATTENTION if case[0] >= 89])
 def test_attention_of_an_fp8_cache(compile_for, capability, dtype, dim, block_size):
     compiled = compile_for(capability)
     launch_attention(dtype, dim, block_size, cache_dtype=E4M3)

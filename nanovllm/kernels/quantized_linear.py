@@ -50,13 +50,17 @@ def _products(x, numbers):
 
 
 @triton.jit
-def _normalise(x, norm):
-    """x times the norm's weight, and the sums of x's squares, float32 [P, M]; without a norm, x and zeros."""
+def _load_x(x_ptr, norm_ptr, k, mask_m, mask_k):
+    """Elements k of rows x_ptr [1, M, 1], times the norm's weight if there is one: [P, M, B].
+
+    Also the sums of their squares, float32 [P, M]; without a norm, zeros.
+    """
+    x = tl.load(x_ptr + k, mask=mask_m & mask_k, other=0.0)
     squares = tl.zeros((x.shape[0], x.shape[1]), tl.float32)
-    if norm is not None:
+    if norm_ptr is not None:
         h = x.to(tl.float32)
         squares = tl.sum(h * h, 2)
-        x = (h * norm.to(tl.float32)).to(x.dtype)
+        x = (h * tl.load(norm_ptr + k, mask=mask_k, other=0.0).to(tl.float32)).to(x.dtype)
     return x, squares
 
 
@@ -112,55 +116,35 @@ def _few_rows_kernel(
     codes_ptr += features.to(tl.int64)[None, :, None] * (K // PER_BYTE) + byte
     scales_at = features[None, :] // SCALE_ROWS * NUM_SCALES
     mask_w = mask_n[None, :, None]
-    codes = tl.load(codes_ptr, mask=mask_w & (k < K), other=0.0)
-    norm, high_norm = None, None
-    if norm_ptr is not None:
-        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0)
-        if BITS == 4:
-            high_norm = tl.load(norm_ptr + k + RUN, mask=k < K, other=0.0)
+    next_codes = tl.load(codes_ptr, mask=mask_w & (k < K), other=0.0)
     pdl_wait(PDL, LAUNCH=not IS_LATE)
-    x_ptr += m[None, :, None] * x_stride + k
+    x_ptr += m[None, :, None] * x_stride
     mask_m = (m < rows)[None, :, None]
-    x = tl.load(x_ptr, mask=mask_m & (k < K), other=0.0)
-    if BITS == 4:
-        high_x = tl.load(x_ptr + RUN, mask=mask_m & (k < K), other=0.0)
     acc = tl.zeros((PARTS, BLOCK_M, BLOCK_N), tl.float32)
     squares = tl.zeros((PARTS, BLOCK_M), tl.float32)
     for start in tl.static_range(0, K, STEP):
-        ahead = start + STEP
-        left = ahead + k < K
-        next_codes = tl.load(codes_ptr + ahead // PER_BYTE, mask=mask_w & left, other=0.0)
-        next_x = tl.load(x_ptr + ahead, mask=mask_m & left, other=0.0)
+        codes, ahead = next_codes, start + STEP
+        next_codes = tl.load(codes_ptr + ahead // PER_BYTE, mask=mask_w & (k < K - ahead), other=0.0)
         mask_s = mask_n[None, :] & (start + parts * BLOCK_K < K)
         offs_s = scales_at + (start + parts * BLOCK_K) // SCALE_COLUMNS
         scales = tl.load(scales_ptr + offs_s, mask=mask_s, other=0.0).to(tl.float32)
-        x, sums = _normalise(x, norm)
+        zeros = tl.full((PARTS, BLOCK_N), 8.0 if BITS == 4 else 0.0, tl.float32)
+        if zeros_ptr is not None:
+            zeros = tl.load(zeros_ptr + offs_s, mask=mask_s, other=0).to(tl.float32)
+        x, sums = _load_x(x_ptr, norm_ptr, start + k, mask_m, k < K - start)
         squares += sums
         if BITS == 4:
-            next_high_x = tl.load(x_ptr + RUN + ahead, mask=mask_m & left, other=0.0)
-            high_x, sums = _normalise(high_x, high_norm)
+            high_x, sums = _load_x(x_ptr, norm_ptr, start + k + RUN, mask_m, k < K - start)
             squares += sums
             low, high = _split_bytes(codes)
             products = _products(x, low) + _products(high_x, high)
-            zeros = tl.full((PARTS, BLOCK_N), 8.0, tl.float32)
+            total = tl.sum(x.to(tl.float32), 2) + tl.sum(high_x.to(tl.float32), 2)
+            products -= total[:, :, None] * (zeros + CODE_OFFSET)[:, None, :]
         else:
             products = _products(x, codes.to(tl.float32))
-        if zeros_ptr is not None:
-            zeros = tl.load(zeros_ptr + offs_s, mask=mask_s, other=0).to(tl.float32)
-        if BITS == 4 or zeros_ptr is not None:
-            total = tl.sum(x.to(tl.float32), 2)
-            if BITS == 4:
-                total += tl.sum(high_x.to(tl.float32), 2)
-                zeros += CODE_OFFSET
-            products -= total[:, :, None] * zeros[:, None, :]
+            if zeros_ptr is not None:
+                products -= tl.sum(x.to(tl.float32), 2)[:, :, None] * zeros[:, None, :]
         acc += products * scales[:, None, :]
-        if norm_ptr is not None:
-            norm = tl.load(norm_ptr + ahead + k, mask=left, other=0.0)
-            if BITS == 4:
-                high_norm = tl.load(norm_ptr + RUN + ahead + k, mask=left, other=0.0)
-        codes, x = next_codes, next_x
-        if BITS == 4:
-            high_x = next_high_x
     if PDL and IS_LATE:
         tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
