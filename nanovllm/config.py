@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, has_tokenizer, resolve_model_path
-from nanovllm.checkpoint.gguf.files import find_gguf
+from nanovllm.checkpoint.gguf.files import find_gguf, is_gguf
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
 from nanovllm.quantization import Method, read_method
@@ -81,7 +81,8 @@ class Config:
             former; "dummy" draws random weights and needs no file but config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
         quantization: the method of a quantised checkpoint, which is known without it, or "fp8" to round a plain one
-            while it is loaded. Resolved: the name of the method; None: plain weights.
+            while it is loaded; "gguf" for a GGUF file says nothing new. Resolved: the name of the method; None: plain
+            weights.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:
@@ -144,7 +145,12 @@ class Config:
             raise ValueError(
                 f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
             )
-        stored, path = self.model_config.quantization_config, f"{self.config_folder}/config.json"
+        if self.quantization == "gguf":  # vLLM's name of what is a format of files here, whose weights become plain
+            if not is_gguf(self.model):
+                raise ValueError(f"quantization='gguf' contradicts model={self.model!r}, which is no GGUF file")
+            self.quantization = None
+        stored, path = self.model_config.quantization_config, self.config_folder
+        path = path if is_gguf(path) else f"{path}/config.json"
         self.quantization_method = read_method(self.quantization, stored, path)
         self.quantization = stored.get("quant_method", self.quantization)
         if self.dtype == "auto":
