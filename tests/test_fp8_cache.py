@@ -21,6 +21,7 @@ from nanovllm.checkpoint.kv_scales import SCALES, set_kv_scales
 from nanovllm.checkpoint.loader import find_tensors
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
+from nanovllm.kernels.quantized_weight import check_e4m3, has_e4m3
 from nanovllm.layers.attention import Attention
 
 E4M3 = torch.float8_e4m3fn
@@ -111,11 +112,15 @@ def test_the_gpu_must_know_fp8(checkpoint, monkeypatch, value):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: tuple(capability))
     config = Config.create(path, {"device": "cuda", "kv_cache_dtype": value})
     assert (config.kv_cache_dtype, config.torch_kv_cache_dtype) == (FP8, E4M3)
-    message = r"kv_cache_dtype='fp8_e4m3' needs a GPU of compute capability 8\.9 or later, got 8\.0"
-    with pytest.raises(ValueError, match=message):
-        kv_cache.check_device(config, torch.device("cuda"))
+    has_e4m3.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"the cache needs a GPU of compute capability 8\.9 or later, this one has 8\.0"
+    ):
+        check_e4m3("the cache", torch.device("cuda"))
     capability[1] = 9
-    kv_cache.check_device(config, torch.device("cuda"))
+    has_e4m3.cache_clear()
+    check_e4m3("the cache", torch.device("cuda"))
+    has_e4m3.cache_clear()
     with pytest.raises(ValueError, match=r"kv_cache_dtype='fp8.* needs attention_backend='triton', it is 'flash"):
         Config.create(
             path, {"device": "cuda", "kv_cache_dtype": value, "dtype": "float16", "attention_backend": "flash_attn"}
@@ -133,7 +138,6 @@ def fp8_engine(checkpoint, monkeypatch):
         config.kv_cache_dtype, config.attention_backend = FP8, "triton"
 
     monkeypatch.setattr(Config, "_resolve_kv_cache_dtype", resolve)
-    monkeypatch.setattr(kv_cache, "check_device", lambda config, device: None)
     return lambda **options: engine(checkpoint("qwen3").path, **options)
 
 

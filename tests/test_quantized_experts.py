@@ -16,7 +16,7 @@ from test_gpu import cast, engine_logits, reference_logits, relative_error
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.layers.experts import Experts
+from nanovllm.kernels import quantized_weight
 from nanovllm.quantization.fp8 import round_rows
 
 PROMPTS = [random_prompt(seed, 5 + 20 * seed) for seed in range(3)]
@@ -259,13 +259,12 @@ def test_ranks_that_would_cut_a_block(random_model, tmp_path):
         load(quantised.path, tensor_parallel_size=2)
 
 
-def test_a_gpu_without_8_bits(monkeypatch):
+def test_a_gpu_without_8_bits(monkeypatch, random_model):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    experts = Experts.__new__(Experts)
-    torch.nn.Module.__init__(experts)
-    experts.tp = type("Ranks", (), {"device": torch.device("cuda", 0)})
-    with pytest.raises(ValueError, match=r"need a GPU of compute capability 8\.9, this one has 8\.0"):
-        experts._check_gpu()
+    monkeypatch.setattr(quantized_weight, "has_e4m3", lambda device: False)
+    match = r"experts in FP8 needs a GPU of compute capability 8\.9 or later, this one has 8\.0"
+    with pytest.raises(ValueError, match=match):
+        load(random_model("qwen3_moe").path, quantization="fp8")
 
 
 def test_dummy_weights(random_model, tmp_path):

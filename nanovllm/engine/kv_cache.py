@@ -7,20 +7,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from nanovllm.config import FP8, MAX_SLOTS, Config
+from nanovllm.config import MAX_SLOTS, Config
 from nanovllm.layers.attention import Attention
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 CPU_KVCACHE_BYTES = 4 * 2**30
-FP8_CAPABILITY = (8, 9)
 MAX_BLOCKS = 2**20  # each has a record on the host; only toy models could have more
-
-
-def check_device(config: Config, device: torch.device) -> None:
-    """Raises ValueError if a rank's device cannot convert the cache's dtype."""
-    if config.kv_cache_dtype == FP8 and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
-        have, need = (".".join(map(str, version)) for version in (capability, FP8_CAPABILITY))
-        raise ValueError(f"kv_cache_dtype={FP8!r} needs a GPU of compute capability {need} or later, got {have}")
 
 
 def bind_kv_cache(model: nn.Module, config: Config, tp: TensorParallel, num_blocks: int) -> int:

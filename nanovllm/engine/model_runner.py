@@ -20,6 +20,7 @@ from nanovllm.engine.cuda_graphs import GRAPH_TOKENS, CudaGraphs, StepShape
 from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
+from nanovllm.kernels.quantized_weight import check_e4m3
 from nanovllm.layers.layernorm import rows_of
 from nanovllm.layers.linear import create_weights, finish_weights
 from nanovllm.layers.sampler import Sampler
@@ -54,7 +55,8 @@ class ModelRunner:
         self.config = config
         self.tp = tp
         self.device = tp.device
-        kv_cache.check_device(config, self.device)
+        if config.kv_cache_dtype == FP8:
+            check_e4m3(f"kv_cache_dtype={FP8!r}", self.device)
         limit_cublas_workspace(self.device)
         self.model = model_class(config.model_config.architecture)(config, tp)
         create_weights(self.model, schemes_of(self.model, config.quantization_method))

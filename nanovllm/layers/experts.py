@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.checkpoint.mixture import Mixture
 from nanovllm.kernels.experts import down_experts, gate_up_experts
-from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.kernels.quantized_weight import QuantizedWeight, check_e4m3
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.tuning import FEW_TOKENS
 from nanovllm.layers.layernorm import Normalised
@@ -16,8 +16,6 @@ from nanovllm.layers.linear import Plain, Weighted, apply_linear, check_blocks, 
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import add_parts
 from nanovllm.parallel.tensor_parallel import TensorParallel
-
-FP8_CAPABILITY = (8, 9)  # of GPUs that convert e4m3
 
 
 class Router(nn.Module):
@@ -65,7 +63,7 @@ class Experts(Weighted):
         if isinstance(self.scheme, Plain):
             self.add_parameters("", self.tp.dtype)
         elif isinstance(self.scheme, ExpertsScheme):
-            self._check_gpu()
+            check_e4m3("experts in FP8", self.tp.device)
             self.scheme.create_experts(self)
         else:
             raise ValueError(
@@ -100,15 +98,6 @@ class Experts(Weighted):
         setattr(self, f"gate_up_proj{suffix}", gate_up)
         setattr(self, f"down_proj{suffix}", down)
         return [gate_up, down]
-
-    def _check_gpu(self) -> None:
-        device = self.tp.device
-        if device.type != "cuda":
-            return
-        capability = torch.cuda.get_device_capability(device)
-        if capability < FP8_CAPABILITY:
-            needed, found = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability))
-            raise ValueError(f"experts in FP8 need a GPU of compute capability {needed}, this one has {found}")
 
 
 class SparseMLP(nn.Module):
