@@ -15,6 +15,7 @@ from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, ha
 from nanovllm.checkpoint.gguf.files import find_gguf, is_gguf
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
+from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.quantization import Method, read_method
 from nanovllm.utils.checks import check
 
@@ -180,7 +181,7 @@ class Config:
     @property
     def torch_kv_cache_dtype(self) -> torch.dtype:
         """The resolved `kv_cache_dtype` as torch knows it."""
-        return torch.float8_e4m3fn if self.kv_cache_dtype == FP8 else getattr(torch, self.kv_cache_dtype)
+        return E4M3 if self.kv_cache_dtype == FP8 else getattr(torch, self.kv_cache_dtype)
 
     @property
     def max_blocks_per_seq(self) -> int:

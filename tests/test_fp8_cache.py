@@ -21,7 +21,7 @@ from nanovllm.checkpoint.kv_scales import SCALES, set_kv_scales
 from nanovllm.checkpoint.loader import find_tensors
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
-from nanovllm.kernels.quantized_weight import check_e4m3, has_e4m3
+from nanovllm.kernels.e4m3 import check_e4m3, has_e4m3
 from nanovllm.layers.attention import Attention
 
 E4M3 = torch.float8_e4m3fn

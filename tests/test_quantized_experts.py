@@ -16,7 +16,7 @@ from test_gpu import cast, engine_logits, reference_logits, relative_error
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels import quantized_weight
+from nanovllm.kernels import e4m3
 from nanovllm.quantization.fp8 import round_rows
 
 PROMPTS = [random_prompt(seed, 5 + 20 * seed) for seed in range(3)]
@@ -261,7 +261,7 @@ def test_ranks_that_would_cut_a_block(random_model, tmp_path):
 
 def test_a_gpu_without_8_bits(monkeypatch, random_model):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(quantized_weight, "has_e4m3", lambda device: False)
+    monkeypatch.setattr(e4m3, "has_e4m3", lambda device: False)
     match = r"experts in FP8 needs a GPU of compute capability 8\.9 or later, this one has 8\.0"
     with pytest.raises(ValueError, match=match):
         load(random_model("qwen3_moe").path, quantization="fp8")

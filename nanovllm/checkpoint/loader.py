@@ -20,6 +20,7 @@ from nanovllm.checkpoint.files import read_json
 from nanovllm.checkpoint.gguf.files import is_gguf
 from nanovllm.checkpoint.gguf.names import find_gguf_tensors
 from nanovllm.checkpoint.kv_scales import SCALES
+from nanovllm.kernels.e4m3 import E4M3, E4M3_MAX
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,9 +36,9 @@ BUFFERS = (
 )
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Of parameters that hold codes, which no conversion keeps: what safetensors calls their dtypes.
-CODES_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
+CODES_DTYPES = {E4M3: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
 EXPERTS_SCALES = "_scale_inv"  # of a weight's name, with one in place of the codes of all experts
-DUMMY_STD = 100.0  # of 8-bit codes, whose largest is 448
+DUMMY_STD = 100.0  # of codes in e4m3
 ROWS_AT_ONCE = 8192  # of a matrix that is compared, or filled
 
 
@@ -277,10 +278,10 @@ def fill_dummy(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "dummy"):
             parameter.data.copy_(torch.as_tensor(parameter.dummy))
-        elif parameter.dtype == torch.float8_e4m3fn:
+        elif parameter.dtype == E4M3:
             for rows in parameter.data.flatten(0, -2).split(ROWS_AT_ONCE):
                 numbers = torch.empty_like(rows, dtype=torch.float16).normal_(0, DUMMY_STD, generator=generator)
-                rows.copy_(numbers.clamp_(-448, 448))  # beyond which some versions of torch make NaN
+                rows.copy_(numbers.clamp_(-E4M3_MAX, E4M3_MAX))
         elif not parameter.is_floating_point():
             parameter.data.view(torch.uint8).random_(generator=generator)
         elif parameter.dim() > 1:

@@ -20,7 +20,7 @@ from nanovllm.engine.cuda_graphs import GRAPH_TOKENS, CudaGraphs, StepShape
 from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
-from nanovllm.kernels.quantized_weight import check_e4m3
+from nanovllm.kernels.e4m3 import check_e4m3
 from nanovllm.layers.layernorm import rows_of
 from nanovllm.layers.linear import create_weights, finish_weights
 from nanovllm.layers.sampler import Sampler

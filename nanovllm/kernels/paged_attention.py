@@ -16,8 +16,8 @@ from torch import Tensor
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.attend_pages import attend_pages
 from nanovllm.kernels.decode_shares import find_work, merge_parts, owner_of, tiles_of
+from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.paged_attention_torch import paged_attention_torch
-from nanovllm.kernels.store_kvcache import FP8
 from nanovllm.kernels.tuning import (
     ATTENTION_WARPS,
     FP8_DECODE_REGISTERS,
@@ -230,7 +230,7 @@ def _compiled_for(
 
 def _kernel_scales(k_cache: Tensor, scale: float, k_scale: float, v_scale: float) -> tuple[float, float | None]:
     """The scale of scores, in base 2, and that of values, None if the cache is not FP8."""
-    if k_cache.dtype != FP8:
+    if k_cache.dtype != E4M3:
         return scale * LOG2_E, None
     return scale * LOG2_E * k_scale, v_scale
 
@@ -292,7 +292,7 @@ def paged_decode(
         num_big,
         ROWS_PAD=max(256, triton.next_power_of_2(batch_size)),
         **_compiled_for(
-            num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, num_small > 0, k_cache.dtype == FP8
+            num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, num_small > 0, k_cache.dtype == E4M3
         ),
         **pdl_options(q.device),
     )
@@ -339,6 +339,6 @@ def paged_prefill(
         num_seqs,
         BLOCK_M=block_m,
         SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=k_cache.dtype == FP8),
+        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=k_cache.dtype == E4M3),
     )
     return o

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.store_kvcache import FP8
+from nanovllm.kernels.e4m3 import E4M3
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float | None) -> Tensor:
@@ -36,7 +36,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: floa
 
 def dequantised(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """What pages of a cache hold: x itself, or FP8 times its scale, in `dtype`."""
-    return (x.float() * scale).to(dtype) if x.dtype == FP8 else x
+    return (x.float() * scale).to(dtype) if x.dtype == E4M3 else x
 
 
 def paged_attention_torch(

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.activation import GATES, Gate, gate_and_mul
 from nanovllm.kernels.dequantize import dequantize
+from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.quantized_tiles import multiply_tiles
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
@@ -134,7 +135,7 @@ def linear_quantized(
     """`linear_torch` with a weight in few bits, its columns in the order of x, on a GPU or in the interpreter."""
     rows, (num_features, size) = len(x), weight.shape
     has_one_scale = weight.scales.size(1) == 1
-    is_float = weight.codes.dtype == torch.float8_e4m3fn
+    is_float = weight.codes.dtype == E4M3
     if weight.rounds_input and weight.is_readable:
         group = size if has_one_scale else weight.block[1]
         codes, x_scales = round_rows(x, weight.codes.dtype, group, norm, eps, weight.input_scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton
 from nanovllm.kernels.activation import Gate
+from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.linear_rows import finish_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.tuning import LARGE_WEIGHT, row_tile
@@ -260,7 +261,7 @@ def takes_row(x: Tensor, weight: QuantizedWeight) -> bool:
     return len(x) == 1 and x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] % 32 == 0
 
 
-FORMS = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.uint8: "int4"}
+FORMS = {E4M3: "e4m3", torch.int8: "int8", torch.uint8: "int4"}
 
 
 def launch_row(

@@ -1,29 +1,13 @@
 """A weight in few bits, as the kernels take it, and what its numbers are. Knows nothing of checkpoints' formats."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.e4m3 import E4M3, has_e4m3
+
 INT4_RUN = 16  # codes that lie side by side in the low halves of bytes, those that follow them in the high halves
-
-
-E4M3_CAPABILITY = (8, 9)
-
-
-@functools.cache
-def has_e4m3(device: torch.device) -> bool:
-    """Whether a GPU computes with e4m3, and kernels can read it: from E4M3_CAPABILITY on. Torch can on any."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= E4M3_CAPABILITY
-
-
-def check_e4m3(what: str, device: torch.device) -> None:
-    """Raises ValueError if kernels cannot read e4m3 on a device; `what` needs it."""
-    if not has_e4m3(device):
-        versions = E4M3_CAPABILITY, torch.cuda.get_device_capability(device)
-        needed, found = (".".join(map(str, version)) for version in versions)
-        raise ValueError(f"{what} needs a GPU of compute capability {needed} or later, this one has {found}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +42,7 @@ class QuantizedWeight:
     @property
     def is_readable(self) -> bool:
         """Whether kernels can read the codes where they are; torch can, see `dequantize`."""
-        return self.codes.dtype != torch.float8_e4m3fn or has_e4m3(self.codes.device)
+        return self.codes.dtype != E4M3 or has_e4m3(self.codes.device)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels.e4m3 import E4M3, E4M3_MAX
 from nanovllm.kernels.rms_norm import num_warps, rms_norm_torch
 
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+LARGEST = {E4M3: E4M3_MAX, torch.int8: 127.0}
 SMALLEST_SCALE = tl.constexpr(1e-12)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it in float32 is rounded to an integer
 

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
+from nanovllm.kernels.e4m3 import E4M3, E4M3_MAX
 from nanovllm.kernels.rms_norm import rms_norm_torch
-
-FP8 = torch.float8_e4m3fn  # of a quantised cache: 8 bits, a sign, 4 of exponent and 3 of mantissa, no infinity
-FP8_MAX = 448.0  # what is beyond is stored as this
 
 
 @triton.jit
@@ -166,8 +164,8 @@ def rope_store_kvcache_torch(
 
 
 def quantised(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """x as a cache of `dtype` has it: divided by the scale and within +-FP8_MAX, if that is FP8."""
-    return (x.float() * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == FP8 else x.to(dtype)
+    """x as a cache of `dtype` has it: divided by the scale and within +-E4M3_MAX, if that is FP8."""
+    return (x.float() * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(dtype) if dtype == E4M3 else x.to(dtype)
 
 
 def rope_store_kvcache(
@@ -198,7 +196,7 @@ def rope_store_kvcache(
         q_norm: [D], the weight of an RMSNorm of every query head before the rotation; with k_norm, or neither.
         k_norm: [D], that of the key heads.
         eps: of both norms.
-        k_scale: in an FP8 cache stands what is stored of keys divided by this, at most +-FP8_MAX.
+        k_scale: in an FP8 cache stands what is stored of keys divided by this, at most +-E4M3_MAX.
         v_scale: the same of values.
 
     Returns:
@@ -210,7 +208,7 @@ def rope_store_kvcache(
         )
     kv_heads, dim = k_cache.shape[-2:]
     heads = qkv.size(1) // dim - 2 * kv_heads
-    is_fp8 = k_cache.dtype == FP8
+    is_fp8 = k_cache.dtype == E4M3
     q = torch.empty((len(qkv), heads, dim), dtype=qkv.dtype, device=qkv.device)
     _rope_store_kernel[(len(qkv),)](
         qkv,
@@ -230,7 +228,7 @@ def rope_store_kvcache(
         KV_HEADS=kv_heads,
         DIM=dim,
         ROTARY_DIM=cos_sin.size(1),
-        MAX=FP8_MAX,
+        MAX=E4M3_MAX,
         num_warps=4,
         **pdl_options(qkv.device),
     )

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.checkpoint.mixture import Mixture
+from nanovllm.kernels.e4m3 import check_e4m3
 from nanovllm.kernels.experts import down_experts, gate_up_experts
-from nanovllm.kernels.quantized_weight import QuantizedWeight, check_e4m3
+from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.tuning import FEW_TOKENS
 from nanovllm.layers.layernorm import Normalised

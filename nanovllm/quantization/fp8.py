@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES, Shard
+from nanovllm.kernels.e4m3 import E4M3, E4M3_MAX
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.quantization.groups import DUMMY_SCALES
 from nanovllm.quantization.names import is_listed, names_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from nanovllm.layers.experts import Experts
     from nanovllm.layers.linear import LinearBase
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max  # 448
 DUMMY_SCALE = 0.02 / DUMMY_STD
 
 
@@ -144,7 +143,7 @@ class RoundingShard(Shard):
 def round_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds each row [..., K] to e4m3: the codes, and float32 [..., 1], the scales that make the largest 448."""
     largest = numbers.abs().amax(-1, keepdim=True).float()
-    scales = torch.where(largest > 0, largest / LARGEST, 1.0)
+    scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
     return (numbers / scales).to(E4M3), scales
 
 
