@@ -8,7 +8,12 @@ from interpreter import DEVICE, INTERPRETED, kernel_test, plain_test, run_in_int
 
 from nanovllm.kernels.dequantize import dequantize
 from nanovllm.kernels.linear import launch_linear, linear, linear_torch, takes_few_rows
-from nanovllm.kernels.quantized_products import scale_products, scale_products_torch
+from nanovllm.kernels.quantized_products import (
+    multiplies_blocks,
+    multiply_blocks,
+    scale_products,
+    scale_products_torch,
+)
 from nanovllm.kernels.quantized_row import takes_row
 from nanovllm.kernels.quantized_tiles import multiply_tiles, multiply_tiles_torch
 from nanovllm.kernels.quantized_weight import QuantizedWeight, pack_int4, unpack_int4
@@ -55,7 +60,7 @@ def with_gaps(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((x.float() - reference).norm() / reference.norm()).item()
+    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 @plain_test
@@ -149,6 +154,18 @@ def test_round_rows(kind, group):
 
 
 @kernel_test
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+def test_rounding_keeps_failures(kind):
+    """NaN and infinity are NaN behind it, and other groups what they are: a failed sequence must be seen."""
+    x = torch.randn(5, 256, device=DEVICE).half()
+    x[1, 130], x[3, 5] = math.nan, -math.inf
+    for input_scale in (None, torch.tensor([0.004], device=DEVICE)):
+        for round_them in (round_rows, round_rows_torch):
+            _, scales = round_them(x, kind, 128, input_scale=input_scale)
+            assert scales.isnan().nonzero().tolist() == [[0, 3], [1, 1]]
+
+
+@kernel_test
 @pytest.mark.parametrize("form", ["e4m3", "e4m3 blocks", "int8"])
 def test_tiles(form):
     for rows, n, k in ((1, 64, 128), (9, 130, 256), (70, 40, 384)):
@@ -210,6 +227,19 @@ def test_linear(form, rows, dtype):
             y = linear(x, weight, None, norm, 1e-6, residual, gate)
             slack = 0.08 if INTERPRETED and rounds_input else 0.0  # the interpreter truncates to e4m3
             assert relative_error(y, exact) <= 1.2 * relative_error(plain, exact) + slack
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the library has it for GPUs only")
+@pytest.mark.parametrize("rows", [2, 8, 9, 64, 301])
+def test_blocks_in_the_library(rows):
+    weight = random_weight("e4m3 blocks", 384, 1536)
+    if not multiplies_blocks(torch.device("cuda"), weight):
+        pytest.skip("needs Hopper and CUDA 12.9")
+    codes, scales = round_rows(torch.randn(rows, 1536, device=DEVICE).bfloat16(), torch.float8_e4m3fn, 128)
+    y = multiply_blocks(codes, scales, weight)
+    assert y.is_contiguous()
+    assert relative_error(y, multiply_tiles_torch(codes, scales, weight, torch.float32)) < 4e-3
 
 
 @kernel_test

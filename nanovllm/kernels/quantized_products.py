@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.activation import GATES, Gate, gate_and_mul
@@ -116,9 +117,13 @@ def scale_products(
 
 
 def multiplies_blocks(device: torch.device, weight: QuantizedWeight) -> bool:
-    """Whether the library multiplies e4m3 with a scale for each block of 128 x 128: on Hopper, from CUDA 12.9 on."""
+    """Whether the library multiplies e4m3 with a scale for each block of 128 x 128: on Hopper, from CUDA 12.9 on.
+
+    It takes the scales of four blocks of columns at a time.
+    """
     version = tuple(map(int, torch.version.cuda.split(".")))
-    is_whole = weight.block == (128, 128) and all(size % 128 == 0 for size in weight.shape)
+    num_features, size = weight.shape
+    is_whole = weight.block == (128, 128) and num_features % 128 == 0 and size % 512 == 0
     return is_whole and torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
 
 
@@ -150,7 +155,7 @@ def linear_quantized(
             scale_products(products, x_scales, weight.scales, bias, gate, y, is_added=residual is not None)
             return y
         if in_library and multiplies_blocks(x.device, weight) and x.dtype == torch.bfloat16:
-            numbers = torch._scaled_mm(codes, weight.codes.t(), x_scales.t(), weight.scales.t(), out_dtype=x.dtype)
+            numbers = multiply_blocks(codes, x_scales, weight)
         else:
             numbers = multiply_tiles(codes, x_scales, weight, x.dtype)
     else:
@@ -169,6 +174,16 @@ def multiply_codes(x: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """x [M, K] times codes [N, K], both e4m3 -> [M, N] in a dtype, as if there were no scales."""
     one = _one(x.device)
     return torch._scaled_mm(x, codes.t(), one, one, out_dtype=dtype, use_fast_accum=True)
+
+
+def multiply_blocks(x: Tensor, x_scales: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x W^T in bfloat16, [M, N], both e4m3: codes [M, K] and scales [K / 128, M], and a weight in blocks."""
+    rows = len(x)
+    if rows % 4:  # the library takes scales 16 bytes apart
+        x = pad(x.view(torch.uint8), (0, 0, 0, -rows % 4)).view(E4M3)
+        x_scales = pad(x_scales, (0, -rows % 4))
+    y = torch._scaled_mm(x, weight.codes.t(), x_scales.t(), weight.scales.t(), out_dtype=torch.bfloat16)
+    return y[:rows]
 
 
 @functools.cache

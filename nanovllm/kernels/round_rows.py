@@ -45,6 +45,7 @@ def _round_rows_kernel(
         scales = tl.load(input_scale_ptr) + tl.zeros((GROUPS,), tl.float32)
     else:
         scales = tl.maximum(tl.max(tl.abs(x), 1) / LARGEST, SMALLEST_SCALE)
+    scales += 0.0 * tl.sum(x, 1)  # maxima drop NaN, and codes of 8 bits may have none
     x = tl.minimum(tl.maximum(x / scales[:, None], -LARGEST), LARGEST)
     if codes_ptr.dtype.element_ty == tl.int8:
         x = (x + ROUNDING) - ROUNDING
@@ -69,6 +70,7 @@ def round_rows_torch(
         scales = (groups.abs().amax(2) / largest).clamp(min=SMALLEST_SCALE.value)
     else:
         scales = input_scale.expand(groups.shape[:2])
+    scales = scales + 0.0 * groups.sum(2)
     codes = (groups / scales[..., None]).clamp(-largest, largest).flatten(1)[:, : x.size(1)]
     codes = codes.round() if dtype == torch.int8 else codes
     return codes.to(dtype), scales.t().contiguous()
@@ -93,7 +95,7 @@ def round_rows(
             group has the one that makes its largest number the largest code.
 
     Returns:
-        codes [M, K], contiguous, and float32 scales [groups, M].
+        codes [M, K], contiguous, and float32 scales [groups, M]; NaN for a group with NaN or infinity.
     """
     if not use_triton(x):
         return round_rows_torch(x, dtype, group, norm, eps, input_scale)

@@ -79,16 +79,18 @@ def quantized_tile(size: int, scale_columns: int) -> QuantizedTile:
     return QuantizedTile(16, block_k, parts, min(4, parts))
 
 
-def row_tile(size: int, scale_columns: int) -> QuantizedTile:
-    """The same for one row.
+class RowTile(NamedTuple):
+    """Features of a program, runs of 16 bytes of each that it multiplies at once, and warps."""
 
-    Qwen3-8B's products, in us, in e4m3 with a scale a row: qkv 10.8, o 7.0, gate and up 30.4 (3.3 TB/s), down 18.0; in
-    bfloat16 16.6, 11.1, 49.7 and 26.2. Programs that stay for many features took 14.7, 9.4, 35.6 and 20.5: making
-    pairs of x is then not hidden behind other programs' reads.
-    """
-    block_k = scale_block(size, scale_columns)
-    parts = min(16 if size <= 8192 else 8, triton.next_power_of_2(-(-size // block_k)))
-    return QuantizedTile(8, block_k, parts, min(4, parts))
+    block_n: int
+    runs: int
+    warps: int
+
+
+def row_tile(row_bytes: int) -> RowTile:
+    """For one row, and a weight in few bits of which a row has so many bytes."""
+    runs = triton.next_power_of_2(triton.cdiv(row_bytes, 16))
+    return RowTile(8, min(256, runs), 4)
 
 
 class ProductsTile(NamedTuple):
