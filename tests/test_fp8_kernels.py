@@ -108,7 +108,8 @@ def test_the_torch_function_saturates():
 # ---- what attention reads ------------------------------------------------------------------------------------------
 
 SCORES = [(None, None), (1, None), (37, 0.5), (130, None), (None, 0.5)]  # window, soft cap
-SHAPES = [(2, 1, 80, 16), (7, 1, 16, 64), (4, 2, 128, 256), (3, 1, 256, 64)]  # heads, KV heads, dim, block size
+# Heads, KV heads, dimensions, block size.
+SHAPES = [(2, 1, 80, 16), (7, 1, 16, 64), (4, 2, 128, 256), (3, 1, 256, 64), (8, 2, 64, 256), (2, 2, 32, 16)]
 QUERY_DTYPES = DTYPES
 if INTERPRETED:  # which is slow
     SCORES, SHAPES, QUERY_DTYPES = [(None, None), (37, 0.5)], SHAPES[:2], [torch.float32, torch.bfloat16]

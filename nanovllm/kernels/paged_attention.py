@@ -322,9 +322,10 @@ def paged_prefill(
             q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap, k_scale, v_scale
         )
     o = torch.empty_like(q)
-    num_tokens, num_heads, _dim = q.shape
+    num_tokens, num_heads, dim = q.shape
     num_kv_heads, num_seqs = k_cache.size(2), len(context_lens)
-    block_m = prefill_rows(q.dtype)
+    is_fp8 = k_cache.dtype == E4M3
+    block_m = prefill_rows(q.dtype, dim, is_fp8)
     num_rows = num_tokens * (num_heads // num_kv_heads)
     _prefill_kernel[num_kv_heads, triton.cdiv(num_rows, block_m) + num_seqs](
         q,
@@ -339,6 +340,6 @@ def paged_prefill(
         num_seqs,
         BLOCK_M=block_m,
         SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=k_cache.dtype == E4M3),
+        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=is_fp8),
     )
     return o

@@ -20,47 +20,50 @@ from nanovllm.kernels.tuning import LARGE_WEIGHT, row_tile
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def _dot_asm(num_pairs: int, registers: str, pairs_of_word: list[str]) -> tl.constexpr:
+def _dot_asm(pairs_of_word: list[str], in_float16: bool) -> tl.constexpr:
     """PTX: a run's four words, $1 to $4, times the pairs of x, $5 and on: the sum, in float32, $0.
 
-    pairs_of_word: for each pair of a word, the instructions that make `pair` of `{word}`. Behind the pairs of x is one
-    that they may subtract, `{zeros}`.
+    pairs_of_word: for each pair of a word, the instructions that make `pair` of `{word}`.
+    in_float16: the products of eight pairs are added up in float16, before they are in float32.
     """
-    lines = ["mov.b32 sum, 0;"]
-    for word in range(4):
-        for index, instructions in enumerate(pairs_of_word):
-            x = 5 + word * len(pairs_of_word) + index
-            lines.append(instructions.format(word=f"${1 + word}", zeros=f"${5 + num_pairs}"))
-            lines.append(f"fma.rn.f16x2 sum, pair, ${x}, sum;")
-    lines.append("mov.b32 {first, second}, sum; cvt.f32.f16 a, first; cvt.f32.f16 b, second; add.f32 $0, a, b;")
-    declared = f".reg .b16 first, second; .reg .b32 codes, pair, sum; .reg .f32 a, b; {registers}"
-    return tl.constexpr("{ " + declared + " ".join(lines) + " }")
+    lines = [] if in_float16 else ["mov.f32 $0, 0f00000000;"]
+    for index in range(4 * len(pairs_of_word)):
+        word, x = f"${1 + index // len(pairs_of_word)}", f"${5 + index}"
+        lines.append(pairs_of_word[index % len(pairs_of_word)].format(word=word))
+        if not in_float16:
+            lines += UNPACK.format(pair="pair", first="a", second="b"), UNPACK.format(pair=x, first="c", second="d")
+            lines.append("fma.rn.f32 $0, a, c, $0; fma.rn.f32 $0, b, d, $0;")
+        elif index % 8 == 0:
+            lines.append(f"mul.rn.f16x2 sum, pair, {x};")
+        else:
+            lines.append(f"fma.rn.f16x2 sum, pair, {x}, sum;")
+        if in_float16 and index % 8 == 7:
+            lines.append(UNPACK.format(pair="sum", first="a", second="b"))
+            lines.append("add.f32 $0, a, b;" if index == 7 else "add.f32 a, a, b; add.f32 $0, $0, a;")
+    registers = ".reg .b16 low, high, even, odd; .reg .b32 codes, pair, sum; .reg .f32 a, b, c, d;"
+    return tl.constexpr("{ " + registers + " ".join(lines) + " }")
 
 
-DOT_E4M3 = _dot_asm(
-    8,
-    ".reg .b16 low, high;",
-    ["mov.b32 {{low, high}}, {word}; cvt.rn.f16x2.e4m3x2 pair, low;", "cvt.rn.f16x2.e4m3x2 pair, high;"],
-)
-# In float16, 0x6400 is 1024, whose last bits count ones; to int8 128 is added first. All that goes with `zeros`.
-DOT_INT8 = _dot_asm(
-    8,
-    "",
-    [
-        "xor.b32 codes, {word}, 0x80808080; prmt.b32 pair, codes, 0x64646464, 0x4140; "
-        "sub.rn.f16x2 pair, pair, {zeros};",
-        "prmt.b32 pair, codes, 0x64646464, 0x4342; sub.rn.f16x2 pair, pair, {zeros};",
-    ],
-)
-# One mask keeps four bits and those 16 higher: bytes 0 and 2 of a word, 1 and 3, and the high halves of the same.
-DOT_INT4 = _dot_asm(
-    16,
-    "",
-    [
-        f"shr.b32 codes, {{word}}, {shift}; lop3.b32 pair, codes, 0x000f000f, 0x64006400, 0xea; "
-        "sub.rn.f16x2 pair, pair, {zeros};"
-        for shift in (0, 8, 4, 12)
-    ],
+UNPACK = "mov.b32 {{even, odd}}, {pair}; cvt.f32.f16 {first}, even; cvt.f32.f16 {second}, odd; "
+# A pair of neighbours.
+E4M3_PAIRS = ["mov.b32 {{low, high}}, {word}; cvt.rn.f16x2.e4m3x2 pair, low;", "cvt.rn.f16x2.e4m3x2 pair, high;"]
+# A mask leaves bytes 0 and 2, or 1 and 3. As float16, which has subnormal numbers, they count units of 2^-24.
+INT8_PAIRS = [
+    "xor.b32 codes, {word}, 0x80808080; and.b32 pair, codes, 0x00ff00ff;",
+    "shr.u32 codes, codes, 8; and.b32 pair, codes, 0x00ff00ff;",
+]
+# The same of halves of bytes, of which the high ones count units of 2^-20.
+INT4_PAIRS = [
+    "and.b32 pair, {word}, 0x000f000f;",
+    "and.b32 pair, {word}, 0x00f000f0;",
+    "shr.u32 codes, {word}, 8; and.b32 pair, codes, 0x000f000f;",
+    "and.b32 pair, codes, 0x00f000f0;",
+]
+DOT_E4M3, DOT_E4M3_EXACTLY = _dot_asm(E4M3_PAIRS, True), _dot_asm(E4M3_PAIRS, False)
+DOT_INT8, DOT_INT8_EXACTLY = _dot_asm(INT8_PAIRS, True), _dot_asm(INT8_PAIRS, False)
+DOT_INT4, DOT_INT4_EXACTLY = _dot_asm(INT4_PAIRS, True), _dot_asm(INT4_PAIRS, False)
+ADD_HALVES = tl.constexpr(
+    "{ .reg .b16 even, odd; .reg .f32 a, b; " + UNPACK.format(pair="$1", first="a", second="b") + "add.f32 $0, a, b; }"
 )
 
 
@@ -115,13 +118,26 @@ def _load_eight(x_ptr, norm_ptr, k, mask):
 
 
 @triton.jit
-def _load_runs(x_ptr, norm_ptr, k, mask, FORM: tl.constexpr):
-    """Runs of x that begin at k [RUNS], as pairs in the order in which `_multiply` meets a run's codes.
+def _add_halves(pair):
+    """The sum of a word's two float16, float32."""
+    if IS_INTERPRETED:
+        first, second = _halves(pair)
+        total = first + second
+    else:
+        total = tl.inline_asm_elementwise(ADD_HALVES, "=f,r", [pair], dtype=tl.float32, is_pure=True, pack=1)
+    return total
 
-    Also float32 [RUNS]: a power of two by which they were divided, so that the largest is 2 to 4 (nothing is lost but
-    of numbers that are 2^-16 of it: float16 has more digits than bfloat16), and the sums of their squares before the
-    norm's weight.
+
+@triton.jit
+def _load_runs(x_ptr, norm_ptr, k, mask, FORM: tl.constexpr):
+    """Runs of x that begin at k [RUNS]: the pairs that `_multiply` takes, in the order in which it meets codes.
+
+    Also float32 [RUNS, 1]: what a product is worth, and the sums of x, as products with a code of 1; and [RUNS], the
+    sums of x's squares before the norm's weight. Elements are divided by a power of two, so that the largest is within
+    what float16 has; nothing is lost but of numbers that are 2^-16 of it, as float16 has more digits than bfloat16.
     """
+    LARGEST: tl.constexpr = 2.0 if FORM == "e4m3" else 16384.0  # to less than twice that
+    ONE: tl.constexpr = 1.0 if FORM == "e4m3" else 1.0 / 16777216.0  # what a code of 1 is in float16
     a, squares = _load_eight(x_ptr, norm_ptr, k, mask)
     b, sums = _load_eight(x_ptr, norm_ptr, k + 8, mask)
     squares += sums
@@ -133,39 +149,40 @@ def _load_runs(x_ptr, norm_ptr, k, mask, FORM: tl.constexpr):
         squares += sums
         largest = tl.maximum(largest, tl.maximum(tl.abs(c), tl.abs(d)))
     largest = tl.maximum(tl.max(largest, 1), 1e-30)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 0.5
-    inverse = (1.0 / power)[:, None]
-    if FORM == "int4":  # a word has four elements and, in the high halves of its bytes, those 16 behind them
-        l0, l1, l2, l3 = _pairs_of(a * inverse, ARE_NEIGHBOURS=False)
-        l4, l5, l6, l7 = _pairs_of(b * inverse, ARE_NEIGHBOURS=False)
-        h0, h1, h2, h3 = _pairs_of(c * inverse, ARE_NEIGHBOURS=False)
-        h4, h5, h6, h7 = _pairs_of(d * inverse, ARE_NEIGHBOURS=False)
-        pairs = (l0, l1, h0, h1, l2, l3, h2, h3, l4, l5, h4, h5, l6, l7, h6, h7)
-    else:
-        p0, p1, p2, p3 = _pairs_of(a * inverse, ARE_NEIGHBOURS=True)
-        p4, p5, p6, p7 = _pairs_of(b * inverse, ARE_NEIGHBOURS=True)
-        pairs = (p0, p1, p2, p3, p4, p5, p6, p7)
-    return pairs, power, squares
+    exponent = (largest.to(tl.int32, bitcast=True) & 0x7F800000)[:, None]
+    power = exponent.to(tl.float32, bitcast=True)
+    inverse = LARGEST * (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    p0, p1, p2, p3 = _pairs_of(a * inverse, ARE_NEIGHBOURS=FORM == "e4m3")
+    p4, p5, p6, p7 = _pairs_of(b * inverse, ARE_NEIGHBOURS=FORM == "e4m3")
+    pairs = (p0, p1, p2, p3, p4, p5, p6, p7)
+    x_sums = tl.zeros(power.shape, tl.float32)
+    for index in tl.static_range(8):
+        x_sums += _add_halves(pairs[index])
+    if FORM == "int4":  # in the high halves of bytes a code of 1 is 16 times as much
+        h0, h1, h2, h3 = _pairs_of(c * (inverse / 16.0), ARE_NEIGHBOURS=False)
+        h4, h5, h6, h7 = _pairs_of(d * (inverse / 16.0), ARE_NEIGHBOURS=False)
+        high = (h0, h1, h2, h3, h4, h5, h6, h7)
+        for index in tl.static_range(8):
+            x_sums += 16.0 * _add_halves(high[index])
+        pairs = (p0, h0, p1, h1, p2, h2, p3, h3, p4, h4, p5, h5, p6, h6, p7, h7)
+    return pairs, power / (LARGEST * ONE), x_sums * ONE, squares
 
 
 @triton.jit
-def _number(word, index: tl.constexpr, FORM: tl.constexpr):
-    """In the interpreter: the number of a word's code."""
-    if FORM == "int4":
-        number = ((word >> (4 * index)) & 15).to(tl.float32)
+def _code(word, index: tl.constexpr, FORM: tl.constexpr):
+    """In the interpreter: the number that the PTX makes of a word's code."""
+    if FORM == "int4":  # of the byte index // 2 the low half, then the high one
+        code = ((word >> (4 * index)) & 15).to(tl.float32) * (1.0 if index % 2 else 1.0 / 16.0) / 1048576.0
     elif FORM == "int8":
-        number = ((word >> (8 * index)) & 0xFF).to(tl.int8).to(tl.float32)
+        code = (((word >> (8 * index)) & 0xFF) ^ 0x80).to(tl.float32) / 16777216.0
     else:
-        number = ((word >> (8 * index)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return number
+        code = ((word >> (8 * index)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return code
 
 
 @triton.jit
-def _multiply(words, pairs, zeros, FORM: tl.constexpr):
-    """Runs of codes, words [RUNS, BLOCK_N, 4], times those of x: float32 [RUNS, BLOCK_N].
-
-    zeros: int32 [RUNS or 1, BLOCK_N or 1], pairs in float16 of what the asm subtracts.
-    """
+def _multiply(words, pairs, FORM: tl.constexpr, ASM: tl.constexpr):
+    """Runs of codes, words [RUNS, BLOCK_N, 4], times those of x: float32 [RUNS, BLOCK_N]."""
     RUNS: tl.constexpr = words.shape[0]
     BLOCK_N: tl.constexpr = words.shape[1]
     even, odd = tl.split(tl.reshape(words, (RUNS, BLOCK_N, 2, 2)))
@@ -173,43 +190,32 @@ def _multiply(words, pairs, zeros, FORM: tl.constexpr):
     w1, w3 = tl.split(odd)
     if IS_INTERPRETED:
         numbers = (w0, w1, w2, w3)
-        PER_WORD: tl.constexpr = 8 if FORM == "int4" else 4
-        OFFSET: tl.constexpr = 1024.0 if FORM == "int4" else 1152.0
         total = tl.zeros((RUNS, BLOCK_N), tl.float32)
-        zero = tl.zeros((1, 1), tl.float32) if FORM == "e4m3" else _halves(zeros)[0] - OFFSET
         for word in tl.static_range(4):
-            for index in tl.static_range(PER_WORD):
-                if FORM == "int4":  # byte index // 2; its low half, then its high one
-                    pair = _halves(pairs[4 * word + index % 2 * 2 + index // 2 % 2])[index // 4]
+            for index in tl.static_range(8 if FORM == "int4" else 4):
+                if FORM == "int4":
+                    pair = _halves(pairs[4 * word + index // 2 % 2 * 2 + index % 2])[index // 4]
+                elif FORM == "int8":
+                    pair = _halves(pairs[2 * word + index % 2])[index // 2]
                 else:
                     pair = _halves(pairs[2 * word + index // 2])[index % 2]
-                total += (_number(numbers[word], index, FORM) - zero) * pair
-    elif FORM == "e4m3":
-        p0, p1, p2, p3, p4, p5, p6, p7 = pairs
+                total += _code(numbers[word], index, FORM) * pair
+    elif FORM == "int4":
+        p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15 = pairs
         total = tl.inline_asm_elementwise(
-            DOT_E4M3,
-            "=f,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    elif FORM == "int8":
-        p0, p1, p2, p3, p4, p5, p6, p7 = pairs
-        total = tl.inline_asm_elementwise(
-            DOT_INT8,
-            "=f,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7, zeros],
+            ASM,
+            "=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
     else:
-        p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15 = pairs
+        p0, p1, p2, p3, p4, p5, p6, p7 = pairs
         total = tl.inline_asm_elementwise(
-            DOT_INT4,
-            "=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15, zeros],
+            ASM,
+            "=f,r,r,r,r,r,r,r,r,r,r,r,r",
+            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -247,11 +253,13 @@ def _one_row_kernel(
     SCALE_COLUMNS: tl.constexpr,
     NUM_SCALES: tl.constexpr,
     FORM: tl.constexpr,
+    ASM: tl.constexpr,
     GATE: tl.constexpr,
     ADDED: tl.constexpr,
     STORE: tl.constexpr,
     IS_LATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     RUNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -259,16 +267,15 @@ def _one_row_kernel(
     PER_RUN: tl.constexpr = 32 if FORM == "int4" else 16
     NUM_RUNS: tl.constexpr = K // PER_RUN
     SCALE_RUNS: tl.constexpr = SCALE_COLUMNS // PER_RUN
-    OFFSET: tl.constexpr = 1024.0 if FORM == "int4" else 1152.0
-    n = tl.arange(0, BLOCK_N)
-    features = tl.program_id(0) * BLOCK_N + n
-    mask_n = (features < N)[None, :]
+    features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if IS_RAGGED:
+        features = tl.minimum(features, N - 1)
     if GATE is not None:  # a gate beside its up
         features = features // 2 + features % 2 * (N // 2)
     runs = tl.arange(0, RUNS)
     words_ptr += features.to(tl.int64)[None, :, None] * (4 * NUM_RUNS)
     words_ptr += runs[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-    next_words = tl.load(words_ptr, mask=(mask_n & (runs < NUM_RUNS)[:, None])[:, :, None], other=0)
+    next_words = tl.load(words_ptr, mask=(runs < NUM_RUNS)[:, None, None], other=0)
     pdl_wait(PDL, LAUNCH=not IS_LATE)
     acc = tl.zeros((RUNS, BLOCK_N), tl.float32)
     squares = tl.zeros((RUNS,), tl.float32)
@@ -276,17 +283,20 @@ def _one_row_kernel(
         words = next_words
         mask_r = runs < NUM_RUNS - start
         if start + RUNS < NUM_RUNS:
-            left = (runs < NUM_RUNS - start - RUNS)[:, None]
-            next_words = tl.load(words_ptr + (start + RUNS) * 4, mask=(mask_n & left)[:, :, None], other=0)
-        mask = mask_n & mask_r[:, None]
+            left = (runs < NUM_RUNS - start - RUNS)[:, None, None]
+            next_words = tl.load(words_ptr + (start + RUNS) * 4, mask=left, other=0)
+        mask = mask_r[:, None]
         scales = _load_values(scales_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
-        zeros = tl.full((1, 1), 8.0 if FORM == "int4" else 0.0, tl.float32)
-        if zeros_ptr is not None:
-            zeros = _load_values(zeros_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
-        pairs, power, sums = _load_runs(x_ptr, norm_ptr, (start + runs) * PER_RUN, mask_r, FORM)
+        pairs, unit, x_sums, sums = _load_runs(x_ptr, norm_ptr, (start + runs) * PER_RUN, mask_r, FORM)
         squares += sums
-        zeros += OFFSET
-        acc += _multiply(words, pairs, _pair(zeros, zeros), FORM) * (scales * power[:, None])
+        total = _multiply(words, pairs, FORM, ASM)
+        if FORM != "e4m3":  # the PTX takes codes as unsigned
+            zeros = 8.0 if FORM == "int4" else 128.0
+            if zeros_ptr is not None:
+                zeros = _load_values(zeros_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
+                zeros += 0.0 if FORM == "int4" else 128.0
+            total -= zeros * x_sums
+        acc += total * (scales * unit)
     if PDL and IS_LATE:
         tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, 0)
@@ -302,7 +312,12 @@ def takes_row(x: Tensor, weight: QuantizedWeight) -> bool:
     return len(x) == 1 and x.dtype in (torch.bfloat16, torch.float16) and is_whole
 
 
-FORMS = {E4M3: "e4m3", torch.int8: "int8", torch.uint8: "int4"}
+# By the codes' dtype: the form, and the PTX for rows in bfloat16 and in float16, which shows any rounding.
+FORMS = {
+    E4M3: ("e4m3", DOT_E4M3, DOT_E4M3_EXACTLY),
+    torch.int8: ("int8", DOT_INT8, DOT_INT8_EXACTLY),
+    torch.uint8: ("int4", DOT_INT4, DOT_INT4_EXACTLY),
+}
 
 
 def launch_row(
@@ -319,7 +334,8 @@ def launch_row(
 ) -> None:
     """`launch_linear` of one row in bfloat16 or float16 with a weight in few bits, columns in the order of x."""
     num_features, size = weight.shape
-    tile = row_tile(weight.codes.size(1))
+    form, fast, exact = FORMS[weight.codes.dtype]
+    tile = row_tile(num_features, weight.codes.size(1))
     _one_row_kernel[(triton.cdiv(num_features, tile.block_n),)](
         x,
         weight.codes.view(torch.int32),
@@ -335,12 +351,14 @@ def launch_row(
         SCALE_ROWS=weight.block[0],
         SCALE_COLUMNS=weight.block[1],
         NUM_SCALES=weight.scales.size(1),
-        FORM=FORMS[weight.codes.dtype],
+        FORM=form,
+        ASM=fast if x.dtype == torch.bfloat16 else exact,
         GATE=gate,
         ADDED=is_added,
         STORE=store,
-        IS_LATE=weight.codes.nbytes >= 2 * LARGE_WEIGHT,
+        IS_LATE=num_features * size >= LARGE_WEIGHT,
         BLOCK_N=tile.block_n,
+        IS_RAGGED=num_features % tile.block_n != 0,
         RUNS=tile.runs,
         num_warps=tile.warps,
         **pdl_options(x.device),

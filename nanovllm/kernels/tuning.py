@@ -87,10 +87,18 @@ class RowTile(NamedTuple):
     warps: int
 
 
-def row_tile(row_bytes: int) -> RowTile:
-    """For one row, and a weight in few bits of which a row has so many bytes."""
+def row_tile(num_features: int, row_bytes: int) -> RowTile:
+    """For one row, and a weight in few bits: its features, and the bytes of a row of it."""
     runs = triton.next_power_of_2(triton.cdiv(row_bytes, 16))
-    return RowTile(8, min(256, runs), 4)
+    if num_features <= 2048:
+        block_n, runs = 4, min(256, runs)
+    elif num_features <= 4096:
+        block_n, runs = 8, min(128, runs)
+    elif num_features <= 8192:
+        block_n, runs = 16, min(128, runs)
+    else:
+        block_n, runs = 8, min(64, runs)
+    return RowTile(block_n, runs, max(1, min(4, runs // 32)))
 
 
 class ProductsTile(NamedTuple):
@@ -150,13 +158,16 @@ def attention_tiles(
     return AttentionTiles(block_n, stages=1 + 4 * buffers)
 
 
-def prefill_rows(dtype: torch.dtype) -> int:
+def prefill_rows(dtype: torch.dtype, dim: int, is_fp8: bool) -> int:
     """Rows, that is (token, query head) pairs, of a prefill program.
 
     D 128: 250 TFLOP/s for 28 prompts of 100 to 1,024 tokens (FlashAttention-2: 200), 430 for one of 8,192 (280). Tiles
     of 128 x 128 on 8 warps reach 475 there, but 210 on the short ones. Float32 is multiplied without tensor cores.
+    With FP8 of up to 64 dimensions, Triton 3.6 makes wrong products of as many rows as Hopper's warp groups multiply.
     """
-    return 16 if dtype == torch.float32 else 64
+    if dtype == torch.float32:
+        return 16
+    return 32 if is_fp8 and dim <= 64 else 64
 
 
 def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
