@@ -14,6 +14,7 @@ def store_rows(y, offs, mask, y_ptr, destination) -> None:
 @triton.jit
 def finish_rows(
     y,
+    block,
     features,
     bias_ptr,
     y_ptr,
@@ -27,20 +28,20 @@ def finish_rows(
 ):
     """Adds the bias to y, float32 [BLOCK_M, BLOCK_N], applies the gate, adds what y_ptr has, and stores.
 
-    `features` are those of y's columns, with a gate a gate beside its up. Of y's rows `rows` count, N is the number of
-    features before the gate.
+    y is the block-th of all; `features` are those of its columns, with a gate a gate beside its up. Of its rows `rows`
+    count, N is the number of features before the gate.
     """
     BLOCK_M: tl.constexpr = y.shape[0]
     BLOCK_N: tl.constexpr = y.shape[1]
     SHARE: tl.constexpr = 2 if GATE is not None else 1
     m = tl.arange(0, BLOCK_M)
     if bias_ptr is not None:
-        mask_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N) < N
+        mask_n = block * BLOCK_N + tl.arange(0, BLOCK_N) < N
         y += tl.load(bias_ptr + features, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GATE is not None:
         gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
         y = gate_and_mul(gate, up, GATE)
-    n = tl.program_id(0) * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
+    n = block * (BLOCK_N // SHARE) + tl.arange(0, BLOCK_N // SHARE)
     mask = (m < rows)[:, None] & (n < N // SHARE)[None, :]
     offs = m[:, None] * y_stride + n[None, :]
     if ADDED:

@@ -150,7 +150,7 @@ def _few_rows_kernel(
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    finish_rows(y, features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
+    finish_rows(y, tl.program_id(0), features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
 
 
 def launch_quantized_linear(

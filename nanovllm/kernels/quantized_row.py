@@ -15,7 +15,7 @@ from nanovllm.kernels.activation import Gate
 from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.linear_rows import finish_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.kernels.tuning import LARGE_WEIGHT, row_tile
+from nanovllm.kernels.tuning import row_tile
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -89,35 +89,6 @@ def _halves(pair):
 
 
 @triton.jit
-def _pairs_of(x, ARE_NEIGHBOURS: tl.constexpr):
-    """Eight elements each, float32 [RUNS, 8] -> four words of [RUNS, 1], two for four elements.
-
-    Of four, the first two elements are in one word and the others in the next; else the first and third, and the rest.
-    """
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2, 2)))
-    if ARE_NEIGHBOURS:
-        first, second = tl.split(_pair(even, odd))
-    else:
-        e0, e2 = tl.split(even)
-        o1, o3 = tl.split(odd)
-        first, second = _pair(e0, e2), _pair(o1, o3)
-    f0, f1 = tl.split(first)
-    s0, s1 = tl.split(second)
-    return f0[:, None], s0[:, None], f1[:, None], s1[:, None]
-
-
-@triton.jit
-def _load_eight(x_ptr, norm_ptr, k, mask):
-    """Elements k + 0..7 of x, float32 [RUNS, 8], times the norm's weight if there is one, and their squares [RUNS]."""
-    k = k[:, None] + tl.arange(0, 8)[None, :]
-    x = tl.load(x_ptr + k, mask=mask[:, None], other=0.0).to(tl.float32)
-    squares = tl.sum(x * x, 1)
-    if norm_ptr is not None:
-        x *= tl.load(norm_ptr + k, mask=mask[:, None], other=0.0).to(tl.float32)
-    return x, squares
-
-
-@triton.jit
 def _add_halves(pair):
     """The sum of a word's two float16, float32."""
     if IS_INTERPRETED:
@@ -129,43 +100,57 @@ def _add_halves(pair):
 
 
 @triton.jit
-def _load_runs(x_ptr, norm_ptr, k, mask, FORM: tl.constexpr):
-    """Runs of x that begin at k [RUNS]: the pairs that `_multiply` takes, in the order in which it meets codes.
+def _split_parts(words):
+    """[RUNS, 2 or 4] -> that many of [RUNS, 1]."""
+    if words.shape[1] == 2:
+        first, second = tl.split(words)
+        parts = (first[:, None], second[:, None])
+    else:
+        even, odd = tl.split(tl.reshape(words, (words.shape[0], 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        parts = (first[:, None], second[:, None], third[:, None], fourth[:, None])
+    return parts
 
-    Also float32 [RUNS, 1]: what a product is worth, and the sums of x, as products with a code of 1; and [RUNS], the
-    sums of x's squares before the norm's weight. Elements are divided by a power of two, so that the largest is within
-    what float16 has; nothing is lost but of numbers that are 2^-16 of it, as float16 has more digits than bfloat16.
+
+@triton.jit
+def _pairs_of(x, FORM: tl.constexpr):
+    """Runs of x, float32 [RUNS, PARTS, 8]: the pairs that `_multiply` takes, in the order in which it meets codes.
+
+    Also float32 [RUNS, 1]: what a product is worth, and the sums of x, as products with codes of 1. Elements are
+    divided by a power of two, so that the largest is within what float16 has; nothing is lost but of numbers that are
+    2^-16 of it, as float16 has more digits than bfloat16.
     """
+    RUNS: tl.constexpr = x.shape[0]
+    PARTS: tl.constexpr = x.shape[1]
     LARGEST: tl.constexpr = 2.0 if FORM == "e4m3" else 16384.0  # to less than twice that
     ONE: tl.constexpr = 1.0 if FORM == "e4m3" else 1.0 / 16777216.0  # what a code of 1 is in float16
-    a, squares = _load_eight(x_ptr, norm_ptr, k, mask)
-    b, sums = _load_eight(x_ptr, norm_ptr, k + 8, mask)
-    squares += sums
-    largest = tl.maximum(tl.abs(a), tl.abs(b))
+    largest = tl.maximum(tl.max(tl.max(tl.abs(x), 2), 1), 1e-30)[:, None]
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    worth = exponent.to(tl.float32, bitcast=True) / (LARGEST * ONE)
+    x *= (LARGEST * (0x7F000000 - exponent).to(tl.float32, bitcast=True))[:, :, None]
+    of_part = tl.full((1, PARTS, 1), 1.0, tl.float32)
+    if FORM == "int4":  # in the high halves of bytes, those of the last two parts, a code of 1 is 16 times as much
+        of_part = tl.where(tl.arange(0, PARTS) < 2, 1.0, 16.0)[None, :, None]
+        x /= of_part
+    even, odd = tl.split(tl.reshape(x, (RUNS, PARTS, 2, 2, 2)))
+    if FORM == "e4m3":  # neighbours
+        first, second = tl.split(_pair(even, odd))
+    else:
+        e0, e2 = tl.split(even)
+        o1, o3 = tl.split(odd)
+        first, second = _pair(e0, e2), _pair(o1, o3)
+    sums = tl.sum(tl.sum((_add_halves(first) + _add_halves(second)) * of_part, 2), 1)[:, None] * ONE
+    f0, f1 = tl.split(first)
+    s0, s1 = tl.split(second)
+    f0, f1, s0, s1 = _split_parts(f0), _split_parts(f1), _split_parts(s0), _split_parts(s1)
     if FORM == "int4":
-        c, sums = _load_eight(x_ptr, norm_ptr, k + 16, mask)
-        squares += sums
-        d, sums = _load_eight(x_ptr, norm_ptr, k + 24, mask)
-        squares += sums
-        largest = tl.maximum(largest, tl.maximum(tl.abs(c), tl.abs(d)))
-    largest = tl.maximum(tl.max(largest, 1), 1e-30)
-    exponent = (largest.to(tl.int32, bitcast=True) & 0x7F800000)[:, None]
-    power = exponent.to(tl.float32, bitcast=True)
-    inverse = LARGEST * (0x7F000000 - exponent).to(tl.float32, bitcast=True)
-    p0, p1, p2, p3 = _pairs_of(a * inverse, ARE_NEIGHBOURS=FORM == "e4m3")
-    p4, p5, p6, p7 = _pairs_of(b * inverse, ARE_NEIGHBOURS=FORM == "e4m3")
-    pairs = (p0, p1, p2, p3, p4, p5, p6, p7)
-    x_sums = tl.zeros(power.shape, tl.float32)
-    for index in tl.static_range(8):
-        x_sums += _add_halves(pairs[index])
-    if FORM == "int4":  # in the high halves of bytes a code of 1 is 16 times as much
-        h0, h1, h2, h3 = _pairs_of(c * (inverse / 16.0), ARE_NEIGHBOURS=False)
-        h4, h5, h6, h7 = _pairs_of(d * (inverse / 16.0), ARE_NEIGHBOURS=False)
-        high = (h0, h1, h2, h3, h4, h5, h6, h7)
-        for index in tl.static_range(8):
-            x_sums += 16.0 * _add_halves(high[index])
-        pairs = (p0, h0, p1, h1, p2, h2, p3, h3, p4, h4, p5, h5, p6, h6, p7, h7)
-    return pairs, power / (LARGEST * ONE), x_sums * ONE, squares
+        first_words = (f0[0], f0[2], s0[0], s0[2], f1[0], f1[2], s1[0], s1[2])
+        last_words = (f0[1], f0[3], s0[1], s0[3], f1[1], f1[3], s1[1], s1[3])
+        pairs = first_words + last_words
+    else:
+        pairs = (f0[0], s0[0], f1[0], s1[0], f0[1], s0[1], f1[1], s1[1])
+    return pairs, worth, sums
 
 
 @triton.jit
@@ -257,52 +242,74 @@ def _one_row_kernel(
     GATE: tl.constexpr,
     ADDED: tl.constexpr,
     STORE: tl.constexpr,
-    IS_LATE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_RAGGED: tl.constexpr,
     RUNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N features, by one program, RUNS runs of codes at a time."""
+    """BLOCKS times BLOCK_N features, by one program, RUNS runs of codes at a time: all of a row if BLOCKS is not 1."""
     PER_RUN: tl.constexpr = 32 if FORM == "int4" else 16
     NUM_RUNS: tl.constexpr = K // PER_RUN
     SCALE_RUNS: tl.constexpr = SCALE_COLUMNS // PER_RUN
-    features = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.static_assert(BLOCKS == 1 or RUNS >= NUM_RUNS)
+    runs = tl.arange(0, RUNS)
+    k = runs[:, None, None] * PER_RUN + tl.arange(0, PER_RUN // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    words_ptr += runs[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    first = tl.program_id(0) * BLOCKS
+    features = _features(first, N, BLOCK_N, GATE, IS_RAGGED)
+    row_ptr = words_ptr + features.to(tl.int64)[None, :, None] * (4 * NUM_RUNS)
+    words = tl.load(row_ptr, mask=(runs < NUM_RUNS)[:, None, None], other=0)
+    squares = tl.zeros((RUNS,), tl.float32)
+    for block in tl.static_range(BLOCKS):
+        acc = tl.zeros((RUNS, BLOCK_N), tl.float32)
+        for start in tl.static_range(0, NUM_RUNS, RUNS):
+            mask = runs < NUM_RUNS - start
+            if block == 0:
+                if norm_ptr is not None:
+                    norm = tl.load(norm_ptr + start * PER_RUN + k, mask=mask[:, None, None], other=0.0)
+                if start == 0:
+                    pdl_wait(PDL, LAUNCH=False)
+                x = tl.load(x_ptr + start * PER_RUN + k, mask=mask[:, None, None], other=0.0).to(tl.float32)
+                if norm_ptr is not None:
+                    squares += tl.sum(tl.sum(x * x, 2), 1)
+                    x *= norm.to(tl.float32)
+                pairs, worth, sums = _pairs_of(x, FORM)
+            mask = mask[:, None]
+            scales = _load_values(scales_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
+            total = _multiply(words, pairs, FORM, ASM)
+            if FORM != "e4m3":  # the PTX takes codes as unsigned
+                zero = 8.0 if FORM == "int4" else 128.0
+                if zeros_ptr is not None:
+                    zeros = _load_values(zeros_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
+                    zero = zeros if FORM == "int4" else zeros + 128.0
+                total -= zero * sums
+            acc += total * (scales * worth)
+            if start + RUNS < NUM_RUNS:
+                left = (runs < NUM_RUNS - start - RUNS)[:, None, None]
+                words = tl.load(row_ptr + (start + RUNS) * 4, mask=left, other=0)
+        done = features
+        if block + 1 < BLOCKS:
+            features = _features(first + block + 1, N, BLOCK_N, GATE, IS_RAGGED)
+            row_ptr = words_ptr + features.to(tl.int64)[None, :, None] * (4 * NUM_RUNS)
+            words = tl.load(row_ptr, mask=(runs < NUM_RUNS)[:, None, None], other=0)
+        elif PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        y = tl.sum(acc, 0)
+        if norm_ptr is not None:
+            y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        finish_rows(y[None, :], first + block, done, bias_ptr, y_ptr, 0, 1, N, destination, GATE, ADDED, STORE)
+
+
+@triton.jit
+def _features(block, N, BLOCK_N: tl.constexpr, GATE: tl.constexpr, IS_RAGGED: tl.constexpr):
+    """The features of a block, [BLOCK_N]: with a gate, gates beside their ups; behind the last one, that again."""
+    features = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if IS_RAGGED:
         features = tl.minimum(features, N - 1)
-    if GATE is not None:  # a gate beside its up
+    if GATE is not None:
         features = features // 2 + features % 2 * (N // 2)
-    runs = tl.arange(0, RUNS)
-    words_ptr += features.to(tl.int64)[None, :, None] * (4 * NUM_RUNS)
-    words_ptr += runs[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-    next_words = tl.load(words_ptr, mask=(runs < NUM_RUNS)[:, None, None], other=0)
-    pdl_wait(PDL, LAUNCH=not IS_LATE)
-    acc = tl.zeros((RUNS, BLOCK_N), tl.float32)
-    squares = tl.zeros((RUNS,), tl.float32)
-    for start in tl.static_range(0, NUM_RUNS, RUNS):
-        words = next_words
-        mask_r = runs < NUM_RUNS - start
-        if start + RUNS < NUM_RUNS:
-            left = (runs < NUM_RUNS - start - RUNS)[:, None, None]
-            next_words = tl.load(words_ptr + (start + RUNS) * 4, mask=left, other=0)
-        mask = mask_r[:, None]
-        scales = _load_values(scales_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
-        pairs, unit, x_sums, sums = _load_runs(x_ptr, norm_ptr, (start + runs) * PER_RUN, mask_r, FORM)
-        squares += sums
-        total = _multiply(words, pairs, FORM, ASM)
-        if FORM != "e4m3":  # the PTX takes codes as unsigned
-            zeros = 8.0 if FORM == "int4" else 128.0
-            if zeros_ptr is not None:
-                zeros = _load_values(zeros_ptr, features, start + runs, mask, SCALE_ROWS, SCALE_RUNS, NUM_SCALES)
-                zeros += 0.0 if FORM == "int4" else 128.0
-            total -= zeros * x_sums
-        acc += total * (scales * unit)
-    if PDL and IS_LATE:
-        tl.extra.cuda.gdc_launch_dependents()
-    y = tl.sum(acc, 0)
-    if norm_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    finish_rows(y[None, :], features, bias_ptr, y_ptr, 0, 1, N, destination, GATE, ADDED, STORE)
+    return features
 
 
 def takes_row(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -336,7 +343,7 @@ def launch_row(
     num_features, size = weight.shape
     form, fast, exact = FORMS[weight.codes.dtype]
     tile = row_tile(num_features, weight.codes.size(1))
-    _one_row_kernel[(triton.cdiv(num_features, tile.block_n),)](
+    _one_row_kernel[(triton.cdiv(num_features, tile.blocks * tile.block_n),)](
         x,
         weight.codes.view(torch.int32),
         weight.scales,
@@ -356,9 +363,9 @@ def launch_row(
         GATE=gate,
         ADDED=is_added,
         STORE=store,
-        IS_LATE=num_features * size >= LARGE_WEIGHT,
+        BLOCKS=tile.blocks,
         BLOCK_N=tile.block_n,
-        IS_RAGGED=num_features % tile.block_n != 0,
+        IS_RAGGED=num_features % (tile.blocks * tile.block_n) != 0,
         RUNS=tile.runs,
         num_warps=tile.warps,
         **pdl_options(x.device),

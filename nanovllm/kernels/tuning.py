@@ -80,11 +80,12 @@ def quantized_tile(size: int, scale_columns: int) -> QuantizedTile:
 
 
 class RowTile(NamedTuple):
-    """Features of a program, runs of 16 bytes of each that it multiplies at once, and warps."""
+    """Features that a program multiplies at once, runs of 16 bytes of each, warps, and how often it does so."""
 
     block_n: int
     runs: int
     warps: int
+    blocks: int = 1
 
 
 def row_tile(num_features: int, row_bytes: int) -> RowTile:
