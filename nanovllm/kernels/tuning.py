@@ -90,16 +90,9 @@ class RowTile(NamedTuple):
 
 def row_tile(num_features: int, row_bytes: int) -> RowTile:
     """For one row, and a weight in few bits: its features, and the bytes of a row of it."""
-    runs = triton.next_power_of_2(triton.cdiv(row_bytes, 16))
-    if num_features <= 2048:
-        block_n, runs = 4, min(256, runs)
-    elif num_features <= 4096:
-        block_n, runs = 8, min(128, runs)
-    elif num_features <= 8192:
-        block_n, runs = 16, min(128, runs)
-    else:
-        block_n, runs = 8, min(64, runs)
-    return RowTile(block_n, runs, max(1, min(4, runs // 32)))
+    most_runs = 256 if num_features <= 2048 else 128 if row_bytes > 8192 else 64
+    runs = min(most_runs, triton.next_power_of_2(triton.cdiv(row_bytes, 16)))
+    return RowTile(block_n=8, runs=runs, warps=max(1, runs // 32))
 
 
 class ProductsTile(NamedTuple):
