@@ -209,7 +209,8 @@ EIGHT_BIT_SHAPES = (  # experts, of a token, hidden, intermediate
 def in_8_bits(num_experts, num_features, size, block):
     """Random codes and scales, whose numbers' squares sum up to 1, more or less, in a row."""
     height, width = block or (1, size)
-    codes = torch.randn(num_experts, num_features, size, device=DEVICE).mul(100).to(torch.float8_e4m3fn)
+    numbers = torch.randn(num_experts, num_features, size, device=DEVICE) * 100
+    codes = numbers.clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond, older versions make NaN
     scales = torch.rand(num_experts, -(-num_features // height), -(-size // width), device=DEVICE) + 0.5
     return QuantizedWeight(codes, scales / (100 * size**0.5), (height, width))
 

@@ -171,13 +171,13 @@ def launch_linear(dtype: torch.dtype, rows: int) -> None:
             linear(x, weight, None, norm, 1e-6, residual=empty(rows, features // 2, dtype=dtype), gate=gate)
 
 
-def quantized_weights(kind: str) -> list[QuantizedWeight]:
-    """Square weights: e4m3 with scales of rows and of blocks; int8 of rows; 4 bits without zeros and with."""
+def quantized_weights(kind: str, n: int) -> list[QuantizedWeight]:
+    """n rows: e4m3 with scales of rows and of blocks; int8 of rows; 4 bits without zeros and with."""
     size = HIDDEN_SIZE
-    by_rows, by_blocks = empty(size, 1, dtype=F32), empty(size // 128, size // 128, dtype=F32)
-    by_groups, zeros = empty(size, size // 128, dtype=torch.float16), empty(size, size // 128, dtype=torch.uint8)
-    e4m3, int8 = (empty(size, size, dtype=dtype) for dtype in (torch.float8_e4m3fn, torch.int8))
-    int4 = empty(size, size // 2, dtype=torch.uint8)
+    by_rows, by_blocks = empty(n, 1, dtype=F32), empty(n // 128, size // 128, dtype=F32)
+    by_groups, zeros = empty(n, size // 128, dtype=torch.float16), empty(n, size // 128, dtype=torch.uint8)
+    e4m3, int8 = (empty(n, size, dtype=dtype) for dtype in (torch.float8_e4m3fn, torch.int8))
+    int4 = empty(n, size // 2, dtype=torch.uint8)
     return {
         "fp8": [
             QuantizedWeight(e4m3, by_rows, (1, size), rounds_input=True),
@@ -191,7 +191,9 @@ def quantized_weights(kind: str) -> list[QuantizedWeight]:
 def launch_quantized(dtype: torch.dtype, kind: str) -> None:
     """Products for few, some and many rows, and a part of a sum over ranks."""
     norm = empty(HIDDEN_SIZE, dtype=dtype)
-    for weight in quantized_weights(kind):
+    for weight in quantized_weights(kind, 16 * HIDDEN_SIZE):
+        linear(empty(1, HIDDEN_SIZE, dtype=dtype), weight, None, norm, 1e-6, gate="silu")
+    for weight in quantized_weights(kind, HIDDEN_SIZE):
         for rows in (1, 4, tuning.SMALL_BATCH + 1, 256):
             linear(empty(rows, HIDDEN_SIZE, dtype=dtype), weight, None, norm, 1e-6, gate="silu")
         peers = Peers([empty(2**24, dtype=torch.uint8)] * 2, "packets", (ADDRESS,) * 2, 1, 256, empty(1, dtype=I32))

@@ -20,7 +20,6 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import e4m3
 from nanovllm.kernels.experts import down_experts_torch, gate_up_experts_torch
 from nanovllm.kernels.routing import Routing
-from nanovllm.quantization.fp8 import round_rows
 
 PROMPTS = [random_prompt(seed, 5 + 20 * seed) for seed in range(3)]
 NUM_TOKENS = 8
@@ -206,9 +205,9 @@ def test_plain_experts_that_are_rounded(random_model, tmp_path, family, is_fused
         save_file(model.state_dict(), path / "model.safetensors")
         (path / "config.json").write_bytes(Path(checkpoint.path, "config.json").read_bytes())
     for name, parameter in model.named_parameters():
-        if "_proj" in name:  # routers and the head stay as they are
-            codes, scales = round_rows(parameter.data)
-            parameter.data = codes.float() * scales
+        if "_proj" in name and parameter.dim() > 1:  # routers, the head and biases stay as they are
+            rows = parameter.data.flatten(0, -2)
+            parameter.data = rounded(rows, rows.size(1)).view_as(parameter)
     assert generate(path, quantization="fp8", tensor_parallel_size=num_ranks) == greedy_of(model)
 
 
@@ -314,5 +313,5 @@ def test_logits_on_a_gpu(random_model, tmp_path, family, layout, num_prompts):
     reference = reference_logits(model, ids)
     round_inputs(model)
     error = relative_error(reference_logits(cast(model, torch.bfloat16), ids), reference)
-    assert 1e-4 < error < 0.1
+    assert 1e-4 < error < 0.2
     assert relative_error(logits, reference) <= 1.2 * error

@@ -7,6 +7,7 @@ import torch
 from interpreter import DEVICE, INTERPRETED, kernel_test, plain_test, run_in_interpreter
 from kernel_data import rounded
 
+from nanovllm.kernels import quantized_row
 from nanovllm.kernels.dequantize import dequantize
 from nanovllm.kernels.linear import launch_linear, linear, linear_torch, takes_few_rows
 from nanovllm.kernels.quantized_products import (
@@ -20,6 +21,7 @@ from nanovllm.kernels.quantized_tiles import multiply_tiles, multiply_tiles_torc
 from nanovllm.kernels.quantized_weight import QuantizedWeight, pack_int4, unpack_int4
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.round_rows import round_rows, round_rows_torch
+from nanovllm.kernels.tuning import RowTile
 
 # Of codes, columns that have one scale (None: all), and whether there are zeros. Blocks have scales of 128 rows too.
 FORMS = {
@@ -116,6 +118,22 @@ def test_few_rows(form, dtype):
             reference = linear_torch(x.float(), numbers, *optional, 1e-6, residual, gate)
             launch_linear(x, weight, bias, norm, 1e-6, y, gate, added)
             assert relative_error(y, reference) < TOLERANCE[dtype], (rows, n, k, normed, gate)
+
+
+@kernel_test
+@pytest.mark.parametrize("form", ["e4m3", "e4m3 blocks", "int8 groups", "int4 groups of 32"])
+def test_a_row_for_several_blocks_of_features(monkeypatch, form):
+    """Three in a program, of which the last has one, and not all of that."""
+    monkeypatch.setattr(quantized_row, "row_tile", lambda *arguments: RowTile(block_n=8, runs=32, warps=1, blocks=3))
+    for normed, gate, added in ((True, "silu", False), (False, None, True)):
+        weight = random_weight(form, 50, 384)
+        x, norm = torch.randn(1, 384, device=DEVICE).half(), torch.rand(384, device=DEVICE).half() if normed else None
+        y = torch.randn(1, 25 if gate else 50, device=DEVICE).half()
+        residual = y.float() if added else None
+        exact_norm = None if norm is None else norm.float()
+        exact = linear_torch(x.float(), weight.dequantize(torch.float32), None, exact_norm, 1e-6, residual, gate)
+        launch_linear(x, weight, None, norm, 1e-6, y, gate, added)
+        assert relative_error(y, exact) < TOLERANCE[torch.float16]
 
 
 @kernel_test

@@ -342,7 +342,7 @@ def launch_row(
     """`launch_linear` of one row in bfloat16 or float16 with a weight in few bits, columns in the order of x."""
     num_features, size = weight.shape
     form, fast, exact = FORMS[weight.codes.dtype]
-    tile = row_tile(num_features, weight.codes.size(1))
+    tile = row_tile(num_features, weight.codes.size(1), weight.bits)
     _one_row_kernel[(triton.cdiv(num_features, tile.blocks * tile.block_n),)](
         x,
         weight.codes.view(torch.int32),

@@ -119,31 +119,29 @@ class LinearBase(Weighted):
         if is_transposed:
             shape = shape[::-1]
             shards = [replace(shard, full_shape=shard.full_shape[::-1], dim=1 - shard.dim) for shard in shards]
-        parameter = self.tp.parameter(*shape, dtype=dtype)
+        return self._add(name, self.tp.parameter(*shape, dtype=dtype), shards)
+
+    def _add(self, name: str, parameter: nn.Parameter, shards: list[Shard]) -> nn.Parameter:
         parameter.shards = shards
         setattr(self, name, parameter)
         return parameter
 
     def add_scalars(self, name: str) -> nn.Parameter:
         """A float32 parameter with a number for each of the matrices, [matrices]; a checkpoint has them one by one."""
-        parameter = self.tp.parameter(len(self.rows), dtype=torch.float32)
-        parameter.shards = [ScalarShard((), 0, 0, index, 1) for index in range(len(self.rows))]
-        setattr(self, name, parameter)
-        return parameter
+        shards = [ScalarShard((), 0, 0, index, 1) for index in range(len(self.rows))]
+        return self._add(name, self.tp.parameter(len(self.rows), dtype=torch.float32), shards)
 
     def add_vectors(self, name: str, dtype: torch.dtype, size: int | None = None) -> nn.Parameter:
-        """A parameter with a vector for each of the matrices, [matrices * size]; None: as long as the rank's rows.
+        """A parameter with a vector for each of the matrices, [matrices * size]; None: an element for each column.
 
         A checkpoint has them one by one; that of several matrices which are one there belongs to each of them.
         """
         part = self.columns if size is None else Part(size, 0, size)
-        parameter = self.tp.parameter(len(self.rows) * part.size, dtype=dtype)
-        parameter.shards = [
+        shards = [
             VectorShard((part.full_size,), 0, part.start, index * part.size, part.size)
             for index in range(len(self.rows))
         ]
-        setattr(self, name, parameter)
-        return parameter
+        return self._add(name, self.tp.parameter(len(self.rows) * part.size, dtype=dtype), shards)
 
 
 class Scheme(Protocol):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from nanovllm.checkpoint.facts import JsonFacts
 from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES, Shard
-from nanovllm.kernels.e4m3 import E4M3, E4M3_MAX
+from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.quantization.groups import DUMMY_SCALES
+from nanovllm.kernels.round_rows import round_rows_torch
+from nanovllm.quantization.groups import DUMMY_SCALES, take
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ class Fp8Blocks:
         layer.add_parameter(self.scale_name, torch.float32, self.block).dummy = DUMMY_SCALE
 
     def finish(self, layer: LinearBase) -> None:
-        codes, scales = layer.weight.data, getattr(layer, self.scale_name).data
-        del layer.weight
-        delattr(layer, self.scale_name)
+        codes, scales = take(layer, "weight"), take(layer, self.scale_name)
         scales, block = join_scales(scales, [part.size for part in layer.rows], self.block)
         layer.weight = QuantizedWeight(codes, scales, block, rounds_input=self.rounds_input)
 
@@ -51,9 +50,8 @@ class Fp8Blocks:
             parameter.dummy = DUMMY_SCALE
 
     def finish_experts(self, layer: Experts) -> None:
-        gate_up, gate_up_scales = layer.gate_up_proj.data, layer.gate_up_proj_scale_inv.data
-        down, down_scales = layer.down_proj.data, layer.down_proj_scale_inv.data
-        del layer.gate_up_proj, layer.gate_up_proj_scale_inv, layer.down_proj, layer.down_proj_scale_inv
+        gate_up, gate_up_scales = take(layer, "gate_up_proj"), take(layer, f"gate_up_proj{EXPERTS_SCALES}")
+        down, down_scales = take(layer, "down_proj"), take(layer, f"down_proj{EXPERTS_SCALES}")
         scales, block = join_scales(gate_up_scales, [gate_up.size(1) // 2] * 2, self.block)
         layer.gate_up_proj = QuantizedWeight(gate_up, scales, block, rounds_input=True)
         layer.down_proj = QuantizedWeight(down, down_scales, self.block, rounds_input=True)
@@ -96,14 +94,11 @@ class Scaled:
             layer.add_scalars("input_scale").dummy = DUMMY_SCALE
 
     def finish(self, layer: LinearBase) -> None:
-        codes, scales = layer.weight.data, layer.weight_scale.data
+        codes, scales = take(layer, "weight"), take(layer, "weight_scale")
         if not self.is_per_row:
             sizes = torch.tensor([part.size for part in layer.rows], device=scales.device)
             scales = scales.repeat_interleave(sizes)[:, None]
-        input_scale = layer.input_scale.data.amax(0, keepdim=True) if self.has_input_scale else None
-        del layer.weight, layer.weight_scale
-        if self.has_input_scale:
-            del layer.input_scale
+        input_scale = take(layer, "input_scale").amax(0, keepdim=True) if self.has_input_scale else None
         block = 1, layer.columns.size
         layer.weight = QuantizedWeight(
             codes, scales.contiguous(), block, rounds_input=self.rounds_input, input_scale=input_scale
@@ -135,16 +130,9 @@ class RoundingShard(Shard):
         numbers = source[(*expert, own if are_rows else slice(None))]
         if are_rows:
             codes, scales = (place.narrow(0, self.offset, self.size) for place in (codes, scales))
-        whole_codes, whole_scales = round_rows(numbers.to(codes.device))
+        whole_codes, whole_scales = round_rows_torch(numbers.to(codes.device), E4M3, group=numbers.size(1))
         codes.copy_(whole_codes if are_rows else whole_codes[:, own])
-        scales.copy_(whole_scales)
-
-
-def round_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row [..., K] to e4m3: the codes, and float32 [..., 1], the scales that make the largest 448."""
-    largest = numbers.abs().amax(-1, keepdim=True).float()
-    scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
-    return (numbers / scales).to(E4M3), scales
+        scales.copy_(whole_scales.t())
 
 
 @dataclass(frozen=True)
@@ -157,8 +145,8 @@ class RoundedFp8:
         parameter.shards = [RoundingShard(**vars(shard), scales=layer.scales) for shard in parameter.shards]
 
     def finish(self, layer: LinearBase) -> None:
-        codes, scales = layer.weight.data, layer.scales
-        del layer.weight, layer.scales
+        codes, scales = take(layer, "weight"), layer.scales
+        del layer.scales
         layer.weight = QuantizedWeight(codes, scales, (1, layer.columns.size), rounds_input=True)
 
     def create_experts(self, layer: Experts) -> None:
@@ -169,9 +157,9 @@ class RoundedFp8:
             layer.scales.append(scales)
 
     def finish_experts(self, layer: Experts) -> None:
-        gate_up, down = layer.gate_up_proj.data, layer.down_proj.data
+        gate_up, down = take(layer, "gate_up_proj"), take(layer, "down_proj")
         gate_up_scales, down_scales = layer.scales
-        del layer.gate_up_proj, layer.down_proj, layer.scales
+        del layer.scales
         layer.gate_up_proj = QuantizedWeight(gate_up, gate_up_scales, (1, gate_up.size(2)), rounds_input=True)
         layer.down_proj = QuantizedWeight(down, down_scales, (1, down.size(2)), rounds_input=True)
 

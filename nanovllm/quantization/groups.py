@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.kernels.quantized_weight import INT4_RUN, QuantizedWeight, pack_int4
 
@@ -134,7 +134,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
 
 
-def take(layer: LinearBase, name: str) -> Tensor:
+def take(layer: nn.Module, name: str) -> Tensor:
     """The data of a parameter, which the layer no longer has."""
     data = getattr(layer, name).data
     delattr(layer, name)
