@@ -185,26 +185,10 @@ def _multiply(words, pairs, FORM: tl.constexpr, ASM: tl.constexpr):
                 else:
                     pair = _halves(pairs[2 * word + index // 2])[index % 2]
                 total += _code(numbers[word], index, FORM) * pair
-    elif FORM == "int4":
-        p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15 = pairs
-        total = tl.inline_asm_elementwise(
-            ASM,
-            "=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
     else:
-        p0, p1, p2, p3, p4, p5, p6, p7 = pairs
-        total = tl.inline_asm_elementwise(
-            ASM,
-            "=f,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, p0, p1, p2, p3, p4, p5, p6, p7],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        CONSTRAINTS: tl.constexpr = "=f,r,r,r,r" + ",r" * len(pairs)
+        operands = (w0, w1, w2, w3) + pairs  # noqa: RUF005 (no unpacking in Triton)
+        total = tl.inline_asm_elementwise(ASM, CONSTRAINTS, operands, dtype=tl.float32, is_pure=True, pack=1)
     return total
 
 
@@ -216,9 +200,10 @@ def _load_values(
     offs = (features // SCALE_ROWS * NUM_SCALES)[None, :]
     if NUM_SCALES > 1:
         offs += (run // SCALE_RUNS)[:, None]
+        values = tl.load(ptr + offs, mask=mask, other=0)
     else:
-        mask = features[None, :] >= 0
-    return tl.load(ptr + offs, mask=mask, other=0).to(tl.float32)
+        values = tl.load(ptr + offs)
+    return values.to(tl.float32)
 
 
 @triton.jit
