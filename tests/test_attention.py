@@ -16,7 +16,7 @@ from kernel_data import DOT_DTYPES, assert_rows_close, ints, paged_inputs
 from nanovllm.kernels import HAS_TRITON, tl, triton
 from nanovllm.kernels.decode_shares import find_work
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
-from nanovllm.kernels.paged_attention_torch import paged_attention_torch
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch, paged_decode_torch
 from nanovllm.layers.attention import Attention, decode_without_host
 from nanovllm.utils.context import Context
 
@@ -164,14 +164,16 @@ def test_the_torch_function_is_its_definition(window, soft_cap, dtype):
 
 
 @plain_test
+@pytest.mark.parametrize("decode", [decode_without_host, paged_decode_torch])
 @pytest.mark.parametrize(("window", "soft_cap"), SCORES)
-def test_decode_without_host(window, soft_cap):
+def test_decodes_at_once(window, soft_cap, decode):
+    """In tensors of fixed shapes, and in some that fit; what nobody sees is NaN."""
     ones = [1] * len(DECODES)
     inputs = [x.cpu() for x in paged_inputs(ones, DECODES, 4, 2, 8, 16, torch.float32, window)]
     q, k_cache, v_cache, tables, lens, _starts = inputs
     expected = paged_attention_torch(*inputs, 0.3, window, soft_cap)
     tables.clamp_(max=len(k_cache) - 1)  # arbitrary where nothing is, but a block
-    o = decode_without_host(q, k_cache, v_cache, tables, lens, 0.3, window, soft_cap)
+    o = decode(q, k_cache, v_cache, tables, lens, 0.3, window, soft_cap)
     assert_rows_close(o, expected, torch.float32)
     assert not o[DECODES.index(0)].any()
 

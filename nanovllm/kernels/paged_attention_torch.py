@@ -97,3 +97,41 @@ def paged_attention_torch(
         o_part = softmax_attention(q[begin:end].transpose(0, 1), k, v, seen, scale, soft_cap)
         o[begin:end] = o_part.transpose(0, 1)
     return o
+
+
+def paged_decode_torch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """`paged_attention_torch` of one query a sequence, q [S, Hq, D], without a step for each of them.
+
+    Sequences are computed together whose keys are up to the same power of two, so that at most half of what is
+    gathered is padding. The query heads that share a KV head are rows that share its keys.
+    """
+    o = torch.zeros_like(q)
+    num_kv_heads, dim = k_cache.shape[2:]
+    block_size = k_cache.size(1)
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(context_lens.tolist()):
+        num_keys = min(length, window) if window else length
+        groups.setdefault(num_keys.bit_length(), []).append(row)
+    groups.pop(0, None)  # no keys: zeros
+    for members in groups.values():
+        rows = torch.tensor(members, device=q.device)
+        lens, tables = context_lens[rows].long(), block_tables[rows]
+        first = (lens - window).clamp(min=0) if window else torch.zeros_like(lens)
+        positions = first[:, None] + torch.arange(int((lens - first).max()), device=q.device)
+        seen = positions < lens[:, None]
+        # What is not seen may be NaN, of a sequence that has failed, and no mask would silence that.
+        positions = torch.where(seen, positions, first[:, None])
+        slots = tables.gather(1, positions // block_size) * block_size + positions % block_size
+        k, v = (cache.view(-1, num_kv_heads, dim)[slots].transpose(1, 2) for cache in (k_cache, v_cache))
+        queries = q[rows].view(len(members), num_kv_heads, -1, dim)
+        o[rows] = softmax_attention(queries, k, v, seen[:, None, None], scale, soft_cap).reshape(len(members), -1, dim)
+    return o

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
-from nanovllm.kernels.paged_attention_torch import paged_attention_torch, softmax_attention
+from nanovllm.kernels.paged_attention_torch import paged_attention_torch, paged_decode_torch, softmax_attention
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
@@ -68,9 +68,15 @@ def attend_torch(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """Plain torch: gathered pages and a softmax; the oracle of the others."""
     caches = layer.k_cache, layer.v_cache
     tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
-    if q.is_cuda and context.num_decodes == len(q):
-        return decode_without_host(q, *caches, tables, lens, layer.scale, layer.window, layer.soft_cap)
-    return paged_attention_torch(q, *caches, tables, lens, starts, layer.scale, layer.window, layer.soft_cap)
+    scores = layer.scale, layer.window, layer.soft_cap
+    decode = decode_without_host if q.is_cuda else paged_decode_torch
+    n = context.num_decodes
+    if n == len(q):
+        return decode(q, *caches, tables, lens, *scores)
+    o = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
+    if n:
+        o[:n] = decode(q[:n], *caches, tables[:n], lens[:n], *scores)
+    return o
 
 
 def decode_without_host(
