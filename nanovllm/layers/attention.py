@@ -69,13 +69,11 @@ def attend_torch(layer: Attention, q: Tensor, context: Context) -> Tensor:
     caches = layer.k_cache, layer.v_cache
     tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
     scores = layer.scale, layer.window, layer.soft_cap
-    decode = decode_without_host if q.is_cuda else paged_decode_torch
     n = context.num_decodes
-    if n == len(q):
-        return decode(q, *caches, tables, lens, *scores)
+    if q.is_cuda and n == len(q):
+        return decode_without_host(q, *caches, tables, lens, *scores)
     o = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
-    if n:
-        o[:n] = decode(q[:n], *caches, tables[:n], lens[:n], *scores)
+    o[:n] = paged_decode_torch(q[:n], *caches, tables[:n], lens[:n], *scores)
     return o
 
 
