@@ -14,7 +14,7 @@ from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, quantized_products, quantized_weight
 from nanovllm.kernels import linear as linear_module
-from nanovllm.kernels.linear import LARGE_WEIGHT, linear
+from nanovllm.kernels.linear import LARGE_WEIGHT_BYTES, linear
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -186,7 +186,7 @@ def test_e4m3_that_kernels_cannot_read(monkeypatch, rows):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("size", [1024, math.isqrt(LARGE_WEIGHT)])
+@pytest.mark.parametrize("size", [1024, math.isqrt(LARGE_WEIGHT_BYTES // 2)])
 def test_a_chain_of_layers_in_a_cuda_graph(size):
     """Kernels that overlap still see what those before them wrote, and overwrite nothing that is still read."""
     layers = [

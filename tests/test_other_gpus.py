@@ -25,10 +25,11 @@ from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.logprobs import top_logprobs
-from nanovllm.kernels.paged_attention import _compiled_for, paged_decode, paged_prefill
+from nanovllm.kernels.paged_attention import compiled_for, paged_decode, paged_prefill
 from nanovllm.kernels.quantized_products import scale_products
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.rope_decode import rope_decode
 from nanovllm.kernels.routing import route
 from nanovllm.kernels.sampling import draw, filter_thresholds
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
@@ -95,7 +96,7 @@ def launch_on(monkeypatch) -> Iterator[Callable[[int, Callable], None]]:
         # So that any tensor goes to the kernels.
         monkeypatch.setattr(nanovllm.kernels, "INTERPRETED", True)
 
-    caches = tuning.gpu_of, _compiled_for
+    caches = tuning.gpu_of, compiled_for
     for cache in caches:
         cache.cache_clear()
     yield start
@@ -151,15 +152,22 @@ def launch_attention(
 
 
 def launch_rope(
-    dtype: torch.dtype, dim: int, heads: int = 16, kv_heads: int = 8, cache_dtype: torch.dtype | None = None
+    dtype: torch.dtype,
+    dim: int,
+    heads: int = 16,
+    kv_heads: int = 8,
+    cache_dtype: torch.dtype | None = None,
+    **scores: float,
 ) -> None:
-    """Of whole heads, and of a part of them."""
+    """Of whole heads, and of a part of them; of several rows, and of one with its attention."""
     norm = empty(dim, dtype=dtype)
     caches = empty(2, 64, 256, kv_heads, dim, dtype=cache_dtype or dtype)
+    tables = empty(1, MAX_MODEL_LEN // 256, dtype=I32)
     qkv, ints = empty(4, (heads + 2 * kv_heads) * dim, dtype=dtype), empty(4, dtype=I32)
     for rotary_dim in (dim, dim // 4 * 2):
         cos_sin = empty(MAX_MODEL_LEN, rotary_dim, dtype=F32)
         rope_store_kvcache(qkv, cos_sin, ints, ints, *caches, norm, norm, 1e-6)
+        rope_decode(qkv[:1], cos_sin, ints, ints, *caches, norm, norm, 1e-6, tables, ints, ints, 0.1, **scores)
 
 
 def launch_linear(dtype: torch.dtype, rows: int) -> None:

@@ -201,7 +201,7 @@ def _prefill_kernel(
 
 
 @functools.cache
-def _compiled_for(
+def compiled_for(
     num_heads: int,
     cache_shape: torch.Size,
     dtype: torch.dtype,
@@ -228,7 +228,7 @@ def _compiled_for(
     }
 
 
-def _kernel_scales(k_cache: Tensor, scale: float, k_scale: float, v_scale: float) -> tuple[float, float | None]:
+def kernel_scales(k_cache: Tensor, scale: float, k_scale: float, v_scale: float) -> tuple[float, float | None]:
     """The scale of scores, in base 2, and that of values, None if the cache is not FP8."""
     if k_cache.dtype != E4M3:
         return scale * LOG2_E, None
@@ -287,11 +287,11 @@ def paged_decode(
         block_tables,
         block_tables.stride(0),
         context_lens,
-        *_kernel_scales(k_cache, scale, k_scale, v_scale),
+        *kernel_scales(k_cache, scale, k_scale, v_scale),
         batch_size,
         num_big,
         ROWS_PAD=max(256, triton.next_power_of_2(batch_size)),
-        **_compiled_for(
+        **compiled_for(
             num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, num_small > 0, k_cache.dtype == E4M3
         ),
         **pdl_options(q.device),
@@ -335,11 +335,11 @@ def paged_prefill(
         block_tables,
         block_tables.stride(0),
         context_lens,
-        *_kernel_scales(k_cache, scale, k_scale, v_scale),
+        *kernel_scales(k_cache, scale, k_scale, v_scale),
         cu_seqlens_q,
         num_seqs,
         BLOCK_M=block_m,
         SEQS_PAD=max(512, triton.next_power_of_2(num_seqs)),
-        **_compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=is_fp8),
+        **compiled_for(num_heads, k_cache.shape, q.dtype, q.device, window, soft_cap, is_fp8=is_fp8),
     )
     return o

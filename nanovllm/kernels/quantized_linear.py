@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton
 from nanovllm.kernels.activation import Gate
-from nanovllm.kernels.linear_rows import finish_rows, store_rows
+from nanovllm.kernels.linear_rows import finish_rows, load_addends, store_rows
 from nanovllm.kernels.quantized_weight import INT4_RUN, QuantizedWeight
-from nanovllm.kernels.tuning import LARGE_WEIGHT, quantized_tile
+from nanovllm.kernels.tuning import LARGE_WEIGHT_BYTES, quantized_tile
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
 RUN = tl.constexpr(INT4_RUN)
@@ -118,6 +118,8 @@ def _few_rows_kernel(
     mask_w = mask_n[None, :, None]
     next_codes = tl.load(codes_ptr, mask=mask_w & (k < K), other=0.0)
     pdl_wait(PDL, LAUNCH=not IS_LATE)
+    block = tl.program_id(0)
+    addends = load_addends(block, features, bias_ptr, y_ptr, y_stride, rows, N, BLOCK_M, GATE, ADDED)
     x_ptr += m[None, :, None] * x_stride
     mask_m = (m < rows)[None, :, None]
     acc = tl.zeros((PARTS, BLOCK_M, BLOCK_N), tl.float32)
@@ -150,7 +152,7 @@ def _few_rows_kernel(
     y = tl.sum(acc, 0)
     if norm_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    finish_rows(y, tl.program_id(0), features, bias_ptr, y_ptr, y_stride, rows, N, destination, GATE, ADDED, STORE)
+    finish_rows(y, addends, block, y_ptr, y_stride, rows, N, destination, GATE, STORE)
 
 
 def launch_quantized_linear(
@@ -190,7 +192,7 @@ def launch_quantized_linear(
         GATE=gate,
         ADDED=is_added,
         STORE=store,
-        IS_LATE=weight.codes.nbytes >= 2 * LARGE_WEIGHT,
+        IS_LATE=weight.codes.nbytes >= LARGE_WEIGHT_BYTES,
         BLOCK_M=triton.next_power_of_2(rows),
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -13,9 +13,9 @@ from torch import Tensor
 from nanovllm.kernels import INTERPRETED, pdl_options, pdl_wait, tl, triton
 from nanovllm.kernels.activation import Gate
 from nanovllm.kernels.e4m3 import E4M3
-from nanovllm.kernels.linear_rows import finish_rows
+from nanovllm.kernels.linear_rows import finish_rows, load_addends
 from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.kernels.tuning import row_tile
+from nanovllm.kernels.tuning import LARGE_WEIGHT_BYTES, row_tile
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -231,6 +231,7 @@ def _one_row_kernel(
     BLOCK_N: tl.constexpr,
     IS_RAGGED: tl.constexpr,
     RUNS: tl.constexpr,
+    IS_LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCKS times BLOCK_N features, by one program, RUNS runs of codes at a time: all of a row if BLOCKS is not 1."""
@@ -254,7 +255,10 @@ def _one_row_kernel(
                 if norm_ptr is not None:
                     norm = tl.load(norm_ptr + start * PER_RUN + k, mask=mask[:, None, None], other=0.0)
                 if start == 0:
-                    pdl_wait(PDL, LAUNCH=False)
+                    pdl_wait(PDL, LAUNCH=not IS_LATE)
+            if start == 0:
+                addends = load_addends(first + block, features, bias_ptr, y_ptr, 0, 1, N, 1, GATE, ADDED)
+            if block == 0:
                 x = tl.load(x_ptr + start * PER_RUN + k, mask=mask[:, None, None], other=0.0).to(tl.float32)
                 if norm_ptr is not None:
                     squares += tl.sum(tl.sum(x * x, 2), 1)
@@ -273,17 +277,16 @@ def _one_row_kernel(
             if start + RUNS < NUM_RUNS:
                 left = (runs < NUM_RUNS - start - RUNS)[:, None, None]
                 words = tl.load(row_ptr + (start + RUNS) * 4, mask=left, other=0)
-        done = features
         if block + 1 < BLOCKS:
             features = _features(first + block + 1, N, BLOCK_N, GATE, IS_RAGGED)
             row_ptr = words_ptr + features.to(tl.int64)[None, :, None] * (4 * NUM_RUNS)
             words = tl.load(row_ptr, mask=(runs < NUM_RUNS)[:, None, None], other=0)
-        elif PDL:
+        elif PDL and IS_LATE:
             tl.extra.cuda.gdc_launch_dependents()
         y = tl.sum(acc, 0)
         if norm_ptr is not None:
             y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        finish_rows(y[None, :], first + block, done, bias_ptr, y_ptr, 0, 1, N, destination, GATE, ADDED, STORE)
+        finish_rows(y[None, :], addends, first + block, y_ptr, 0, 1, N, destination, GATE, STORE)
 
 
 @triton.jit
@@ -352,6 +355,7 @@ def launch_row(
         BLOCK_N=tile.block_n,
         IS_RAGGED=num_features % (tile.blocks * tile.block_n) != 0,
         RUNS=tile.runs,
+        IS_LATE=weight.codes.nbytes >= LARGE_WEIGHT_BYTES,
         num_warps=tile.warps,
         **pdl_options(x.device),
     )

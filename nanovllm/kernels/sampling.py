@@ -27,8 +27,13 @@ BEST_WARPS = 8
 SEARCH_BLOCK = tl.constexpr(4096)  # logits that the bisection reads at once
 SEARCH_WARPS = 16
 DRAW_BLOCK = tl.constexpr(2048)  # logits that a program of the draw reads at once
-DRAW_PART = tl.constexpr(8 * 2048)  # logits of one program
 DRAW_WARPS = 8
+
+
+def draw_part(batch_size: int) -> int:
+    """Logits of one program of the draw: of few rows few, to have many programs. One row: 4 us, else 14."""
+    return DRAW_BLOCK.value if batch_size <= 8 else 8 * DRAW_BLOCK.value
+
 
 # Numbers of float32.
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that differences to it are numbers
@@ -229,10 +234,12 @@ def _gumbel2(seed, position, token_ids):
 
 
 @triton.jit
-def _draw_kernel(logits_ptr, rows_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, packed_ptr, size, start):
-    """The best of DRAW_PART logits of a row, offered to `packed_ptr`."""
+def _draw_kernel(
+    logits_ptr, rows_ptr, temperature_ptr, seed_ptr, position_ptr, low_ptr, packed_ptr, size, start, PART: tl.constexpr
+):
+    """The best of PART logits of a row, offered to `packed_ptr`."""
     row = tl.program_id(0)
-    begin = tl.program_id(1) * DRAW_PART
+    begin = tl.program_id(1) * PART
     request = tl.load(rows_ptr + row)
     temperature = tl.load(temperature_ptr + request)
     seed = tl.load(seed_ptr + request)
@@ -243,7 +250,7 @@ def _draw_kernel(logits_ptr, rows_ptr, temperature_ptr, seed_ptr, position_ptr, 
     scale = tl.maximum(LOG2_E / temperature, SMALLEST_NORMAL)
     best = tl.full((DRAW_BLOCK,), float("-inf"), tl.float32)
     best_ids = begin + tl.arange(0, DRAW_BLOCK)
-    for offset in range(begin, begin + DRAW_PART, DRAW_BLOCK):
+    for offset in range(begin, begin + PART, DRAW_BLOCK):
         ids = offset + tl.arange(0, DRAW_BLOCK)
         scores = tl.load(logits_ptr + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
         scores = tl.where(scores < low, float("-inf"), scores)
@@ -275,9 +282,9 @@ def draw(
     """
     batch_size, vocab_size = logits.shape
     packed = torch.full((batch_size,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=logits.device)
-    grid = batch_size, triton.cdiv(vocab_size, DRAW_PART.value)
-    _draw_kernel[grid](
-        logits, rows, temperature, seeds, positions, low, packed, vocab_size, start, num_warps=DRAW_WARPS
+    part = draw_part(batch_size)
+    _draw_kernel[batch_size, triton.cdiv(vocab_size, part)](
+        logits, rows, temperature, seeds, positions, low, packed, vocab_size, start, PART=part, num_warps=DRAW_WARPS
     )
     return packed
 

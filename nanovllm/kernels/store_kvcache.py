@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202 (Triton types the arguments of its kernels itself)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton types the arguments of its kernels itself)
 """From the fused QKV projection to a rotated query and a KV cache that holds this step's keys and values.
 
 One kernel does per-head RMSNorm (Qwen3), the rotary embedding and the scattered store, so that q, k and v cross the
@@ -11,78 +11,16 @@ from torch import Tensor
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.e4m3 import E4M3, E4M3_MAX
 from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.kernels.rotation import load_heads, load_turn, rotate
 
 
 @triton.jit
-def _load_pairs(x_ptr, HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
-    """The pairs that the rotation turns of the heads at x_ptr, in float32; the first ones' offsets, and so on.
-
-    Dimension i is paired with i + ROTARY_DIM / 2. The dimensions that do not rotate are paired likewise among
-    themselves, behind: they are normalised and stored with the others.
-
-    Returns:
-        first and second, the offsets of the first, how far behind them the second are, the mask of both.
-    """
-    heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
-    pair = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
-    mask = (heads < HEADS) & (pair < DIM // 2)
-    if ROTARY_DIM == DIM:
-        offs = heads * DIM + pair
-        apart = DIM // 2
-    else:
-        rotates = pair < ROTARY_DIM // 2
-        offs = heads * DIM + pair + tl.where(rotates, 0, ROTARY_DIM // 2)
-        apart = tl.where(rotates, ROTARY_DIM // 2, (DIM - ROTARY_DIM) // 2)
-    a = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + offs + apart, mask=mask, other=0.0).to(tl.float32)
-    return a, b, offs, apart, mask
-
-
-@triton.jit
-def _load_turns(row_ptr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
-    """Cosine and sine for each pair of `_load_pairs`: 1 and 0 where nothing rotates."""
-    pair = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
-    mask = pair < ROTARY_DIM // 2
-    # In a head that rotates as a whole nobody reads what is masked, and the zeros of the sines can be had for nothing.
-    cos = tl.load(row_ptr + pair, mask=mask, other=1.0 if ROTARY_DIM < DIM else 0.0)
-    sin = tl.load(row_ptr + pair + ROTARY_DIM // 2, mask=mask, other=0.0)
-    return cos, sin
-
-
-@triton.jit
-def _quantised(x, inverse_scale, MAX: tl.constexpr):
+def stored(x, inverse_scale, MAX: tl.constexpr):
     """What of x goes into a cache: x itself if there is no scale; NaN stays NaN."""
     if inverse_scale is not None:
         x = tl.clamp(x.to(tl.float32) * inverse_scale, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
         x = x.to(tl.float8e4nv)
     return x
-
-
-@triton.jit
-def _norm_rope_store(
-    a,
-    b,
-    offs,
-    apart,
-    mask,
-    norm_ptr,
-    eps,
-    cos,
-    sin,
-    out_ptr,
-    inverse_scale,
-    DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    MAX: tl.constexpr,
-):
-    """Normalise, rotate and write to out_ptr what `_load_pairs` gave, see `_quantised`."""
-    if norm_ptr is not None:
-        rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / DIM + eps)[:, None]
-        norm_a, norm_b, _, _, _ = _load_pairs(norm_ptr, 1, DIM, ROTARY_DIM)
-        a *= rstd * norm_a
-        b *= rstd * norm_b
-    tl.store(out_ptr + offs, _quantised(a * cos - b * sin, inverse_scale, MAX), mask=mask)
-    tl.store(out_ptr + offs + apart, _quantised(b * cos + a * sin, inverse_scale, MAX), mask=mask)
 
 
 @triton.jit
@@ -108,27 +46,30 @@ def _rope_store_kernel(
     PDL: tl.constexpr,
 ):
     """Arguments of `rope_store_kvcache`; a program has one row."""
+    NORMED: tl.constexpr = q_norm_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    cos, sin = _load_turns(cos_sin_ptr + tl.load(positions_ptr + row).to(tl.int64) * ROTARY_DIM, DIM, ROTARY_DIM)
+    cos_sin_ptr += tl.load(positions_ptr + row).to(tl.int64) * ROTARY_DIM
+    q_turn = load_turn(cos_sin_ptr, q_norm_ptr, DIM, ROTARY_DIM)
+    k_turn = load_turn(cos_sin_ptr, k_norm_ptr, DIM, ROTARY_DIM)
+    q_heads = tl.arange(0, triton.next_power_of_2(Q_HEADS))[:, None]
+    k_heads = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]
+    dims = tl.arange(0, max(16, triton.next_power_of_2(DIM)))[None, :]
+    q_mask, k_mask = (q_heads < Q_HEADS) & (dims < DIM), (k_heads < KV_HEADS) & (dims < DIM)
+    q_offs, k_offs = q_heads * DIM + dims, k_heads * DIM + dims
     pdl_wait(PDL)
     # All loads come before the first store: the compiler cannot know that they do not overlap.
-    q = qkv_ptr + row * qkv_stride
-    k = q + Q_HEADS * DIM
-    q_a, q_b, q_offs, q_apart, q_mask = _load_pairs(q, Q_HEADS, DIM, ROTARY_DIM)
-    k_a, k_b, k_offs, k_apart, k_mask = _load_pairs(k, KV_HEADS, DIM, ROTARY_DIM)
-    v_offs = tl.arange(0, triton.next_power_of_2(KV_HEADS * DIM))
-    v_mask = v_offs < KV_HEADS * DIM
-    v = tl.load(k + KV_HEADS * DIM + v_offs, mask=v_mask)
-    q_out = q_ptr + row * (Q_HEADS * DIM)
-    _norm_rope_store(q_a, q_b, q_offs, q_apart, q_mask, q_norm_ptr, eps, cos, sin, q_out, None, DIM, ROTARY_DIM, MAX)
+    q_in = qkv_ptr + row * qkv_stride
+    k_in = q_in + Q_HEADS * DIM
+    q = load_heads(q_in, q_heads, Q_HEADS, DIM, ROTARY_DIM)
+    k = load_heads(k_in, k_heads, KV_HEADS, DIM, ROTARY_DIM)
+    v = tl.load(k_in + KV_HEADS * DIM + k_offs, mask=k_mask)
+    q, k = rotate(q, q_turn, eps, NORMED, DIM), rotate(k, k_turn, eps, NORMED, DIM)
+    tl.store(q_ptr + row * (Q_HEADS * DIM) + q_offs, q, mask=q_mask)
     if slot >= 0:
         before = slot * (KV_HEADS * DIM)
-        k_out = k_cache_ptr + before
-        _norm_rope_store(
-            k_a, k_b, k_offs, k_apart, k_mask, k_norm_ptr, eps, cos, sin, k_out, k_inverse_scale, DIM, ROTARY_DIM, MAX
-        )
-        tl.store(v_cache_ptr + before + v_offs, _quantised(v, v_inverse_scale, MAX), mask=v_mask)
+        tl.store(k_cache_ptr + before + k_offs, stored(k, k_inverse_scale, MAX), mask=k_mask)
+        tl.store(v_cache_ptr + before + k_offs, stored(v, v_inverse_scale, MAX), mask=k_mask)
 
 
 def rope_store_kvcache_torch(
@@ -156,10 +97,10 @@ def rope_store_kvcache_torch(
         a, b, rest = x.tensor_split((pairs, 2 * pairs), dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
-    stored = slot_mapping >= 0
-    slots = slot_mapping[stored].long()
-    k_cache.view(-1, kv_heads, dim)[slots] = quantised(norm_rope(k, k_norm)[stored], k_scale, k_cache.dtype)
-    v_cache.view(-1, kv_heads, dim)[slots] = quantised(v[stored], v_scale, v_cache.dtype)
+    has_slot = slot_mapping >= 0
+    slots = slot_mapping[has_slot].long()
+    k_cache.view(-1, kv_heads, dim)[slots] = quantised(norm_rope(k, k_norm)[has_slot], k_scale, k_cache.dtype)
+    v_cache.view(-1, kv_heads, dim)[slots] = quantised(v[has_slot], v_scale, v_cache.dtype)
     return norm_rope(q, q_norm).to(qkv.dtype)
 
 

@@ -37,10 +37,10 @@ def gpu_of(device: torch.device) -> Gpu:
 # Rows up to which the kernel beats the matrix product of the library; 0 turns it off.
 SMALL_BATCH = 8
 
-# From this many weights on, programs of the next kernel are in the way of this one's loads: they start when those are
-# done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532. It makes no
-# difference before Hopper, where no kernel starts early.
-LARGE_WEIGHT = 2**23
+# From this many bytes of a weight on, programs of the next kernel are in the way of this one's loads: they start when
+# those are done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532. It
+# makes no difference before Hopper, where no kernel starts early.
+LARGE_WEIGHT_BYTES = 2**24
 
 # BLOCK_N, BLOCK_K and warps for 1, up to 4 and more rows, and for up to 2,048, 4,096, 8,192 and more features: the
 # fastest with the shapes of Qwen3-0.6B and 8B. Few features make few programs: each has many warps, to have all of its
@@ -190,6 +190,21 @@ def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
         return 2 * gpu.num_sms, 0
     num_programs = (3 if gpu.shared_memory > 200 * 1024 else 2) * gpu.num_sms
     return num_programs, num_programs
+
+
+# Of `rope_decode`: twice as many as of the others, for with few rows all of a program is the wait for its end. One
+# request of 128 tokens on Qwen3-0.6B 579 us a token, with four warps 628; on 8B in FP8 2,346, with four 2,398.
+ROPE_DECODE_WARPS = 8
+
+# Parts of a (row, KV head) pair from which on `rope_decode` is the faster. A step in us, without / with it: a request
+# of 128 tokens on Qwen3-0.6B 612 / 581, two 726 / 680, four 779 / 769, but four of 2,000 tokens 1,042 / 1,089. Long
+# contexts are not what it is made for: one of 16,000 tokens 1,143 / 1,220, but on 8B in 4 bits 2,988 / 2,693.
+MIN_ROPE_DECODE_SPLITS = 8
+
+
+def rope_decode_splits(units: int, gpu: Gpu) -> int:
+    """Into how many parts `rope_decode` cuts the keys of each of so many (row, KV head) pairs: a power of two."""
+    return min(16, 2 ** (max(1, gpu.num_sms // units).bit_length() - 1))
 
 
 # ---- mixtures of experts, kernels/routing.py, experts.py and few_experts.py -----------------------------------------

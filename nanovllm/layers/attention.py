@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
 from nanovllm.kernels.paged_attention_torch import paged_attention_torch, paged_decode_torch, softmax_attention
+from nanovllm.kernels.rope_decode import rope_decode, takes_rope_decode
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.utils.context import Context
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self, qkv: Tensor, positions: Tensor, context: Context, q_norm: RMSNorm | None, k_norm: RMSNorm | None
     ) -> Tensor:
         """qkv [N, (heads + 2 * kv_heads) * head_dim] -> [N, heads * head_dim]; norms act on each head."""
-        q = rope_store_kvcache(
+        rotation = (
             qkv,
             self.rotary_table,
             positions,
@@ -58,9 +59,13 @@ class Attention(nn.Module):
             q_norm.weight if q_norm else None,
             k_norm.weight if k_norm else None,
             q_norm.eps if q_norm else 0.0,
-            self.k_scale,
-            self.v_scale,
         )
+        all_decode = context.num_decodes == len(qkv)
+        if self.attend is attend_triton and all_decode and takes_rope_decode(qkv, self.k_cache.size(2)):
+            tables, lens, semaphores = context.block_tables, context.context_lens, self.semaphores
+            scores = self.scale, self.window, self.soft_cap, self.k_scale, self.v_scale
+            return rope_decode(*rotation, tables, lens, semaphores, *scores).flatten(1)
+        q = rope_store_kvcache(*rotation, self.k_scale, self.v_scale)
         return self.attend(self, q, context).flatten(1)
 
 
