@@ -135,7 +135,7 @@ def test_one_bad_prompt_refuses_the_list(unharmed, prompt, error, match):
         unharmed.add_request(prompt, GREEDY)
 
 
-@pytest.mark.parametrize("prompts", [None, 7, 1.5, {"prompt": [1, 2]}, iter([[1, 2]])], ids=str)
+@pytest.mark.parametrize("prompts", [None, 7, 1.5, {"prompt": [1, 2]}, iter([[1, 2]])])
 def test_prompts_of_another_type(unharmed, prompts):
     with pytest.raises(TypeError, match="prompt"):
         unharmed.generate(prompts, GREEDY, use_tqdm=False)

@@ -415,7 +415,6 @@ def test_overridden_facts(tmp_path, raw, overrides, facts):
         ([("a", 1)], TypeError, "hf_overrides must be a dict"),
         ({1: 2}, TypeError, "hf_overrides must be a dict.*1"),
     ],
-    ids=str,
 )
 def test_bad_overrides(config, overrides, error, match):
     with pytest.raises(error, match=match):
