@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none; where there is, they all are for one of pytest-xdist's processes."""
+    """Skips tests marked `gpu` where there is none; else one of pytest-xdist's processes gets them all."""
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue

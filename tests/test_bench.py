@@ -147,6 +147,7 @@ def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
     [
         (None, None, 2, 0, 1, False),
         (None, "fp8", 1, 4, None, True),
+        (None, "int8", 1, 4, None, False),
         ("fp8-block", None, 1, 4, 128**2, True),
         ("int8", None, 1, 4, None, True),
         ("int4", None, 0.5, 2, 128, False),

@@ -246,7 +246,7 @@ def test_vllm_names_of_attention_backends(config):
 def test_quantization(config, folder):
     """A method's name, which a quantised checkpoint tells by itself, and which may then be given too."""
     assert config().quantization is None
-    assert config(quantization="fp8").quantization == "fp8"
+    assert [config(quantization=name).quantization for name in ("fp8", "int8")] == ["fp8", "int8"]
     quantised = folder(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     for given in (None, "fp8"):
         made = config(quantised, load_format="dummy", quantization=given)
@@ -260,7 +260,11 @@ def test_quantization(config, folder):
         (True, TypeError, "quantization.*True"),
         ({"quant_method": "fp8"}, TypeError, "quantization.*quant_method"),
         ("", ValueError, "quantization.*''"),
-        ("int3", ValueError, r"quantization='int3'.*only fp8 can be made of a checkpoint without quantization_config"),
+        (
+            "int3",
+            ValueError,
+            r"quantization='int3'.*only fp8, int8 can be made of a checkpoint without quantization_config",
+        ),
     ],
     ids=str,
 )

@@ -485,7 +485,7 @@ def test_quantization(made):
     assert config.quantization is None and config.quantization_method is None
     with pytest.raises(ValueError, match=r"quantization='gguf' contradicts model='.*', which is no GGUF file"):
         create(checkpoint.path, quantization="gguf")
-    with pytest.raises(ValueError, match=r"quantization='awq': only fp8 can be made .*model\.gguf\)"):
+    with pytest.raises(ValueError, match=r"quantization='awq': only fp8, int8 can be made .*model\.gguf\)"):
         create(path, quantization="awq")
 
 

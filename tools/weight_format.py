@@ -41,6 +41,8 @@ def weight_format(config: ModelConfig, quantization: str | None) -> WeightFormat
     if method == "fp8":
         group = 128 * 128 if facts.get("weight_block_size") else None
         return WeightFormat(8, group, group_bytes=4, in_8_bits=True)
+    if method == "int8":
+        return WeightFormat(8, None, group_bytes=4, in_8_bits=False)
     if method in ("gptq", "awq"):
         has_zeros = facts.get("zero_point", True) if method == "awq" else not facts.get("sym", True)
         bits = facts.get("bits") or facts.get("w_bit", 4)  # older names of AWQ's come second

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton, use_triton
 from nanovllm.kernels.activation import GATES, Gate
+from nanovllm.kernels.cpu_products import CpuWeight
 from nanovllm.kernels.linear_rows import finish_rows, load_addends, store_rows
 from nanovllm.kernels.quantized_linear import launch_quantized_linear
 from nanovllm.kernels.quantized_products import linear_quantized
@@ -92,7 +93,7 @@ def _linear_kernel(
 
 def linear_torch(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Tensor | QuantizedWeight | CpuWeight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -107,9 +108,13 @@ def linear_torch(
         weight = weight.dequantize(x.dtype)
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    if residual is not None and bias is None and gate is None:
+    if isinstance(weight, CpuWeight):
+        y = weight.multiply(x)
+        y = y if bias is None else y.add_(bias)
+    elif residual is not None and bias is None and gate is None:
         return residual.addmm_(x, weight.t())
-    y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    else:
+        y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if gate is not None:
         y = GATES[gate](y)
     return y if residual is None else residual.add_(y)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import ScalarShard, Shard, VectorShard
 from nanovllm.kernels.activation import Gate
+from nanovllm.kernels.cpu_products import CpuWeight, for_cpu
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.layers.layernorm import Normalised
@@ -76,7 +77,7 @@ class Weighted(nn.Module):
 class LinearBase(Weighted):
     """A linear layer: of one or more matrices, one behind the other, the rank has some `rows` and some `columns`."""
 
-    weight: Tensor | QuantizedWeight
+    weight: Tensor | QuantizedWeight | CpuWeight
 
     def __init__(self, rows: list[Part], columns: Part, tp: TensorParallel) -> None:
         super().__init__()
@@ -89,6 +90,8 @@ class LinearBase(Weighted):
 
     def finish_weights(self) -> None:
         self.scheme.finish(self)
+        if self.tp.device.type == "cpu" and isinstance(self.weight, QuantizedWeight):
+            self.weight = for_cpu(self.weight, self.tp.dtype)
 
     def add_parameter(
         self, name: str, dtype: torch.dtype, block: tuple[int, int] = (1, 1), is_transposed: bool = False

@@ -17,8 +17,9 @@ from nanovllm.checkpoint.loader import spellings_of
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.quantization.awq import Awq
 from nanovllm.quantization.compressed_tensors import CompressedTensors
-from nanovllm.quantization.fp8 import Fp8, OnlineFp8
+from nanovllm.quantization.fp8 import Fp8
 from nanovllm.quantization.gptq import Gptq
+from nanovllm.quantization.online import ONLINE_METHODS
 
 if TYPE_CHECKING:  # layers are made of options, which are read here
     from nanovllm.config import Config
@@ -40,9 +41,6 @@ class Method(Protocol):
 
 METHODS: dict[str, type[Method]] = {"fp8": Fp8, "awq": Awq, "gptq": Gptq, "compressed-tensors": CompressedTensors}
 OTHER_NAMES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}  # vLLM's, of kernels that it computes with
-ONLINE_METHODS: dict[str, type[Method]] = {  # of plain checkpoints, while they are loaded
-    "fp8": OnlineFp8
-}
 
 
 def read_method(option: str | None, quantization_config: dict[str, Any] | None, path: str) -> Method | None:
@@ -57,7 +55,7 @@ def read_method(option: str | None, quantization_config: dict[str, Any] | None, 
         if option not in ONLINE_METHODS:
             known = f"only {', '.join(ONLINE_METHODS)} can be made of a checkpoint without quantization_config"
             raise ValueError(f"quantization={option!r}: {known} ({path})")
-        return ONLINE_METHODS[option](JsonFacts(path, {}))
+        return ONLINE_METHODS[option]
     facts = JsonFacts(f"quantization_config of {path}", quantization_config)
     name = quantization_config.get("quant_method")
     if name not in METHODS:

@@ -1,4 +1,4 @@
-"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it, and plain ones rounded when loaded.
+"""8-bit floating point, e4m3 (arXiv 2209.05433): checkpoints that have it.
 
 Qwen's and DeepSeek's (arXiv 2412.19437, section 3.3) have a scale for each block of 128 x 128 weights, others one for
 each row or for the whole matrix.
@@ -7,16 +7,15 @@ each row or for the whole matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovllm.checkpoint.facts import JsonFacts
-from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES, Shard
+from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES
 from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.kernels.round_rows import round_rows_torch
 from nanovllm.quantization.groups import DUMMY_SCALES, take
 from nanovllm.quantization.names import is_listed, names_of
 
@@ -103,75 +102,6 @@ class Scaled:
         layer.weight = QuantizedWeight(
             codes, scales.contiguous(), block, rounds_input=self.rounds_input, input_scale=input_scale
         )
-
-
-@dataclass(frozen=True)
-class RoundingShard(Shard):
-    """Rows of a plain matrix that are rounded to e4m3 when they are copied, with a scale for each, in `scales`."""
-
-    is_copied: ClassVar[bool] = False
-
-    scales: Tensor | None = None
-
-    def copy(self, source: Any, parameter: nn.Parameter) -> None:
-        """Of columns, too, the scales are those of whole rows, so that the number of ranks changes no result."""
-        if self.expert is not None:
-            self._copy(source, (), parameter.data[self.expert], self.scales[self.expert])
-        elif parameter.dim() == 3:  # one tensor has all experts, which are read one by one
-            for expert, (codes, scales) in enumerate(zip(parameter.data, self.scales, strict=True)):
-                self._copy(source, (expert,), codes, scales)
-        else:
-            self._copy(source, (), parameter.data, self.scales)
-
-    def _copy(self, source: Any, expert: tuple[int, ...], codes: Tensor, scales: Tensor) -> None:
-        """Fills a part of codes [N, K] and scales [N, 1]; expert: the index of the matrix in the tensor."""
-        own = slice(self.start, self.start + self.size)
-        are_rows = self.dim == len(self.full_shape) - 2
-        numbers = source[(*expert, own if are_rows else slice(None))]
-        if are_rows:
-            codes, scales = (place.narrow(0, self.offset, self.size) for place in (codes, scales))
-        whole_codes, whole_scales = round_rows_torch(numbers.to(codes.device), E4M3, group=numbers.size(1))
-        codes.copy_(whole_codes if are_rows else whole_codes[:, own])
-        scales.copy_(whole_scales.t())
-
-
-@dataclass(frozen=True)
-class RoundedFp8:
-    """A plain matrix, each row of it rounded while it is loaded, so that no more than a tensor is there in 16 bits."""
-
-    def create(self, layer: LinearBase) -> None:
-        parameter = layer.add_parameter("weight", E4M3)
-        layer.scales = torch.full((len(parameter), 1), DUMMY_SCALE, device=parameter.device)
-        parameter.shards = [RoundingShard(**vars(shard), scales=layer.scales) for shard in parameter.shards]
-
-    def finish(self, layer: LinearBase) -> None:
-        codes, scales = take(layer, "weight"), layer.scales
-        del layer.scales
-        layer.weight = QuantizedWeight(codes, scales, (1, layer.columns.size), rounds_input=True)
-
-    def create_experts(self, layer: Experts) -> None:
-        layer.scales = []
-        for parameter in layer.add_parameters("", E4M3):
-            scales = torch.full((*parameter.shape[:2], 1), DUMMY_SCALE, device=parameter.device)
-            parameter.shards = [RoundingShard(**vars(shard), scales=scales) for shard in parameter.shards]
-            layer.scales.append(scales)
-
-    def finish_experts(self, layer: Experts) -> None:
-        gate_up, down = take(layer, "gate_up_proj"), take(layer, "down_proj")
-        gate_up_scales, down_scales = layer.scales
-        del layer.scales
-        layer.gate_up_proj = QuantizedWeight(gate_up, gate_up_scales, (1, gate_up.size(2)), rounds_input=True)
-        layer.down_proj = QuantizedWeight(down, down_scales, (1, down.size(2)), rounds_input=True)
-
-
-class OnlineFp8:
-    """`quantization="fp8"` of a plain checkpoint: all layers but the head, with a scale for each row."""
-
-    def __init__(self, facts: JsonFacts) -> None:
-        """There is nothing to read."""
-
-    def scheme_of(self, names: list[str]) -> RoundedFp8:
-        return RoundedFp8()
 
 
 class Fp8:
