@@ -17,6 +17,7 @@ from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
 from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.quantization import Method, read_method
+from nanovllm.quantization.gguf import Gguf
 from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
@@ -146,14 +147,7 @@ class Config:
             raise ValueError(
                 f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
             )
-        if self.quantization == "gguf":  # vLLM's name of what is a format of files here, whose weights become plain
-            if not is_gguf(self.model):
-                raise ValueError(f"quantization='gguf' contradicts model={self.model!r}, which is no GGUF file")
-            self.quantization = None
-        stored, path = self.model_config.quantization_config, self.config_folder
-        path = path if is_gguf(path) else f"{path}/config.json"
-        self.quantization_method = read_method(self.quantization, stored, path)
-        self.quantization = stored.get("quant_method", self.quantization)
+        self._resolve_quantization()
         if self.dtype == "auto":
             self.dtype = self.model_config.dtype
             if self.dtype not in DTYPES:
@@ -241,6 +235,20 @@ class Config:
             self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
         if self.generation_config not in ("auto", "vllm"):
             self.generation_config = find_generation_config(self.generation_config, **hub)
+
+    def _resolve_quantization(self) -> None:
+        """Finds the method by which weights are stored, or are to be."""
+        if self.quantization == "gguf":
+            if not is_gguf(self.model):
+                raise ValueError(f"quantization='gguf' contradicts model={self.model!r}, which is no GGUF file")
+            if self.device == "cpu":
+                self.quantization_method = Gguf(self.model)
+                return
+            self.quantization = None
+        stored, path = self.model_config.quantization_config, self.config_folder
+        path = path if is_gguf(path) else f"{path}/config.json"
+        self.quantization_method = read_method(self.quantization, stored, path)
+        self.quantization = stored.get("quant_method", self.quantization)
 
     def _resolve_backends(self) -> None:
         is_flash = self.attention_backend == "flash_attn"

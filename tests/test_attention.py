@@ -16,7 +16,7 @@ from kernel_data import DOT_DTYPES, assert_rows_close, ints, paged_inputs
 from nanovllm.kernels import HAS_TRITON, tl, triton
 from nanovllm.kernels.decode_shares import find_work
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
-from nanovllm.kernels.paged_attention_torch import paged_attention_torch, paged_decode_torch
+from nanovllm.kernels.paged_attention_torch import group_decodes, paged_attention_torch, paged_decode_torch
 from nanovllm.layers.attention import Attention, decode_without_host
 from nanovllm.utils.context import Context
 
@@ -98,6 +98,7 @@ def attend(backend, decodes, prompts, layer_options):
         cu_seqlens_k=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
         max_seqlen_q=int(q_lens.max()),
         logits_indices=None,
+        decode_groups={},
     )
     layer = Attention(DIM, backend, torch.randn(64, DIM), **layer_options)
     layer.k_cache, layer.v_cache = torch.randn(2, len(parts) * 3, BLOCK_SIZE, KV_HEADS, DIM)
@@ -164,18 +165,22 @@ def test_the_torch_function_is_its_definition(window, soft_cap, dtype):
 
 
 @plain_test
-@pytest.mark.parametrize("decode", [decode_without_host, paged_decode_torch])
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("contexts", [DECODES, [7, 7, 0], [9]], ids=str)
 @pytest.mark.parametrize(("window", "soft_cap"), SCORES)
-def test_decodes_at_once(window, soft_cap, decode):
+def test_decodes_at_once(window, soft_cap, contexts, is_grouped):
     """In tensors of fixed shapes, and in some that fit; what nobody sees is NaN."""
-    ones = [1] * len(DECODES)
-    inputs = [x.cpu() for x in paged_inputs(ones, DECODES, 4, 2, 8, 16, torch.float32, window)]
+    ones = [1] * len(contexts)
+    inputs = [x.cpu() for x in paged_inputs(ones, contexts, 4, 2, 8, 16, torch.float32, window)]
     q, k_cache, v_cache, tables, lens, _starts = inputs
     expected = paged_attention_torch(*inputs, 0.3, window, soft_cap)
     tables.clamp_(max=len(k_cache) - 1)  # arbitrary where nothing is, but a block
-    o = decode(q, k_cache, v_cache, tables, lens, 0.3, window, soft_cap)
+    if is_grouped:
+        o = paged_decode_torch(q, k_cache, v_cache, group_decodes(tables, lens, 16, window), 0.3, soft_cap)
+    else:
+        o = decode_without_host(q, k_cache, v_cache, tables, lens, 0.3, window, soft_cap)
     assert_rows_close(o, expected, torch.float32)
-    assert not o[DECODES.index(0)].any()
+    assert not o[lens == 0].any()
 
 
 @kernel_test

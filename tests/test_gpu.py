@@ -143,6 +143,7 @@ def test_what_a_sequence_has_not_or_no_more_is_not_seen(backend, q_len, layer_op
         cu_seqlens_k=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
         max_seqlen_q=q_len,
         logits_indices=None,
+        decode_groups={},
     )
     layer = Attention(64, backend, torch.randn(64, 64, device="cuda"), **layer_options)
     layer.semaphores = torch.zeros(8, dtype=torch.int32, device="cuda")

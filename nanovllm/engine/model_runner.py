@@ -235,6 +235,7 @@ class ModelRunner:
             cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,
             logits_indices=logits_indices,
+            decode_groups={},
         )
         return StepTensors(input_ids, positions, context, all_rows, sample_rows)
 

@@ -1,5 +1,7 @@
 """What kernels/paged_attention.py computes, said plainly: gathered pages and a softmax."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,9 @@ from torch import Tensor
 from nanovllm.kernels.e4m3 import E4M3
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, soft_cap: float | None
+) -> Tensor:
     """softmax(scores) v, where scores = q k^T * scale; a soft cap makes them cap * tanh(scores / cap).
 
     Soft caps after Gemma 2 (arXiv 2408.00118).
@@ -16,7 +20,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: floa
         q: [..., Hq, M, D].
         k: [..., Hkv, N, D], with each head for Hq / Hkv of the query heads.
         v: the same.
-        seen: bool, broadcast to [..., Hq, M, N], the keys that each query sees.
+        seen: bool, broadcast to [..., Hq, M, N], the keys that each query sees; None: all.
         scale: of q k^T.
         soft_cap: what no score exceeds.
 
@@ -29,8 +33,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: floa
     k, v = (x.float().repeat_interleave(group, dim=-3) for x in (k, v))
     scores = q.float() @ k.transpose(-1, -2) * scale
     scores = soft_cap * torch.tanh(scores / soft_cap)
-    # The lowest number has no weight beside others, and keeps a row that sees nothing from NaN.
-    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    if seen is not None:
+        # The lowest number has no weight beside others, and keeps a row that sees nothing from NaN.
+        scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
     return (scores.softmax(-1) @ v).to(q.dtype)
 
 
@@ -99,39 +104,65 @@ def paged_attention_torch(
     return o
 
 
+class DecodeGroup(NamedTuple):
+    """Sequences that decode and are computed together, S of them with up to N keys.
+
+    Attributes:
+        rows: int64 [S], which of the step's they are.
+        slots: int64 [S, N], where their keys and values are stored.
+        seen: bool [S, 1, 1, N], which of the slots are theirs; None: all.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    seen: Tensor | None
+
+
+def group_decodes(
+    block_tables: Tensor, context_lens: Tensor, block_size: int, window: int | None = None
+) -> list[DecodeGroup]:
+    """Groups of sequences whose keys are up to the same power of two, so that at most half of what is read is padding.
+
+    The same for all of a step's layers with the same window. Sequences without keys are in no group.
+    """
+    members_by_size: dict[int, list[int]] = {}
+    num_keys = [min(length, window) if window else length for length in context_lens.tolist()]
+    for row, number in enumerate(num_keys):
+        if number:
+            members_by_size.setdefault(number.bit_length(), []).append(row)
+    groups = []
+    for members in members_by_size.values():
+        rows = torch.tensor(members, device=context_lens.device)
+        lens, tables = context_lens[rows].long(), block_tables[rows]
+        first = (lens - window).clamp(min=0) if window else torch.zeros_like(lens)
+        numbers = {num_keys[row] for row in members}
+        positions = first[:, None] + torch.arange(max(numbers), device=rows.device)
+        seen = None
+        if len(numbers) > 1:
+            seen = positions < lens[:, None]
+            # What is not seen may be NaN, of a sequence that has failed, and no mask would silence that.
+            positions = torch.where(seen, positions, first[:, None])
+            seen = seen[:, None, None]
+        slots = tables.gather(1, positions // block_size) * block_size + positions % block_size
+        groups.append(DecodeGroup(rows, slots, seen))
+    return groups
+
+
 def paged_decode_torch(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[DecodeGroup], scale: float, soft_cap: float | None = None
 ) -> Tensor:
     """`paged_attention_torch` of one query a sequence, q [S, Hq, D], without a step for each of them.
 
-    Sequences are computed together whose keys are up to the same power of two, so that at most half of what is
-    gathered is padding. The query heads that share a KV head are rows that share its keys.
+    The query heads that share a KV head are rows that share its keys.
     """
     o = torch.zeros_like(q)
     num_kv_heads, dim = k_cache.shape[2:]
-    block_size = k_cache.size(1)
-    groups: dict[int, list[int]] = {}
-    for row, length in enumerate(context_lens.tolist()):
-        num_keys = min(length, window) if window else length
-        groups.setdefault(num_keys.bit_length(), []).append(row)
-    groups.pop(0, None)  # no keys: zeros
-    for members in groups.values():
-        rows = torch.tensor(members, device=q.device)
-        lens, tables = context_lens[rows].long(), block_tables[rows]
-        first = (lens - window).clamp(min=0) if window else torch.zeros_like(lens)
-        positions = first[:, None] + torch.arange(int((lens - first).max()), device=q.device)
-        seen = positions < lens[:, None]
-        # What is not seen may be NaN, of a sequence that has failed, and no mask would silence that.
-        positions = torch.where(seen, positions, first[:, None])
-        slots = tables.gather(1, positions // block_size) * block_size + positions % block_size
+    for rows, slots, seen in groups:
         k, v = (cache.view(-1, num_kv_heads, dim)[slots].transpose(1, 2) for cache in (k_cache, v_cache))
-        queries = q[rows].view(len(members), num_kv_heads, -1, dim)
-        o[rows] = softmax_attention(queries, k, v, seen[:, None, None], scale, soft_cap).reshape(len(members), -1, dim)
+        queries = q if len(rows) == len(q) else q[rows]
+        queries = queries.reshape(len(rows), num_kv_heads, -1, dim)
+        of_group = softmax_attention(queries, k, v, seen, scale, soft_cap).reshape(len(rows), -1, dim)
+        if len(rows) == len(q):
+            return of_group
+        o[rows] = of_group
     return o

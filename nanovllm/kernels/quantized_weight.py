@@ -19,7 +19,7 @@ class QuantizedWeight:
             `pack_int4`.
         scales: any float dtype, [..., ceil(N / block[0]), ceil(K / block[1])].
         block: the rows and columns of codes that have one scale; (1, K): each row has its own.
-        zeros: uint8 or int8, like scales; None: 8 of codes of 4 bits, 0 of others.
+        zeros: any dtype, like scales; None: 8 of codes of 4 bits, 0 of others.
         order: int64 [K], the element of x that each column belongs to; None: its own.
         rounds_input: whether many rows are multiplied in 8 bits too, with a scale for each row, or for each block[1]
             elements of a row if weights have several; few rows, where reading weights is what takes time, never are.

@@ -87,21 +87,23 @@ def rope_store_kvcache_torch(
 ) -> Tensor:
     """What `rope_store_kvcache` computes, said plainly."""
     kv_heads, dim = k_cache.shape[-2:]
-    q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
+    heads = qkv.view(len(qkv), -1, dim)
+    turned, v = heads[:, :-kv_heads].float(), heads[:, -kv_heads:]
+    if q_norm is not None:
+        q, k = turned.tensor_split((-kv_heads,), dim=1)
+        turned = torch.cat((rms_norm_torch(q, q_norm, eps), rms_norm_torch(k, k_norm, eps)), dim=1)
     cos, sin = cos_sin[positions.long(), None].chunk(2, dim=-1)
     pairs = cos.size(-1)
-
-    def norm_rope(x: Tensor, weight: Tensor | None) -> Tensor:
-        x = x.float()
-        x = x if weight is None else rms_norm_torch(x, weight, eps)
-        a, b, rest = x.tensor_split((pairs, 2 * pairs), dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-    has_slot = slot_mapping >= 0
-    slots = slot_mapping[has_slot].long()
-    k_cache.view(-1, kv_heads, dim)[slots] = quantised(norm_rope(k, k_norm)[has_slot], k_scale, k_cache.dtype)
-    v_cache.view(-1, kv_heads, dim)[slots] = quantised(v[has_slot], v_scale, v_cache.dtype)
-    return norm_rope(q, q_norm).to(qkv.dtype)
+    a, b = turned[..., :pairs], turned[..., pairs : 2 * pairs]
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin, turned[..., 2 * pairs :]), dim=-1)
+    q, k = turned[:, :-kv_heads].to(qkv.dtype), turned[:, -kv_heads:]
+    slots = slot_mapping.long()
+    if (slots < 0).any():
+        has_slot = slots >= 0
+        slots, k, v = slots[has_slot], k[has_slot], v[has_slot]
+    for cache, values, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
+        cache.view(-1, kv_heads, dim)[slots] = quantised(values, scale, cache.dtype)
+    return q
 
 
 def quantised(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
-from nanovllm.kernels.paged_attention_torch import paged_attention_torch, paged_decode_torch, softmax_attention
+from nanovllm.kernels.paged_attention_torch import (
+    group_decodes,
+    paged_attention_torch,
+    paged_decode_torch,
+    softmax_attention,
+)
 from nanovllm.kernels.rope_decode import rope_decode, takes_rope_decode
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
@@ -77,9 +82,18 @@ def attend_torch(layer: Attention, q: Tensor, context: Context) -> Tensor:
     n = context.num_decodes
     if q.is_cuda and n == len(q):
         return decode_without_host(q, *caches, tables, lens, *scores)
-    o = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
-    o[:n] = paged_decode_torch(q[:n], *caches, tables[:n], lens[:n], *scores)
-    return o
+    if n:
+        groups = context.decode_groups.get(layer.window)
+        if groups is None:
+            groups = group_decodes(tables[:n], lens[:n], layer.k_cache.size(1), layer.window)
+            context.decode_groups[layer.window] = groups
+        o = paged_decode_torch(q[:n], *caches, groups, layer.scale, layer.soft_cap)
+        if n == len(q):
+            return o
+    rest = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
+    if n:
+        rest[:n] = o
+    return rest
 
 
 def decode_without_host(

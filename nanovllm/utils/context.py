@@ -18,6 +18,7 @@ class Context(NamedTuple):
         cu_seqlens_k: [S + 1] int32, the running sum of the context lengths.
         max_seqlen_q: an upper bound of the tokens that one sequence computes.
         logits_indices: int64, the tokens whose hidden states are asked for; None: all.
+        decode_groups: by window, how the torch backend groups the decodes; empty until a layer has worked it out.
     """
 
     slot_mapping: torch.Tensor
@@ -28,6 +29,7 @@ class Context(NamedTuple):
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     logits_indices: torch.Tensor | None
+    decode_groups: dict[int | None, list]
 
 
 class StepTensors(NamedTuple):

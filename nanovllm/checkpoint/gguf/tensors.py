@@ -56,6 +56,12 @@ class GGUFTensor:
         offset = first_block * block_size
         return values[:, start - offset : stop - offset]
 
+    def blocks(self, rows: slice) -> Tensor:
+        """The bytes of some rows of a tensor of two dimensions, [rows, blocks, bytes of a block]."""
+        rows = self.rows[rows if self.order is None else self.order[rows]]
+        _block_size, block_bytes = gguf_package().GGML_QUANT_SIZES[self.kind]
+        return torch.from_numpy(np.array(rows)).unflatten(1, (-1, block_bytes))
+
     def _dequantise(self, rows: np.ndarray) -> Tensor:
         """[rows, elements], float32, of rows of whole blocks."""
         gguf = gguf_package()
