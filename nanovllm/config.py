@@ -82,9 +82,9 @@ class Config:
         load_format: "safetensors" and "gguf" read such files, "auto" the latter where a folder has none of the
             former; "dummy" draws random weights and needs no file but config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
-        quantization: the method of a quantised checkpoint, which is known without it, or "fp8" to round a plain one
-            while it is loaded; "gguf" for a GGUF file says nothing new. Resolved: the name of the method; None: plain
-            weights.
+        quantization: the method of a quantised checkpoint, which is known without it; "fp8" or "int8" to round a
+            plain one while it is loaded; "gguf" to keep the codes of 4 bits that a GGUF file has, on a CPU (on a GPU
+            it says nothing). Resolved: the name of the method; None: plain weights.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:

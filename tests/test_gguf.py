@@ -23,9 +23,13 @@ import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint.gguf import config as gguf_config
 from nanovllm.checkpoint.gguf.header import read_header
+from nanovllm.checkpoint.gguf.tensors import GGUFTensor
 from nanovllm.checkpoint.loader import find_tensors
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.config import Config
+from nanovllm.kernels.cpu_products import CpuWeight
+from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.quantization.gguf import BlockShard
 from nanovllm.text.tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -297,6 +301,75 @@ def test_rounded_while_loaded(made, family):
     assert results[0] != [checkpoint.greedy(prompt, NUM_TOKENS, True)[0] for prompt in PROMPTS]
 
 
+# ---- codes that stay as they are ------------------------------------------------------------------------------------
+
+
+def down_proj(llm: LLM) -> object:
+    return llm.ranks.runner.model.model.layers[0].mlp.down_proj.weight
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_codes_that_stay(quantised, kind, num_ranks):
+    """In float32 the tokens are those of transformers with the package's numbers."""
+    model, path = quantised(kind)
+    with engine(path, quantization="gguf", dtype="float32", tensor_parallel_size=num_ranks) as llm:
+        weight = down_proj(llm)
+        assert isinstance(weight, QuantizedWeight) and weight.bits == 4
+        expected = model.model.model.layers[0].mlp.down_proj.weight[:, : weight.shape[1]]
+        torch.testing.assert_close(weight.dequantize(torch.float32), expected, atol=1e-7, rtol=1e-6)
+        check_tokens(llm, model)
+
+
+def test_codes_in_bfloat16(quantised):
+    """By torch's operator for CPUs; the prompt's logprobs are near those of the numbers."""
+    model, path = quantised("Q4_1")
+    prompt = PROMPTS[-1]
+    logprobs = model.model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with engine(path, quantization="gguf", dtype="bfloat16") as llm:
+        assert isinstance(down_proj(llm), CpuWeight)
+        (result,) = generate(llm, [prompt], params)
+    told = torch.tensor([next(iter(each.values())).logprob for each in result.prompt_logprobs[1:]])
+    assert (told - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_other_types_are_plain(quantised):
+    model, path = quantised("Q8_0")
+    with engine(path, quantization="gguf", dtype="float32") as llm:
+        assert type(down_proj(llm)) is not QuantizedWeight
+        check_tokens(llm, model)
+
+
+def test_blocks_of_equal_weights():
+    """Their scale is 0, and the least weight is all of them."""
+    values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    values[1], values[2, :32] = 0.75, 0
+    kind = gguf.GGMLQuantizationType.Q4_1
+    rows = gguf.quantize(values, kind)
+    codes = torch.nn.Parameter(torch.empty(4, 32, dtype=torch.uint8), requires_grad=False)
+    scales, zeros = torch.empty(4, 2, dtype=torch.float16), torch.empty(4, 2)
+    BlockShard((4, 64), 0, 0, 0, 4, scales=scales, zeros=zeros).copy(GGUFTensor((4, 64), kind, rows), codes)
+    numbers = QuantizedWeight(codes.data, scales, (1, 32), zeros).dequantize(torch.float32)
+    torch.testing.assert_close(numbers, torch.from_numpy(gguf.dequantize(rows, kind)), atol=1e-6, rtol=1e-6)
+
+
+def test_a_layer_of_several_types(quantised, tmp_path):
+    """Of q, k and v, which are multiplied as one, all must stay codes, or none."""
+    model, _path = quantised("Q4_0")
+
+    def pack(name: str, values: np.ndarray) -> tuple[np.ndarray, gguf.GGMLQuantizationType] | None:
+        kind = gguf.GGMLQuantizationType.Q8_0 if "attn_v" in name else gguf.GGMLQuantizationType.Q4_0
+        return (gguf.quantize(values, kind), kind) if values.ndim == 2 else None
+
+    tensors, metadata = tensors_of(model.model, "llama"), metadata_of(model.model, "llama")
+    path = write_file(tmp_path / "model.gguf", "llama", tensors, metadata, pack)
+    match = r"layers\.0\.self_attn\.qkv_proj must be quantised as a whole: v_proj is by None, others by Blocks"
+    with pytest.raises(ValueError, match=match), engine(path, quantization="gguf"):
+        pass
+
+
 # ---- the demo as a file: a tokenizer, a chat template and tokens that end a text ------------------------------------
 
 
@@ -478,10 +551,13 @@ def test_hf_config_path(made):
     assert create(checkpoint.path, hf_config_path=made("qwen3")[0].path).model_config.architecture.startswith("Qwen3")
 
 
-def test_quantization(made):
-    """vLLM's name of what a file is anyway, whose weights are plain once they are loaded."""
+def test_quantization(made, monkeypatch):
+    """vLLM's name of it; but on CPUs weights are plain once they are loaded."""
     checkpoint, path = made("qwen3")
     config = create(path, quantization="gguf")
+    assert (config.quantization, config.quantization_method.path) == ("gguf", path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = create(path, quantization="gguf", device="cuda")
     assert config.quantization is None and config.quantization_method is None
     with pytest.raises(ValueError, match=r"quantization='gguf' contradicts model='.*', which is no GGUF file"):
         create(checkpoint.path, quantization="gguf")

@@ -16,7 +16,8 @@ import signal
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -48,6 +49,8 @@ class RankGroup:
         self.failure: str | None = None
         self.changed = threading.Condition()
         self.caller = os.getpid()
+        # On CPUs the ranks share what torch may take; where GPUs compute, a rank's thread only launches.
+        self.num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
 
     def spawn(self) -> None:
         """Starts the processes of the ranks, which load their weights.
@@ -67,7 +70,7 @@ class RankGroup:
         try:
             for rank in range(1, size):
                 ours, theirs = context.Pipe()
-                args = (self.config, rank, self.caller, theirs)
+                args = (self.config, rank, self.caller, theirs, self.num_threads)
                 process = context.Process(target=run_rank, args=args, daemon=True)
                 process.start()
                 theirs.close()
@@ -107,8 +110,21 @@ class RankGroup:
             message = pickle.dumps((method, args), protocol=pickle.HIGHEST_PROTOCOL)
             for connection in self.connections:
                 connection.send_bytes(message)
-        with torch.cuda.stream(self.tp.stream):
+        with torch.cuda.stream(self.tp.stream), self._sharing_threads():
             return getattr(self.runner, method)(*args)
+
+    @contextmanager
+    def _sharing_threads(self) -> Iterator[None]:
+        """Has this thread, on CPUs, compute with no more threads than the other ranks do."""
+        if self.config.device != "cpu" or not self.processes:
+            yield
+            return
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
     def check(self) -> None:
         """Raises RuntimeError if a rank has failed."""
@@ -220,16 +236,14 @@ def can_fork(config: Config) -> bool:
     return code == CUDA_ERROR_NOT_INITIALIZED
 
 
-def run_rank(config: Config, rank: int, caller: int, connection: Connection) -> None:
+def run_rank(config: Config, rank: int, caller: int, connection: Connection, num_threads: int) -> None:
     """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
     threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the caller's handler
     try:
+        torch.set_num_threads(1 if config.device == "cuda" else num_threads)  # a fork has not the caller's threads
         if config.device == "cuda":
             torch.cuda.set_device(rank)
-            torch.set_num_threads(1)  # a fork must not look for the caller's threads
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
         tp = TensorParallel(config, rank)
         torch.cuda.set_stream(tp.stream)
         runner = ModelRunner(config, tp)
