@@ -29,6 +29,27 @@ def _capped(scores, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
+def _attend_tile(q, k, v, seen, new_k, new_v, has_new, scale, v_scale, SOFT_CAP: tl.constexpr):
+    """Attention of q [M, DIM padded] over a tile of keys, of which it sees [1, N], and the newest one if it is there.
+
+    Returns o, float32 like q, and of each row the highest score and the sum of weights beside it, float32 [M]: -inf
+    and 0 for a padding row, which sees nothing.
+    """
+    scores = _capped(tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale, SOFT_CAP)
+    scores = tl.where(seen, scores, float("-inf"))
+    new_score = _capped(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale, SOFT_CAP)
+    new_score = tl.where(has_new, new_score, float("-inf"))
+    high = tl.maximum(tl.max(scores, 1), new_score)
+    shift = tl.where(high == float("-inf"), 0.0, high)
+    p, new_p = tl.exp2(scores - shift[:, None]), tl.exp2(new_score - shift)
+    total = tl.sum(p, 1) + new_p
+    o = tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee") + new_p[:, None] * new_v.to(tl.float32)
+    if v_scale is not None:
+        o *= v_scale
+    return o / tl.where(total == 0.0, 1.0, total)[:, None], high, total
+
+
+@triton.jit
 def _rope_decode_kernel(
     qkv_ptr,
     qkv_stride,
@@ -113,18 +134,8 @@ def _rope_decode_kernel(
     new_mask = dims < tl.where(has_new & (slot >= 0), DIM, 0)
     tl.store(k_ptr + new_offs, new_k, mask=new_mask)
     tl.store(v_ptr + new_offs, new_v, mask=new_mask)
-    scores = _capped(tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale, SOFT_CAP)
-    scores = tl.where((columns >= oldest) & (columns < old_end), scores, float("-inf"))
-    new_score = _capped(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale, SOFT_CAP)
-    new_score = tl.where(has_new & (length > 0), new_score, float("-inf"))
-    high = tl.maximum(tl.max(scores, 1), new_score)
-    shift = tl.where(high == float("-inf"), 0.0, high)  # of a padding row
-    p, new_p = tl.exp2(scores - shift[:, None]), tl.exp2(new_score - shift)
-    total = tl.sum(p, 1) + new_p
-    o = tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee") + new_p[:, None] * new_v.to(tl.float32)
-    if v_scale is not None:
-        o *= v_scale
-    o /= tl.where(total == 0.0, 1.0, total)[:, None]
+    seen = (columns >= oldest) & (columns < old_end)
+    o, high, total = _attend_tile(q, k, v, seen, new_k, new_v, has_new & (length > 0), scale, v_scale, SOFT_CAP)
     if begin + BLOCK_N < old_end:
         rest, rest_lse = attend_pages(
             q,
