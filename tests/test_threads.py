@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+import torch
 from engines import Trace
 from thread_fuzz import (
     Caller,
@@ -23,6 +24,8 @@ from thread_fuzz import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner, StepOutput
+from nanovllm.engine.step_input import StepInput
 from nanovllm.parallel.turns import Turns
 from nanovllm.requests import progress
 
@@ -271,3 +274,24 @@ def test_interrupts_while_waiting_lose_no_turn():
     assert num_taken > 0 and num_interrupts > 100
     with turns.take():
         pass
+
+
+@pytest.mark.parametrize(("num_ranks", "expected"), [(1, 4), (2, 2)])
+def test_ranks_share_the_threads_of_torch(folder, monkeypatch, num_ranks, expected):
+    """Of a CPU; whoever made the engine has its own back after each step."""
+    seen, run = set(), ModelRunner.run
+
+    def counting(self: ModelRunner, step: StepInput) -> StepOutput:
+        seen.add(torch.get_num_threads())
+        return run(self, step)
+
+    monkeypatch.setattr(ModelRunner, "run", counting)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with make_engine(folder, tensor_parallel_size=num_ranks) as llm:
+            llm.generate([PROMPT], SHORT, use_tqdm=False)
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(num_threads)
+    assert seen == {expected}

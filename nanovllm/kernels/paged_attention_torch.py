@@ -94,13 +94,14 @@ def paged_attention_torch(
             dequantised(cache[blocks], factor, q.dtype).flatten(0, 1)[is_read].transpose(0, 1)
             for cache, factor in ((k_cache, k_scale), (v_cache, v_scale))
         )
-        queries = torch.arange(past, context, device=q.device)[:, None]
+        positions = torch.arange(past, context, device=q.device)[:, None]
         keys = torch.arange(oldest, context, device=q.device)
-        seen = keys <= queries
+        seen = keys <= positions
         if window:
-            seen &= keys > queries - window
-        o_part = softmax_attention(q[begin:end].transpose(0, 1), k, v, seen, scale, soft_cap)
-        o[begin:end] = o_part.transpose(0, 1)
+            seen &= keys > positions - window
+        # As a batch of one: of three dimensions torch makes all scores, in three times as long.
+        queries = q[begin:end].transpose(0, 1)[None]
+        o[begin:end] = softmax_attention(queries, k[None], v[None], seen, scale, soft_cap)[0].transpose(0, 1)
     return o
 
 
