@@ -1,4 +1,4 @@
-"""Answers a few questions, with the bundled demo model or, as `--model`, a folder or hub name of your choice."""
+"""Answers a few questions, with the bundled demo model or, as `--model`, a folder, GGUF file or hub name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUESTIONS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEMO, help="folder or hub name (default: the bundled demo)")
+    parser.add_argument("--model", default=DEMO, help="folder, GGUF file or hub name (default: the bundled demo)")
     model = parser.parse_args().model
     # The demo knows its answers by heart: temperature 0 always takes the likeliest token.
     sampling_params = SamplingParams(temperature=0.0 if model == DEMO else 0.6, max_tokens=256)
