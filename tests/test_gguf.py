@@ -335,6 +335,12 @@ def test_codes_in_bfloat16(quantised):
     assert (told - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
+def test_dummy_codes(quantised):
+    """Their numbers are as large as those of other dummy weights."""
+    with engine(quantised("Q4_1")[1], quantization="gguf", dtype="float32", load_format="dummy") as llm:
+        assert 0.015 < down_proj(llm).dequantize(torch.float32).std() < 0.025
+
+
 def test_other_types_are_plain(quantised):
     model, path = quantised("Q8_0")
     with engine(path, quantization="gguf", dtype="float32") as llm:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.gguf.names import find_gguf_tensors
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.quantization.groups import take
+from nanovllm.quantization.groups import DUMMY_SCALES, take
 
 if TYPE_CHECKING:
     from nanovllm.layers.linear import LinearBase
@@ -61,9 +61,10 @@ class Blocks:
     def create(self, layer: LinearBase) -> None:
         codes = layer.add_parameter("weight", torch.uint8, (1, 2))
         scales = layer.add_parameter("scales", torch.float16, (1, BLOCK))
-        layer.zeros = torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
         shards = [replace(shard, full_shape=(shard.full_shape[0], layer.columns.full_size)) for shard in scales.shards]
-        layer.scales = take(layer, "scales")  # no parameter: the tensor that fills the codes fills it too
+        # Neither is a parameter: the tensor that fills the codes fills them too; of dummies they stay as they are.
+        layer.scales = take(layer, "scales").fill_(DUMMY_SCALES[4])
+        layer.zeros = torch.full_like(layer.scales, 8, dtype=torch.float32)
         codes.shards = [BlockShard(**vars(shard), scales=layer.scales, zeros=layer.zeros) for shard in shards]
 
     def finish(self, layer: LinearBase) -> None:
