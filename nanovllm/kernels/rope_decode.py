@@ -17,7 +17,13 @@ from nanovllm.kernels.paged_attention import compiled_for, kernel_scales
 from nanovllm.kernels.paged_attention_torch import paged_attention_torch
 from nanovllm.kernels.rotation import load_heads, load_turn, rotate
 from nanovllm.kernels.store_kvcache import rope_store_kvcache_torch, stored
-from nanovllm.kernels.tuning import MIN_ROPE_DECODE_SPLITS, ROPE_DECODE_WARPS, gpu_of, rope_decode_splits
+from nanovllm.kernels.tuning import (
+    MIN_ROPE_DECODE_SPLITS,
+    ROPE_DECODE_STAGES,
+    ROPE_DECODE_WARPS,
+    gpu_of,
+    rope_decode_splits,
+)
 
 
 @triton.jit
@@ -98,6 +104,8 @@ def _rope_decode_kernel(
     first_tile, num_tiles = tiles_of(length, BLOCK_N, WINDOW)
     share = tl.cdiv(num_tiles, SPLITS)
     num_parts = tl.cdiv(num_tiles, share)
+    if split >= num_parts:
+        return  # without the wait, as it writes nothing: there is room for programs of the next kernel
     begin = (first_tile + split * share) * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, length)
     k_ptr += head * DIM
@@ -118,8 +126,6 @@ def _rope_decode_kernel(
     q_turn = load_turn(cos_sin_ptr, q_norm_ptr, DIM, ROTARY_DIM)
     k_turn = load_turn(cos_sin_ptr, k_norm_ptr, DIM, ROTARY_DIM)
     pdl_wait(PDL)
-    if split >= num_parts:
-        return
     row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
     k_in = row_ptr + (KV_HEADS * GROUP + head) * DIM
     new_v = tl.load(k_in + KV_HEADS * DIM + dims, mask=dims < DIM, other=0.0)
@@ -264,6 +270,7 @@ def rope_decode(
     partial = torch.empty((units * splits, group, dim), dtype=torch.float32, device=qkv.device)
     lse = torch.empty((units * splits, group), dtype=torch.float32, device=qkv.device)
     compiled = compiled_for(num_heads, k_cache.shape, qkv.dtype, qkv.device, window, soft_cap, is_fp8=is_fp8)
+    compiled = compiled | {"STAGES": ROPE_DECODE_STAGES, "num_warps": ROPE_DECODE_WARPS}
     _rope_decode_kernel[splits, num_kv_heads, batch_size](
         qkv,
         qkv.stride(0),
@@ -288,7 +295,7 @@ def rope_decode(
         ROTARY_DIM=cos_sin.size(1),
         SPLITS=splits,
         MAX=E4M3_MAX,
-        **(compiled | {"num_warps": ROPE_DECODE_WARPS}),
+        **compiled,
         **pdl_options(qkv.device),
     )
     return o

@@ -196,15 +196,19 @@ def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
 # request of 128 tokens on Qwen3-0.6B 579 us a token, with four warps 628; on 8B in FP8 2,346, with four 2,398.
 ROPE_DECODE_WARPS = 8
 
+# Fewer than others have, so that an SM holds two programs. A step of one request on Qwen3-0.6B behind 128 / 900 /
+# 2,000 / 16,000 tokens, in us: 557 / 594 / 661 / 1,118; with five stages 567 / 592 / 663 / 1,104; with half as many
+# parts 562 / 601 / 666 / 1,396; by the two kernels that it stands for 601 / 630 / 679 / 1,134.
+ROPE_DECODE_STAGES = 3
+
 # Parts of a (row, KV head) pair from which on `rope_decode` is the faster. A step in us, without / with it: a request
-# of 128 tokens on Qwen3-0.6B 612 / 581, two 726 / 680, four 779 / 769, but four of 2,000 tokens 1,042 / 1,089. Long
-# contexts are not what it is made for: one of 16,000 tokens 1,143 / 1,220, but on 8B in 4 bits 2,988 / 2,693.
-MIN_ROPE_DECODE_SPLITS = 8
+# of 128 tokens on Qwen3-0.6B 612 / 581, two 726 / 680, four 779 / 769, but four of 2,000 tokens 1,042 / 1,089.
+MIN_ROPE_DECODE_SPLITS = 16
 
 
 def rope_decode_splits(units: int, gpu: Gpu) -> int:
     """Into how many parts `rope_decode` cuts the keys of each of so many (row, KV head) pairs: a power of two."""
-    return min(16, 2 ** (max(1, gpu.num_sms // units).bit_length() - 1))
+    return min(32, 2 ** (max(1, 2 * gpu.num_sms // units).bit_length() - 1))
 
 
 # ---- mixtures of experts, kernels/routing.py, experts.py and few_experts.py -----------------------------------------
