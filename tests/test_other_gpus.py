@@ -48,7 +48,7 @@ KIB = 1024
 GPUS = {  # by compute capability
     80: tuning.Gpu(num_sms=108, shared_memory=163 * KIB),  # A100
     89: tuning.Gpu(num_sms=58, shared_memory=99 * KIB),  # L4; an RTX 4090 has 128 SMs
-    90: tuning.Gpu(num_sms=132, shared_memory=227 * KIB),  # H200
+    90: tuning.Gpu(num_sms=132, shared_memory=227 * KIB, is_hopper=True),  # H200
 }
 EARLY_START = 90  # the capability from which on a kernel can start before the one ahead of it ends
 ADDRESS = 2**40  # too large for 32 bits, as those of GPUs are
@@ -87,7 +87,7 @@ def launch_on(monkeypatch) -> Iterator[Callable[[int, Callable], None]]:
     def start(capability: int, launch: Callable) -> None:
         gpu = GPUS[capability]
         properties = types.SimpleNamespace(
-            multi_processor_count=gpu.num_sms, shared_memory_per_block_optin=gpu.shared_memory
+            multi_processor_count=gpu.num_sms, shared_memory_per_block_optin=gpu.shared_memory, major=capability // 10
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(runtime.driver, "_active", Driver(capability))

@@ -299,6 +299,14 @@ def paged_decode(
     return o
 
 
+def takes_hopper_prefill(q: Tensor, k_cache: Tensor, window: int | None, soft_cap: float | None) -> bool:
+    """Whether `prefill_hopper` computes such a step: the usual attention, in tiles that lie within a page."""
+    usual_scores = not window and not soft_cap
+    usual_dtype = q.dtype in (torch.bfloat16, torch.float16) and k_cache.dtype == q.dtype
+    whole_tiles = q.size(2) in (64, 128) and k_cache.size(1) % 128 == 0
+    return usual_scores and usual_dtype and whole_tiles and gpu_of(q.device).is_hopper
+
+
 def paged_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -315,12 +323,17 @@ def paged_prefill(
     """Attention of any number of queries a sequence (FlashAttention-2, Dao, 2023), keys from the cache only.
 
     As `paged_attention_torch`, with q [N, Hq, D] contiguous. The query heads that share a KV head are rows of one
-    tile, so that K and V are read once for all. One compiled kernel serves up to 512 sequences of any lengths.
+    tile, so that K and V are read once for all. One compiled kernel serves up to 512 sequences of any lengths. Hopper
+    has one of its own, see `takes_hopper_prefill`.
     """
     if not use_triton(q):
         return paged_attention_torch(
             q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, soft_cap, k_scale, v_scale
         )
+    if takes_hopper_prefill(q, k_cache, window, soft_cap):
+        from nanovllm.kernels.prefill_hopper import prefill_hopper
+
+        return prefill_hopper(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale * LOG2_E)
     o = torch.empty_like(q)
     num_tokens, num_heads, dim = q.shape
     num_kv_heads, num_seqs = k_cache.size(2), len(context_lens)

@@ -21,15 +21,16 @@ class Gpu(NamedTuple):
 
     num_sms: int
     shared_memory: int  # bytes that one program may have; an SM has about as many for all of its programs
+    is_hopper: bool = False
 
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU; for the interpreter a small one of Hopper's kind."""
+    """The GPU; for the interpreter a small one with the shared memory of Hopper."""
     if INTERPRETED:
         return Gpu(num_sms=4, shared_memory=227 * 1024)
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major == 9)
 
 
 # ---- linear layers, kernels/linear.py ------------------------------------------------------------------------------
