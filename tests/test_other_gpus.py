@@ -33,6 +33,7 @@ from nanovllm.kernels.rope_decode import rope_decode
 from nanovllm.kernels.routing import route
 from nanovllm.kernels.sampling import draw, filter_thresholds
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
+from nanovllm.kernels.tuning import HOPPER_PREFILL_TOKENS
 from nanovllm.parallel.all_reduce import Peers, add_sum, max_over_ranks, send_linear, send_part
 
 if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
@@ -141,14 +142,16 @@ def launch_attention(
     cache_dtype: torch.dtype | None = None,
     **scores: float,
 ) -> None:
-    """Decodes of one row, of some and of many, which takes wide tiles; a prefill."""
+    """Decodes of one row, of some and of many, which takes wide tiles; prefills of few tokens and of many."""
     k_cache, v_cache = empty(2, 64, block_size, kv_heads, dim, dtype=cache_dtype or dtype)
     for rows in (1, 12, 256):
         q = empty(rows, heads, dim, dtype=dtype)
         tables = empty(rows, MAX_MODEL_LEN // block_size, dtype=I32)
         lens, semaphores = empty(rows, dtype=I32), empty(rows * kv_heads, dtype=I32)
         paged_decode(q, k_cache, v_cache, tables, lens, semaphores, 0.1, **scores)
-    paged_prefill(q, k_cache, v_cache, tables, lens, empty(rows + 1, dtype=I32), 0.1, **scores)
+    for num_tokens in (rows, HOPPER_PREFILL_TOKENS):
+        q = empty(num_tokens, heads, dim, dtype=dtype)
+        paged_prefill(q, k_cache, v_cache, tables, lens, empty(rows + 1, dtype=I32), 0.1, **scores)
 
 
 def launch_rope(

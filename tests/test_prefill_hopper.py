@@ -5,6 +5,7 @@ import torch
 from interpreter import DEVICE
 from kernel_data import assert_rows_close, paged_inputs
 
+from nanovllm.kernels import paged_attention
 from nanovllm.kernels.paged_attention import paged_prefill, takes_hopper_prefill
 from nanovllm.kernels.paged_attention_torch import paged_attention_torch
 
@@ -21,37 +22,38 @@ STEPS = [
     ([257, 1, 40, 0], [257, 513, 1064, 0]),
     ([1500], [3000]),
 ]
-HEADS = [(4, 2), (9, 3), (5, 1), (2, 2)]
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(paged_attention, "HOPPER_PREFILL_TOKENS", 0)
 
 
+def check(inputs, dtype):
+    q, k_cache, v_cache, *others = inputs
+    assert takes_hopper_prefill(q, k_cache, None, None)
+    expected = paged_attention_torch(q.float(), k_cache.float(), v_cache.float(), *others, 0.1)
+    assert_rows_close(paged_prefill(*inputs, 0.1), expected, dtype)
+
+
+# One that compiles for each: data type, dimensions, heads of a group, heads, block size.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"), [(4, 2, 64, 128), (9, 3, 64, 256), (5, 1, 128, 256), (2, 2, 128, 128)]
+)
 @pytest.mark.parametrize(("q_lens", "contexts"), STEPS, ids=str)
-def test_prefill(q_lens, contexts, heads, kv_heads, dim, dtype):
+def test_prefill(q_lens, contexts, heads, kv_heads, dim, block_size, dtype):
     """Slots that hold no token are NaN."""
-    for block_size in (128, 256):
-        inputs = paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype)
-        assert takes_hopper_prefill(inputs[0], inputs[1], None, None)
-        q, k_cache, v_cache, *others = inputs
-        expected = paged_attention_torch(q.float(), k_cache.float(), v_cache.float(), *others, 0.1)
-        assert_rows_close(paged_prefill(*inputs, 0.1), expected, dtype)
+    check(paged_inputs(q_lens, contexts, heads, kv_heads, dim, block_size, dtype), dtype)
 
 
 def test_many_sequences():
     q_lens = [1 + 7 * i % 40 for i in range(600)]
-    inputs = paged_inputs(q_lens, q_lens, 4, 2, 64, 128, torch.bfloat16)
-    q, k_cache, v_cache, *others = inputs
-    expected = paged_attention_torch(q.float(), k_cache.float(), v_cache.float(), *others, 0.1)
-    assert_rows_close(paged_prefill(*inputs, 0.1), expected, torch.bfloat16)
+    check(paged_inputs(q_lens, q_lens, 4, 2, 64, 128, torch.bfloat16), torch.bfloat16)
 
 
-def test_what_it_does_not_take():
+def test_what_it_does_not_take(monkeypatch):
     inputs = paged_inputs([3], [3], 4, 2, 64, 256, torch.bfloat16)
     q, k_cache = inputs[:2]
     assert takes_hopper_prefill(q, k_cache, None, None)
@@ -61,3 +63,5 @@ def test_what_it_does_not_take():
     assert not takes_hopper_prefill(q, k_cache.to(torch.float8_e4m3fn), None, None)
     assert not takes_hopper_prefill(q, k_cache[:, :64], None, None)
     assert not takes_hopper_prefill(q[:, :, :32], k_cache[..., :32], None, None)
+    monkeypatch.setattr(paged_attention, "HOPPER_PREFILL_TOKENS", 4)
+    assert not takes_hopper_prefill(q, k_cache, None, None)

@@ -21,6 +21,7 @@ from nanovllm.kernels.paged_attention_torch import paged_attention_torch
 from nanovllm.kernels.tuning import (
     ATTENTION_WARPS,
     FP8_DECODE_REGISTERS,
+    HOPPER_PREFILL_TOKENS,
     attention_tiles,
     decode_programs,
     gpu_of,
@@ -300,11 +301,12 @@ def paged_decode(
 
 
 def takes_hopper_prefill(q: Tensor, k_cache: Tensor, window: int | None, soft_cap: float | None) -> bool:
-    """Whether `prefill_hopper` computes such a step: the usual attention, in tiles that lie within a page."""
+    """Whether `prefill_hopper` is the faster way: for much of the usual attention, in tiles that lie within a page."""
     usual_scores = not window and not soft_cap
     usual_dtype = q.dtype in (torch.bfloat16, torch.float16) and k_cache.dtype == q.dtype
     whole_tiles = q.size(2) in (64, 128) and k_cache.size(1) % 128 == 0
-    return usual_scores and usual_dtype and whole_tiles and gpu_of(q.device).is_hopper
+    is_much = len(q) >= HOPPER_PREFILL_TOKENS
+    return is_much and usual_scores and usual_dtype and whole_tiles and gpu_of(q.device).is_hopper
 
 
 def paged_prefill(

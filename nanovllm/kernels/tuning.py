@@ -178,6 +178,13 @@ def prefill_rows(dtype: torch.dtype, dim: int, is_fp8: bool) -> int:
     return 32 if is_fp8 and dim <= 64 else 64
 
 
+# Tokens of a step from which on Hopper's own prefill pays: below, the host takes longer to launch it (70 us, the other
+# one 30) than the GPU gains. 16 heads, 8 KV heads, D 128, in TFLOP/s, the other one in brackets: 32 prompts of 1,024
+# 338 (292), 8 of 4,096 582 (406), 2 of 16,384 653 (413), 16,384 tokens behind as many 615 (410), 28 of 100 to 1,000
+# 224 (222).
+HOPPER_PREFILL_TOKENS = 2048
+
+
 def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
     """How many programs take big and small shares of `units` (row, KV head) pairs.
 
