@@ -168,6 +168,55 @@ def test_any_batch(rows):
         assert linear(**arguments).shape == (0, 24)
 
 
+@pytest.fixture
+def only_hopper(monkeypatch):
+    """Hopper's own kernel takes any rows, and fresh memory holds NaN."""
+    if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    monkeypatch.setattr(linear_module, "hopper_rows_pay", lambda rows, nbytes, is_normed: True)
+    monkeypatch.setattr(linear_module, "launch_linear", None)
+    monkeypatch.setattr(linear_module, "linear_torch", None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_every_combination_on_hopper(only_hopper, combination, dtype):
+    check(inputs(24, 72, 200, dtype, *combination))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 33, 63, 64])
+def test_every_number_of_rows_on_hopper(only_hopper, rows):
+    check(inputs(rows, 128, 1024, torch.bfloat16, False, True, True, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(2, 8), (1024, 72), (2112, 3000), (4160, 5000), (70, 128)])
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_odd_sizes_on_hopper(only_hopper, gate, n, k):
+    """Few features and many, parts of a tile, fewer parts of K than there is room for, and more."""
+    check(inputs(17, n, k, torch.bfloat16, True, False, False, gate))
+
+
+@pytest.mark.gpu
+def test_a_norm_in_float32_on_hopper(only_hopper):
+    arguments = inputs(20, 40, 200, torch.bfloat16, False, True, False, None)
+    check(arguments | {"norm": 1 + torch.randn(200, device=DEVICE) / 1000})
+
+
+@pytest.mark.gpu
+def test_what_hopper_does_not_take(only_hopper):
+    x, weight = torch.randn(2, 20, 256, device=DEVICE).bfloat16()
+    assert linear_module.takes_hopper_rows(x, weight, is_normed=False)
+    assert not linear_module.takes_hopper_rows(x.float(), weight.float(), is_normed=False)
+    assert not linear_module.takes_hopper_rows(x[:, :252], weight[:, :252], is_normed=False)
+    assert not linear_module.takes_hopper_rows(x[:, 4:252], weight[:, 4:252], is_normed=False)
+    assert not linear_module.takes_hopper_rows(x[:, 1:249], weight[:, 1:249], is_normed=False)
+
+
 @kernel_test
 @pytest.mark.parametrize("rows", [1, 20, 300])
 def test_e4m3_that_kernels_cannot_read(monkeypatch, rows):
@@ -186,17 +235,18 @@ def test_e4m3_that_kernels_cannot_read(monkeypatch, rows):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("size", [1024, math.isqrt(LARGE_WEIGHT_BYTES // 2)])
-def test_a_chain_of_layers_in_a_cuda_graph(size):
+def test_a_chain_of_layers_in_a_cuda_graph(size, rows):
     """Kernels that overlap still see what those before them wrote, and overwrite nothing that is still read."""
     layers = [
         [
-            inputs(1, n, k, torch.bfloat16, *flags)
+            inputs(rows, n, k, torch.bfloat16, *flags)
             for n, k, flags in ((2 * size, size, (0, 1, 0, None)), (size, 2 * size, (0, 0, 0, None)))
         ]
         for _ in range(16)
     ]
-    start, h = torch.randn(1, size, device=DEVICE).bfloat16(), torch.zeros(1, size, device=DEVICE).bfloat16()
+    start, h = torch.randn(2, rows, size, device=DEVICE).bfloat16()
 
     def run():
         for first, second in layers:

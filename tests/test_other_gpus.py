@@ -182,6 +182,16 @@ def launch_linear(dtype: torch.dtype, rows: int) -> None:
             linear(x, weight, None, norm, 1e-6, residual=empty(rows, features // 2, dtype=dtype), gate=gate)
 
 
+def launch_some_rows(dtype: torch.dtype) -> None:
+    """Hopper's own products: of small weights with a norm, of large ones without, with few features and many."""
+    for features, size in ((1024, 3072), (6144, 1024), (4096, 12288), (24576, 4096)):
+        x, weight = empty(24, size, dtype=dtype), empty(features, size, dtype=dtype)
+        norm = empty(size, dtype=dtype) if weight.nbytes < tuning.LARGE_WEIGHT_BYTES else None
+        for gate in (None, *GATES):
+            width = features // 2 if gate else features
+            linear(x, weight, empty(features, dtype=dtype), norm, 1e-6, empty(24, width, dtype=dtype), gate)
+
+
 def quantized_weights(kind: str, n: int) -> list[QuantizedWeight]:
     """n rows: e4m3 with scales of rows and of blocks; int8 of rows; 4 bits without zeros and with."""
     size = HIDDEN_SIZE
@@ -347,6 +357,8 @@ def test_linear(compile_for, capability, dtype):
     compiled = compile_for(capability)
     for rows in (1, 4, tuning.SMALL_BATCH):
         launch_linear(dtype, rows)
+    if capability == 90 and dtype != F32:
+        launch_some_rows(dtype)
     assert_fits(compiled, capability)
 
 
@@ -438,8 +450,8 @@ def test_an_h200_gets_what_was_measured_on_it():
     assert tiles(128, 256, BF16, is_wide=True, is_fp8=True) == (128, 5)  # as many bytes on their way
     assert [tuning.decode_programs(units, GPUS[90]) for units in (8, 9, 132, 133)] == [
         (132, 0),
-        (264, 0),
-        (264, 0),
+        (396, 0),
+        (396, 0),
         (396, 396),
     ]
 

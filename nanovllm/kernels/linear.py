@@ -17,7 +17,7 @@ from nanovllm.kernels.quantized_products import linear_quantized
 from nanovllm.kernels.quantized_row import launch_row, takes_row
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.tuning import LARGE_WEIGHT_BYTES, SMALL_BATCH, TILES, fitting_warps, gpu_of
+from nanovllm.kernels.tuning import LARGE_WEIGHT_BYTES, SMALL_BATCH, TILES, fitting_warps, gpu_of, hopper_rows_pay
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -140,13 +140,25 @@ def linear(
     rows, num_features = len(x), len(weight)
     if isinstance(weight, QuantizedWeight) and weight.order is not None and use_triton(x):
         weight, x, norm = weight.in_order_of_columns(x, norm)
-    if not takes_few_rows(x, weight):
+    is_hoppers = takes_hopper_rows(x, weight, is_normed=norm is not None)
+    if not is_hoppers and not takes_few_rows(x, weight):
         return linear_torch(x, weight, bias, norm, eps, residual, gate)
     y = residual
     if y is None:
         y = torch.empty((rows, num_features // 2 if gate else num_features), dtype=x.dtype, device=x.device)
-    launch_linear(x, weight, bias, norm, eps, y, gate, is_added=residual is not None)
+    launch = launch_linear
+    if is_hoppers:
+        from nanovllm.kernels.linear_hopper import launch_linear_hopper as launch
+    launch(x, weight, bias, norm, eps, y, gate, is_added=residual is not None)
     return y
+
+
+def takes_hopper_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bool) -> bool:
+    """Whether Hopper's own kernel can compute x W^T, which copies runs of 16 bytes, and is faster than others."""
+    if not use_triton(x) or isinstance(weight, QuantizedWeight) or x.dtype == torch.float32:
+        return False
+    is_aligned = x.stride(0) % 8 == 0 and x.size(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    return is_aligned and gpu_of(x.device).is_hopper and hopper_rows_pay(len(x), weight.nbytes, is_normed)
 
 
 def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:

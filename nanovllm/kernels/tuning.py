@@ -64,6 +64,31 @@ def fitting_warps(warps: int, block_m: int, block_n: int, block_k: int, dtype: t
     return warps
 
 
+HOPPER_ROWS = 64  # up to which Hopper's own kernel, kernels/linear_hopper.py, can be the fastest
+
+
+def hopper_rows_pay(rows: int, nbytes: int, is_normed: bool) -> bool:
+    """Whether it is, for so many rows, normalised or not, and bytes of a weight.
+
+    16 rows on one H200, its time in us; in brackets the library's with the norm and the gate apart, and 8 rows by the
+    kernel for few. Qwen3-0.6B: q, k and v 5.7 (6.4, 5.6), o 4.0 (5.9, 3.8), gates and ups 6.3 (7.9, 6.3), downs 5.8
+    (6.9, 4.8). Qwen3-8B: o 10.4 (12.9, 11.7), downs 26.5 (29.4, 27.5). Norms hold its multiplications up: 8B's q, k
+    and v take 23.4 (18.3, 17.6), its gates and ups 61.4 (53.6, 53.5). 64 rows are alike.
+    """
+    is_large = nbytes >= LARGE_WEIGHT_BYTES
+    return (SMALL_BATCH if not is_large else 4) < rows <= HOPPER_ROWS and not (is_large and is_normed)
+
+
+def hopper_rows_tile(num_results: int, size: int, matrices: int, is_large: bool) -> tuple[int, int]:
+    """Results of a program, each of so many matrices' features, and parts of K on their way at once.
+
+    A large weight wants all of shared memory. Of others programs take half, to leave the rest to the next kernel.
+    """
+    block_n = 16 if num_results <= 2048 else 32 if num_results <= 4096 or matrices == 2 else 64
+    stage_bytes = (HOPPER_ROWS + matrices * block_n) * 128 * 2
+    return block_n, min(-(-size // 128), (200 if is_large else 100) * 1024 // stage_bytes)
+
+
 class QuantizedTile(NamedTuple):
     """Features of a program, columns of a part of K, which have one scale, parts at a time, and warps."""
 
@@ -188,16 +213,15 @@ HOPPER_PREFILL_TOKENS = 2048
 def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
     """How many programs take big and small shares of `units` (row, KV head) pairs.
 
-    As many as run at once, by their shared memory: three on an SM of Hopper, two on others. A unit in more than 16
-    parts costs more to merge than it gains, and small shares pay from one unit an SM on. With the benchmark's lengths
-    246 rows read at 4.24 TB/s, 119 at 4.20, 77 at 4.13.
+    Three for an SM of Hopper, two for others: as many as run at once by their shared memory, with wide tiles. With few
+    units a program for each SM suffices, as a unit in more than 16 parts costs more to merge than it gains. Small
+    shares pay from one unit an SM on. With the benchmark's lengths 246 rows read at 4.24 TB/s, 119 at 4.20, 77 at
+    4.13; with 30,000 tokens each 2 rows at 3.7, 8 at 4.37, 16 at 4.5, by two programs for an SM 3.0, 3.5 and 3.5.
     """
     if 16 * units <= gpu.num_sms:
         return gpu.num_sms, 0
-    if units <= gpu.num_sms:
-        return 2 * gpu.num_sms, 0
     num_programs = (3 if gpu.shared_memory > 200 * 1024 else 2) * gpu.num_sms
-    return num_programs, num_programs
+    return num_programs, num_programs if units > gpu.num_sms else 0
 
 
 # Of `rope_decode`: twice as many as of the others, for with few rows all of a program is the wait for its end. One
