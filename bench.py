@@ -100,7 +100,15 @@ def run_nanovllm(llm: LLM, requests: list[Request], sampling: dict[str, Any]) ->
     metrics = [(result.metrics, len(result.token_ids)) for result in results]
     first = statistics.mean(times.first_token_time - arrival for times, _ in metrics)
     per_token = [(times.finished_time - times.first_token_time) / (n - 1) for times, n in metrics if n > 1]
-    return Run(total, seconds, total / seconds, first, statistics.mean(per_token) if per_token else None)
+    return Run(
+        total,
+        seconds,
+        total / seconds,
+        first,
+        statistics.mean(per_token) if per_token else None,
+        num_draft_tokens=sum(result.num_draft_tokens for result in results),
+        num_accepted_tokens=sum(result.num_accepted_tokens for result in results),
+    )
 
 
 ENGINES = {
@@ -176,7 +184,10 @@ def describe(run: Run) -> str:
     """A repeat in a line; the times of tokens are means over the requests."""
     text = f"{run.output_tokens:,} output tokens in {run.seconds:.3f} s: {run.tokens_per_second:,.0f} tok/s"
     times = ("first token", run.time_to_first_token), ("each further token", run.time_per_output_token)
-    return text + "".join(f", {name} {1000 * seconds:.2f} ms" for name, seconds in times if seconds is not None)
+    text += "".join(f", {name} {1000 * seconds:.2f} ms" for name, seconds in times if seconds is not None)
+    if run.num_draft_tokens:
+        text += f", {run.num_accepted_tokens:,} of {run.num_draft_tokens:,} drafts accepted"
+    return text
 
 
 def print_summary(result: Result) -> None:

@@ -18,6 +18,7 @@ from nanovllm.compat.engine_options import translate
 from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.quantization import Method, read_method
 from nanovllm.quantization.gguf import Gguf
+from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
 from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
@@ -85,6 +86,10 @@ class Config:
         quantization: the method of a quantised checkpoint, which is known without it; "fp8" or "int8" to round a
             plain one while it is loaded; "gguf" to keep the codes of 4 bits that a GGUF file has, on a CPU (on a GPU
             it says nothing). Resolved: the name of the method; None: plain weights.
+        speculative_config: {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": n,
+            "prompt_lookup_min": m} checks up to k drafts of a request's next tokens in a step: what followed its last
+            m to n tokens when they occurred before in its text. Without m or n both are the other, without both 5.
+        speculation: what that says; None: nothing.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:
@@ -120,8 +125,10 @@ class Config:
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     seed: int | None = 0
     quantization: str | None = None
+    speculative_config: dict[str, Any] | None = None
     model_config: ModelConfig = field(init=False)
     quantization_method: Method | None = field(init=False, default=None)
+    speculation: Speculation | None = field(init=False, default=None)
     attention_reason: str = field(init=False)
     lowers_max_model_len: bool = field(init=False, default=False)
 
@@ -182,6 +189,11 @@ class Config:
         """Blocks that a sequence of max_model_len tokens takes."""
         return -(-self.max_model_len // self.kvcache_block_size)
 
+    @property
+    def max_num_decodes(self) -> int:
+        """The most tokens of a step that only decodes, drafts included."""
+        return self.max_num_seqs if self.speculation is None else max(self.max_num_seqs, MAX_CHECKED_TOKENS)
+
     def _check(self) -> None:
         """Brings the options to one spelling each, and checks what can be checked without a file."""
         self.lowers_max_model_len = self.max_model_len in (None, -1, "auto")
@@ -213,6 +225,7 @@ class Config:
                 f"num_kvcache_blocks={self.num_kvcache_blocks} of kvcache_block_size={self.kvcache_block_size} tokens "
                 f"are more than the {MAX_SLOTS} tokens that a KV cache can hold"
             )
+        self.speculation = read_speculation(self.speculative_config, self.max_num_batched_tokens)
 
     def _find_folders(self) -> None:
         """Brings the names of model, tokenizer, hf_config_path and generation_config to folders, or a GGUF file."""

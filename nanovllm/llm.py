@@ -67,6 +67,7 @@ class LLM(LLMEngine):
         load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto",
         seed: int | None = 0,
         quantization: str | None = None,
+        speculative_config: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.

@@ -79,6 +79,8 @@ class RequestOutput(Record):
     Attributes:
         text, token_ids, finish_reason: those of the first sample, `outputs[0]`.
         num_cached_tokens: tokens of the prompt that the prefix cache had.
+        num_draft_tokens, num_accepted_tokens: drafts of the samples' tokens that were checked, and those of them that
+            the model would have drawn, surplus ones behind a text's end included; 0 without speculation.
         request_id: the id that the caller gave it, or else its number.
         prompt: the text, None if the prompt was token ids.
         prompt_logprobs: for each token of the prompt, those that were asked for, None for the first; else None.
@@ -92,6 +94,8 @@ class RequestOutput(Record):
     token_ids: list[int]
     finish_reason: str | None
     num_cached_tokens: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]

@@ -110,7 +110,7 @@ ASK_FOR_SOMETHING = [
     ("enable_lora", True, "LoRA"),
     ("limit_mm_per_prompt", {"image": 1}, "images"),
     ("calculate_kv_scales", True, "scales of the checkpoint"),
-    ("speculative_config", {"method": "ngram"}, "speculative"),
+    ("speculative_model", "[ngram]", "speculative_config"),
     ("distributed_executor_backend", "ray", "one host"),
     ("enable_expert_parallel", True, "experts"),
     ("compilation_config", 3, "kernels"),

@@ -25,6 +25,7 @@ from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.logprobs import top_logprobs
+from nanovllm.kernels.ngrams import propose_ngrams
 from nanovllm.kernels.paged_attention import compiled_for, paged_decode, paged_prefill
 from nanovllm.kernels.quantized_products import scale_products
 from nanovllm.kernels.quantized_weight import QuantizedWeight
@@ -34,6 +35,7 @@ from nanovllm.kernels.routing import route
 from nanovllm.kernels.sampling import draw, filter_thresholds
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.kernels.tuning import HOPPER_PREFILL_TOKENS
+from nanovllm.kernels.verify_rows import lay_out_drafts, store_verified
 from nanovllm.parallel.all_reduce import Peers, add_sum, max_over_ranks, send_linear, send_part
 
 if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
@@ -240,6 +242,19 @@ def launch_rows(dtype: torch.dtype) -> None:
     packed = draw(logits, longs, reals, longs, longs, 0, low)
     advance_rows(longs, longs, empty(4, dtype=I32), empty(4, 160, dtype=I32), 256)
     store_tokens(packed, longs, longs, empty(4, 4, dtype=I64), empty(1, dtype=I64))
+    launch_drafts(num_drafts=0)
+    launch_drafts(num_drafts=5)
+
+
+def launch_drafts(num_drafts: int) -> None:
+    """What a step does with so many drafts of each row, of five that there may be."""
+    longs, ints, drafts = empty(4, dtype=I64), empty(4, dtype=I32), empty(4, 5, dtype=I32)
+    history, ring, count = empty(4, MAX_MODEL_LEN, dtype=I32), empty(4, 4, 9, dtype=I64), empty(1, dtype=I64)
+    if num_drafts:
+        lay_out_drafts(longs, longs, drafts, ints, empty(4, 160, dtype=I32), 256, num_drafts, MAX_MODEL_LEN)
+    packed = empty(4 * (1 + num_drafts), dtype=I64)
+    store_verified(packed, longs, drafts, ints, history, longs, ints, ring, count, MAX_MODEL_LEN)
+    propose_ngrams(longs, history, ints, drafts, ints, ring, count, 2, 5, MAX_MODEL_LEN)
 
 
 def launch_adjustments(dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ def config(**options) -> SimpleNamespace:
         "max_model_len": 32,
         "kvcache_block_size": 4,
         "enable_prefix_caching": True,
+        "speculation": None,
         "model_config": SimpleNamespace(eos_token_ids=frozenset([EOS_TOKEN_ID])),
     }
     return SimpleNamespace(**defaults | options)
@@ -137,7 +138,7 @@ class Driver:
         if launched:
             batch_seen, tokens = launched
             rows = batch_seen.rows[: batch_seen.num_samples]
-            self.ended += self.scheduler.postprocess(batch_seen, [tokens[row] for row in rows])
+            self.ended += self.scheduler.postprocess(batch_seen, [[tokens[row]] for row in rows])
         self.check()
         return batch
 

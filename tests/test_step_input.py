@@ -30,6 +30,7 @@ def config():
         max_blocks_per_seq=MAX_BLOCKS,
         kvcache_block_size=4,
         enable_prefix_caching=True,
+        speculation=None,
     )
 
 
@@ -52,7 +53,7 @@ def add(scheduler: Scheduler, prompt: list[int], seed: int = 0, **params) -> Seq
 def mixed_batch(scheduler: Scheduler) -> tuple[list[Sequence], Batch]:
     """A decode, a whole prompt, one of which only the last token is not cached, one of one token, a partial one."""
     first = add(scheduler, [1, 2, 3, 4, 5])
-    scheduler.postprocess(scheduler.schedule(), [6])
+    scheduler.postprocess(scheduler.schedule(), [[6]])
     prompts = [[7, 8, 9], [1, 2, 3, 4, 10], [11], list(range(20, 40))]
     return [first, *(add(scheduler, prompt) for prompt in prompts)], scheduler.schedule()
 
@@ -117,7 +118,7 @@ def test_decodes_and_parts_of_prompts(scheduler, rows):
     rows.apply_changes(step)
     assert rows.decode_rows.tolist() == [first.row, cached.row, single.row] + [PADDING_ROW] * (MAX_NUM_SEQS - 3)
     # Its end: five tokens of the budget go to nobody.
-    scheduler.postprocess(batch, [50] * batch.num_samples)
+    scheduler.postprocess(batch, [[50]] * batch.num_samples)
     batch = scheduler.schedule()
     assert batch.seqs[-1] is partial and not batch.is_last_partial and batch.num_samples == len(batch.seqs)
     step = build_step_input(batch, VOCAB_SIZE)

@@ -61,6 +61,7 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
     engine.add_argument("--sampler-backend")
     engine.add_argument("--kv-cache-dtype")
     engine.add_argument("--quantization", metavar="METHOD", help=QUANTIZATION_HELP)
+    engine.add_argument("--speculative-config", type=json.loads, metavar="JSON", help="nanovllm, vllm")
     engine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
     if args.profile and args.engine != "nanovllm":

@@ -25,6 +25,8 @@ class Run:
     tokens_per_second: float
     time_to_first_token: float | None = None
     time_per_output_token: float | None = None  # after the first
+    num_draft_tokens: int = 0  # that were checked
+    num_accepted_tokens: int = 0
 
 
 class Engine(NamedTuple):

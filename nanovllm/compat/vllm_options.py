@@ -237,8 +237,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
     "results are prepared while the next step runs; async_scheduling=False says otherwise": {
         "disable_async_output_proc": FLAG
     },
-    "there is no speculative decoding": {
-        "speculative_config": EMPTY,
+    "drafts are looked up in the text, as speculative_config says": {
         "spec_method": NONE,
         "spec_model": NONE,
         "spec_tokens": NONE,

@@ -64,16 +64,19 @@ class BlockManager:
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
 
-    def can_append(self, seq: Sequence) -> bool:
-        """Whether a running sequence has, or can get, the block of its last token."""
-        return bool(self.free_block_ids) or len(seq.block_table) >= self._num_blocks(seq)
+    def num_lacking(self, seq: Sequence, num_ahead: int = 0) -> int:
+        """How many more blocks a running sequence needs for its tokens and `num_ahead` that may follow."""
+        return max(-(-(seq.num_tokens + num_ahead) // self.block_size) - len(seq.block_table), 0)
 
-    def may_append(self, seq: Sequence) -> bool:
-        """Gives a running sequence one more block if its last token opens one; returns whether it did."""
-        if len(seq.block_table) >= self._num_blocks(seq):
-            return False
-        seq.block_table.append(self._take_free())
-        return True
+    def can_append(self, seq: Sequence, num_ahead: int = 0) -> bool:
+        """Whether a running sequence has, or can get, the blocks of its tokens and of `num_ahead` that may follow."""
+        return self.num_lacking(seq, num_ahead) <= len(self.free_block_ids)
+
+    def may_append(self, seq: Sequence, num_ahead: int = 0) -> int:
+        """Gives a running sequence the blocks that it lacks; returns how many, mostly one or none."""
+        num_lacking = self.num_lacking(seq, num_ahead)
+        seq.block_table += [self._take_free() for _ in range(num_lacking)]
+        return num_lacking
 
     def deallocate(self, seq: Sequence) -> None:
         """Takes a sequence's blocks back. Named ones can still be hit, its tail being evicted before its head."""

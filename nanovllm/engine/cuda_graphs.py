@@ -27,6 +27,7 @@ class StepShape(NamedTuple):
     is_filtered: bool  # whether a row asks for top-k, top-p or min-p
     adjusting: int = 0  # the tables by which logits are adjusted, flags of kernels/adjust_logits.py
     num_logprobs: int = 0  # the logprobs told of each row: its token's and the best ones'; 0: none
+    num_drafts: int = 0  # computed of each row that decodes, beside its last token
 
     @property
     def is_plain(self) -> bool:
@@ -43,6 +44,9 @@ def list_graph_shapes(config: Config) -> list[StepShape]:
     sizes = {1, 2, 4, 8, 16, 24, *range(32, 209, 16), *range(216, config.max_num_seqs + 16, 16)}
     sizes = sorted({min(size, config.max_num_seqs) for size in sizes})
     shapes = [StepShape(size, num_prompts=0, num_tokens=0, is_filtered=False) for size in sizes]
+    if config.speculation is not None:
+        checked = [shape._replace(num_drafts=config.speculation.num_drafts_of(shape.num_decodes)) for shape in shapes]
+        shapes += [shape for shape in checked if shape.num_drafts]
     # The torch backend attends to prompts in a loop of the host's over sequences, which no graph can hold.
     if config.attention_backend != "torch":
         shapes += [StepShape(0, num_prompts=1, num_tokens=length, is_filtered=False) for length in GRAPH_TOKENS]
@@ -64,6 +68,7 @@ class CudaGraphs:
         for padded in self.shapes:
             if (
                 padded.num_prompts == shape.num_prompts
+                and padded.num_drafts == shape.num_drafts
                 and padded.num_decodes >= shape.num_decodes
                 and padded.num_tokens >= shape.num_tokens
             ):

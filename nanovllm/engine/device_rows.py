@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput
+from nanovllm.kernels.verify_rows import REPORT_HEAD
 
 RING_SIZE = 4  # steps whose tokens the host can still read; at most two are in flight
 
@@ -58,7 +59,8 @@ class DeviceRows:
         row_ints: int64 [4, R], top_k, seed, and of adjustments the least length and the flags.
         row_floats: float32 [6, R], temperature, top_p, min_p, penalties of presence, frequency and repetition.
         decode_rows: int64 [max_num_seqs], the rows that decode in this step, then padding rows.
-        token_ring: int64 [RING_SIZE, R] in host memory, where steps write their tokens in turn, by row.
+        token_ring: int64 [RING_SIZE, R] in host memory, where steps write their tokens in turn, by row; with
+            speculation [RING_SIZE, R, W], where they write what kernels/verify_rows.py reports of a row.
         step_count, device_step_count: the steps launched, and those run, int64 [1] on the device.
     """
 
@@ -72,7 +74,10 @@ class DeviceRows:
         self.padding_row = config.max_num_seqs
         num_rows = config.max_num_seqs + 1
         self.last_tokens = zeros(num_rows, dtype=torch.int64)
-        self.token_ring = torch.zeros(RING_SIZE, num_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        ring_shape = [RING_SIZE, num_rows]
+        if config.speculation is not None:
+            ring_shape.append(REPORT_HEAD + 1 + config.speculation.num_speculative_tokens)
+        self.token_ring = torch.zeros(ring_shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.step_count = 0
         self.device_step_count = zeros(1, dtype=torch.int64)
         self.context_lens = zeros(num_rows, dtype=torch.int32)
@@ -137,7 +142,7 @@ class DeviceRows:
         return PromptParts(*self.prompts[: sum(lengths)].split(lengths))
 
     def count_step(self) -> Tensor:
-        """Counts a step that was launched; returns the host's memory where its tokens will be, by row, int64 [R]."""
+        """Counts a step that was launched; returns the host's memory where its tokens will be, by row."""
         entry = self.token_ring[self.step_count % RING_SIZE]
         self.step_count += 1
         return entry

@@ -29,7 +29,7 @@ def bind_kv_cache(model: nn.Module, config: Config, tp: TensorParallel, num_bloc
         caches = torch.from_numpy(np.zeros(bytes_shape, np.uint8)).view(dtype)
     else:
         caches = torch.zeros(shape, dtype=dtype, device=tp.device)
-    semaphores = torch.zeros(config.max_num_seqs * num_kv_heads, dtype=torch.int32, device=tp.device)
+    semaphores = torch.zeros(config.max_num_decodes * num_kv_heads, dtype=torch.int32, device=tp.device)
     k_caches, v_caches = caches
     for layer, k_cache, v_cache in zip(layers, k_caches, v_caches, strict=True):
         layer.k_cache, layer.v_cache, layer.semaphores = k_cache, v_cache, semaphores

@@ -28,6 +28,7 @@ from nanovllm.requests.progress import Progress
 from nanovllm.requests.request import Request
 from nanovllm.sampling.logprobs import take_in_logprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.speculative.policy import take_in_drafts
 from nanovllm.text.tokenizer import load_tokenizer
 
 POLL_SECONDS = 2e-5
@@ -301,7 +302,8 @@ class LLMEngine:
         batch = self.scheduler.schedule()
         if not batch.seqs:
             return None
-        step = build_step_input(batch, self.config.model_config.vocab_size)
+        tells_texts = self.config.speculation is not None
+        step = build_step_input(batch, self.config.model_config.vocab_size, tells_texts)
         return LaunchedStep(batch, self.ranks.call("run", step))
 
     def _take_in(self, step: LaunchedStep) -> None:
@@ -312,13 +314,19 @@ class LLMEngine:
                 self.ranks.check()  # a rank that died would leave the others waiting for ever
                 time.sleep(POLL_SECONDS)
             output.event.synchronize()
-        token_by_row = output.tokens.tolist()
-        token_ids = [token_by_row[row] for row in batch.rows[: batch.num_samples]]
+        told_by_row = output.tokens.tolist()
+        told = [told_by_row[row] for row in batch.rows[: batch.num_samples]]
+        if self.config.speculation is None:
+            token_ids = [[token_id] for token_id in told]
+        else:
+            token_ids = take_in_drafts(batch, told)
         take_in_logprobs(batch, token_ids, output.logprobs, output.prompt_logprobs)
         finished = self.scheduler.postprocess(batch, token_ids)
         num_decodes = batch.num_tokens.count(1)
         self.num_prefilled += sum(batch.num_tokens) - num_decodes
         self.num_decoded += num_decodes
+        if batch.num_drafts:
+            self.num_decoded += sum(len(accepted) - 1 for accepted in token_ids)
         ended = dict.fromkeys(self.requests[seq.request_id] for seq in finished)
         for seq in finished:
             if seq.finish_reason == "error":

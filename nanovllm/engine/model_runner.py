@@ -28,6 +28,7 @@ from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.quantization import describe_weights, schemes_of
 from nanovllm.sampling.device import AdjustedSampler
+from nanovllm.speculative.draft_rows import DraftRows
 from nanovllm.utils.context import Context, StepTensors
 
 
@@ -35,7 +36,7 @@ class StepOutput(NamedTuple):
     """Where what a launched step gives will be, in the host's memory; and the event that says when.
 
     Attributes:
-        tokens: int64 [rows], -1 for none.
+        tokens: int64 [rows], -1 for none; with speculation reports, int64 [rows, ...], see kernels/verify_rows.py.
         logprobs: of the tokens, int32 [rows, ...], packed; None if nobody asked for any.
         prompt_logprobs: of the tokens of prompts, in the order of the step's targets, packed; or None.
         event: None if all is there.
@@ -70,8 +71,9 @@ class ModelRunner:
         self.sampler = Sampler(tp, config.sampler_backend)
         self.graphs = CudaGraphs(config, tp.stream)
         self.rows = DeviceRows(config, self.device, max(config.max_num_batched_tokens, GRAPH_TOKENS[-1]))
+        self.draft_rows = DraftRows(config, self.rows) if config.speculation is not None else None
         self.adjusted_sampler = AdjustedSampler(tp, self.sampler, self.rows, config.model_config.vocab_size)
-        self.counts = torch.arange(config.max_num_seqs + 2, dtype=torch.int32, device=self.device)
+        self.counts = torch.arange(config.max_num_decodes + 2, dtype=torch.int32, device=self.device)
 
     # ---- start-up -------------------------------------------------------------------------------------------------
 
@@ -131,6 +133,8 @@ class ModelRunner:
     def run(self, step: StepInput) -> StepOutput:
         """Launches a step; does not wait for a GPU."""
         self.rows.apply_changes(step)
+        if self.draft_rows is not None:
+            self.draft_rows.apply_changes(step)
         shape = StepShape(
             num_decodes=len(step.decode_rows),
             num_prompts=len(step.prompts),
@@ -138,6 +142,7 @@ class ModelRunner:
             is_filtered=step.is_filtered,
             adjusting=step.adjusting,
             num_logprobs=step.num_logprobs,
+            num_drafts=step.num_drafts,
         )
         if not shape.is_plain:
             self.adjusted_sampler.prepare(shape, step.table_changes)
@@ -179,7 +184,10 @@ class ModelRunner:
             packed = self.sampler(logits, step.rows, rows.row_ints, rows.row_floats, positions, shape.is_filtered)
         else:
             packed = self.adjusted_sampler.sample(logits, step, shape)
-        store_tokens(packed, step.sample_rows, rows.last_tokens, rows.token_ring, rows.device_step_count)
+        if self.draft_rows is None:
+            store_tokens(packed, step.sample_rows, rows.last_tokens, rows.token_ring, rows.device_step_count)
+        else:
+            self.draft_rows.store(packed, step.sample_rows)
 
     def _forward_with_prompt_logprobs(self, shape: StepShape, step_input: StepInput) -> Tensor:
         """`_forward` of a step that also tells the logprobs of prompts' tokens; returns where they will be."""
@@ -197,15 +205,20 @@ class ModelRunner:
     def _lay_out(self, shape: StepShape, max_seqlen_q: int) -> StepTensors:
         """Lays out a step: one token of each row that decodes, then the prompts' parts, one behind the other.
 
-        A sequence that decodes gives its last token, which the device has, and its context grows by it. A part of a
-        prompt gives the tokens that the host sent, and sets the context length to where it ends.
+        A sequence that decodes gives its last token, which the device has, and its context grows by it. If drafts are
+        checked, it gives these too, and there are no prompts. A part of a prompt gives the tokens that the host sent,
+        and sets the context length to where it ends.
         """
         rows, block_size, num_decodes = self.rows, self.config.kvcache_block_size, shape.num_decodes
-        decode_rows = rows.decode_rows[:num_decodes]
-        input_ids, positions, slots, context_lens, block_tables = advance_rows(
-            decode_rows, rows.last_tokens, rows.context_lens, rows.block_tables, block_size
-        )
-        all_rows = sample_rows = decode_rows
+        decode_rows = all_rows = sample_rows = rows.decode_rows[:num_decodes]
+        queries_per_row = 1 + shape.num_drafts
+        if shape.num_drafts:  # each of a row's tokens is a decode of its own
+            inputs = self.draft_rows.lay_out(decode_rows, shape.num_drafts)
+            num_decodes *= queries_per_row
+            all_rows = decode_rows.repeat_interleave(queries_per_row)
+        else:
+            inputs = advance_rows(decode_rows, rows.last_tokens, rows.context_lens, rows.block_tables, block_size)
+        input_ids, positions, slots, context_lens, block_tables = inputs
         cu_seqlens_q = self.counts[: num_decodes + 1]
         cu_seqlens_k = context_lens  # not their running sum: nothing reads it where all decode
         logits_indices = None
@@ -236,6 +249,7 @@ class ModelRunner:
             max_seqlen_q=max_seqlen_q,
             logits_indices=logits_indices,
             decode_groups={},
+            queries_per_row=queries_per_row,
         )
         return StepTensors(input_ids, positions, context, all_rows, sample_rows)
 

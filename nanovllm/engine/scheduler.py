@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.speculative.policy import pays
 
 
 @dataclass(slots=True)
@@ -22,7 +23,8 @@ class Batch:
     `num_tokens[i]` tokens of `seqs[i]` are computed, from `starts[i]` on. All but perhaps the last sequence reach
     their end and sample a token; `num_samples` of them do. `rows` are the sequences' rows in this step: a sequence
     may have lost its row by the time the step's tokens are seen. The last `num_joined` sequences were just admitted.
-    `budget` tokens more could have been computed.
+    `budget` tokens more could have been computed. Where drafts are checked, all sequences decode, and each computes
+    `num_drafts` of them besides, of which the device knows the values and the host only how many.
     """
 
     budget: int
@@ -32,6 +34,7 @@ class Batch:
     num_tokens: list[int] = field(default_factory=list)
     num_samples: int = 0
     num_joined: int = 0
+    num_drafts: int = 0
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in block table, block)
 
     @property
@@ -71,23 +74,25 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
-        batch = Batch(self.config.max_num_batched_tokens)
+        batch = Batch(self.config.max_num_batched_tokens, num_drafts=self._choose_num_drafts())
         num_running = len(self.running)
         for seq in self.running:  # which a preemption shortens from its end
             # More may run than the budget holds, as those that wait for the host leave room for others to be admitted.
             if not batch.budget or seq.waits_for_host or self._end_is_due(seq):
                 continue
-            while not self.block_manager.can_append(seq):
+            num_ahead = self._num_ahead(seq, batch.num_drafts)
+            while not self.block_manager.can_append(seq, num_ahead):
                 self.preempt(self.running[-1])
                 if seq.status is SequenceStatus.WAITING:
                     return batch
-            if self.block_manager.may_append(seq):
-                batch.new_blocks.append((seq.row, len(seq.block_table) - 1, seq.block_table[-1]))
+            num_new = self.block_manager.may_append(seq, num_ahead)
+            for index in range(len(seq.block_table) - num_new, len(seq.block_table)):
+                batch.new_blocks.append((seq.row, index, seq.block_table[index]))
             self._compute(batch, seq)
         # After a preemption nothing is admitted: the newest sequence would take back what the older ones need.
-        if len(self.running) < num_running:
+        if len(self.running) < num_running or batch.num_drafts:
             return batch
-        while self.waiting and batch.budget and self.free_rows and self.block_manager.can_allocate(self.waiting[0]):
+        while batch.budget and self._admits_next():
             seq = self.waiting.popleft()
             self.block_manager.allocate(seq)
             seq.status = SequenceStatus.RUNNING
@@ -105,27 +110,25 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
 
-    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
-        """Takes in a step's sampled tokens (one for each of its first `num_samples` sequences, -1: there is none).
+    def postprocess(self, batch: Batch, token_ids: list[list[int]]) -> list[Sequence]:
+        """Takes in the tokens that a step has sampled for each of its first `num_samples` sequences.
 
+        They are one each (-1: there is none) and, where drafts were checked, those that were accepted before it.
         Returns the sequences that they ended. A token of a sequence that has ended meanwhile is surplus and
         dropped; one of a sequence that was preempted meanwhile is kept.
         """
         finished = []
-        for seq, token_id in zip(batch.seqs[: batch.num_samples], token_ids, strict=True):
+        for seq, new_token_ids in zip(batch.seqs[: batch.num_samples], token_ids, strict=True):
             if seq.is_finished:
                 continue
-            if token_id < 0:
-                seq.finish_reason = "error"
-            else:
-                self._append(seq, token_id)
-                if self._ends_text(seq, token_id):
-                    seq.finish_reason = "stop"
-                elif len(seq.token_ids) == seq.num_tokens and self._end_is_due(seq):
-                    seq.finish_reason = "length"
-            if seq.finish_reason is not None:
-                self.finish(seq)
-                finished.append(seq)
+            if batch.num_drafts:
+                self._correct(seq, batch.num_drafts, len(new_token_ids) - 1)
+            for token_id in new_token_ids:
+                self._take_in(seq, token_id)
+                if seq.finish_reason is not None:  # tokens behind it are surplus too
+                    self.finish(seq)
+                    finished.append(seq)
+                    break
         return finished
 
     def finish(self, seq: Sequence) -> None:
@@ -141,7 +144,7 @@ class Scheduler:
         start = seq.num_computed_tokens
         end = min(seq.num_tokens, start + batch.budget)
         seq.num_computed_tokens = end
-        batch.budget -= end - start
+        batch.budget -= end - start + batch.num_drafts
         batch.seqs.append(seq)
         batch.rows.append(seq.row)
         batch.starts.append(start)
@@ -152,6 +155,28 @@ class Scheduler:
         if end == seq.num_tokens:
             batch.num_samples += 1
             seq.num_tokens += 1
+        if batch.num_drafts:  # the most that there can be, until `_correct` knows
+            seq.num_tokens += batch.num_drafts
+            seq.num_computed_tokens += batch.num_drafts
+            seq.num_unseen_drafts += batch.num_drafts
+
+    def _correct(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """Counts no longer the drafts of a step that were not accepted."""
+        seq.num_unseen_drafts -= num_drafts
+        seq.num_tokens -= num_drafts - num_accepted
+        if seq.status is SequenceStatus.RUNNING:  # else nothing is computed any more
+            seq.num_computed_tokens -= num_drafts - num_accepted
+
+    def _take_in(self, seq: Sequence, token_id: int) -> None:
+        """Takes in a token that was unseen, and says if it ends the sequence."""
+        if token_id < 0:
+            seq.finish_reason = "error"
+            return
+        self._append(seq, token_id)
+        if self._ends_text(seq, token_id):
+            seq.finish_reason = "stop"
+        elif self._is_full(seq, len(seq.token_ids)):
+            seq.finish_reason = "length"
 
     def _append(self, seq: Sequence, token_id: int) -> None:
         """Takes in a token that was unseen; now that the ones before it are known, their block can be named."""
@@ -188,6 +213,43 @@ class Scheduler:
         seq.row = -1
 
     def _end_is_due(self, seq: Sequence) -> bool:
-        """Whether the sequence ends by length once its last token, sampled but perhaps unseen, is seen."""
-        has_all_tokens = seq.num_completion_tokens >= seq.sampling_params.max_tokens
-        return has_all_tokens or seq.num_tokens >= self.config.max_model_len
+        """Whether the sequence ends by length once its tokens, of which some may be unseen, are seen.
+
+        With unseen drafts it may be due without being known to be.
+        """
+        return self._is_full(seq, seq.num_tokens - seq.num_unseen_drafts)
+
+    def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether the sequence may not have more than so many tokens."""
+        max_tokens = seq.num_prompt_tokens + seq.sampling_params.max_tokens
+        return num_tokens >= min(max_tokens, self.config.max_model_len)
+
+    def _admits_next(self) -> bool:
+        """Whether the sequence that has waited longest can run."""
+        return bool(self.waiting and self.free_rows) and self.block_manager.can_allocate(self.waiting[0])
+
+    def _num_ahead(self, seq: Sequence, num_drafts: int) -> int:
+        """Tokens behind its own that a sequence needs blocks for; fewer than none if it counts some beyond its end."""
+        return min(num_drafts, self.config.max_model_len - seq.num_tokens)
+
+    def _choose_num_drafts(self) -> int:
+        """The drafts that the next step checks of each sequence; 0: it checks none.
+
+        None if it has prompts or draws otherwise than from the logits as they are, nor if others would have to be
+        preempted for them.
+        """
+        if self.config.speculation is None:
+            return 0
+        seqs = [seq for seq in self.running if not (seq.waits_for_host or self._end_is_due(seq))]
+        num_drafts = self.config.speculation.num_drafts_of(len(seqs)) if seqs else 0
+        may_check = (
+            num_drafts > 0
+            and len(seqs) * (1 + num_drafts) <= self.config.max_num_batched_tokens
+            and all(seq.may_check_drafts for seq in seqs)
+            and pays([seq.drafts for seq in seqs], num_drafts)
+            and not self._admits_next()
+        )
+        if not may_check:
+            return 0
+        num_lacking = sum(self.block_manager.num_lacking(seq, self._num_ahead(seq, num_drafts)) for seq in seqs)
+        return num_drafts if num_lacking <= len(self.block_manager.free_block_ids) else 0

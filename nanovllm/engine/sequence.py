@@ -11,6 +11,7 @@ from nanovllm.sampling.adjustments import Adjustment
 from nanovllm.sampling.constraints import Constraint
 from nanovllm.sampling.logprobs import LogprobRecord
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.speculative.policy import DraftRecord
 from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -34,7 +35,8 @@ class Sequence:
     """A request's tokens and how far they got.
 
     `num_tokens` counts tokens that exist on the device; with async scheduling the last of them may not have been
-    seen by the host yet, so that `token_ids` is then one shorter.
+    seen by the host yet, so that `token_ids` is then one shorter. While a step that checks drafts is unseen, it is the
+    most that there can be, as if all were accepted; `num_unseen_drafts` fewer are certain.
     """
 
     def __init__(self, seq_id: int, token_ids: list[int], sampling_params: SamplingParams, seed: int) -> None:
@@ -45,7 +47,9 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = self.num_tokens = len(token_ids)
-        self.num_computed_tokens = 0  # tokens whose KV the launched steps have stored
+        self.num_computed_tokens = 0  # tokens whose KV the launched steps have stored, of those that num_tokens counts
+        self.num_unseen_drafts = 0
+        self.drafts = DraftRecord()
         self.num_cached_tokens = -1  # of these, found in the prefix cache when first admitted; -1 before
         self.block_table: list[int] = []
         self.block_names: list[BlockName] = []  # of its first full blocks, as far as they were needed
@@ -66,8 +70,8 @@ class Sequence:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Generated tokens, an unseen one included."""
-        return self.num_tokens - self.num_prompt_tokens
+        """Generated tokens, an unseen one included, but no unseen drafts."""
+        return self.num_tokens - self.num_unseen_drafts - self.num_prompt_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:
@@ -93,6 +97,12 @@ class Sequence:
     def waits_for_host(self) -> bool:
         """Whether its next token cannot be drawn before the last one is seen, as a constraint depends on that."""
         return len(self.token_ids) < self.num_tokens and self.constraint is not None
+
+    @property
+    def may_check_drafts(self) -> bool:
+        """Whether its next step needs only its last token, and draws from the logits as they are."""
+        tells_logprobs = self.logprobs is not None and self.logprobs.num_top is not None
+        return self.num_computed_tokens == self.num_tokens - 1 and self.adjustment is None and not tells_logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:

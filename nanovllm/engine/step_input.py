@@ -31,6 +31,9 @@ class StepInput(NamedTuple):
         is_filtered: whether a row asks for top-k, top-p or min-p.
         adjusting, num_logprobs: as of StepShape.
         table_changes: to the tables by which logits are adjusted; None: there are none.
+        joined_tokens: [T, 3] int64, row, position and token of all that the rows that join have; without speculation
+            nobody asks for them, and there are none.
+        num_drafts: as of StepShape.
         prompt_targets: [L, 2] int64, of the prompts' tokens whose logprobs are asked for, which among the prompts'
             tokens tells its successor's, and the successor.
         num_prompt_logprobs: as num_logprobs, for these.
@@ -47,16 +50,20 @@ class StepInput(NamedTuple):
     adjusting: int
     num_logprobs: int
     table_changes: TableChanges | None
+    joined_tokens: np.ndarray
+    num_drafts: int
     prompt_targets: np.ndarray
     num_prompt_logprobs: int
 
 
-def build_step_input(batch: Batch, vocab_size: int) -> StepInput:
-    """What the ranks are told of a batch that has sequences."""
-    joined_ints, joined_floats = [], []
+def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -> StepInput:
+    """What the ranks are told of a batch that has sequences; `tells_texts`: all tokens of those that join, too."""
+    joined_ints, joined_floats, joined_tokens = [], [], []
     for seq, start in zip(batch.joined, batch.starts[len(batch.seqs) - batch.num_joined :], strict=True):
         joined_ints.append((seq.row, seq.token_ids[-1], start, *_row_ints(seq)))
         joined_floats.append(_row_floats(seq))
+        if tells_texts:
+            joined_tokens.append(_text(seq))
     decode_rows, prompts, token_ids, prompt_targets = [], [], [], []
     parts = zip(batch.seqs, batch.rows, batch.starts, batch.num_tokens, strict=True)
     for index, (seq, row, start, num_tokens) in enumerate(parts):
@@ -82,9 +89,17 @@ def build_step_input(batch: Batch, vocab_size: int) -> StepInput:
         adjusting=flags & TABLES,
         num_logprobs=num_logprobs_of((record.num_top for record in told), vocab_size),
         table_changes=list_changes(batch, vocab_size),
+        joined_tokens=np.concatenate([np.zeros((0, 3), dtype=np.int64), *joined_tokens]),
+        num_drafts=batch.num_drafts,
         prompt_targets=np.array(prompt_targets, dtype=np.int64).reshape(-1, 2),
         num_prompt_logprobs=num_logprobs_of((record.num_prompt_top for record in told), vocab_size),
     )
+
+
+def _text(seq: Sequence) -> np.ndarray:
+    """What `joined_tokens` has of a sequence."""
+    num_tokens = len(seq.token_ids)
+    return np.stack([np.full(num_tokens, seq.row), np.arange(num_tokens), np.array(seq.token_ids)], axis=1)
 
 
 def _row_ints(seq: Sequence) -> tuple[int, ...]:

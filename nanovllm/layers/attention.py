@@ -65,8 +65,9 @@ class Attention(nn.Module):
             k_norm.weight if k_norm else None,
             q_norm.eps if q_norm else 0.0,
         )
-        all_decode = context.num_decodes == len(qkv)
-        if self.attend is attend_triton and all_decode and takes_rope_decode(qkv, self.k_cache.size(2)):
+        # A kernel that stores and attends at once cannot wait for other tokens' keys, as drafts must.
+        all_apart = context.num_decodes == len(qkv) and context.queries_per_row == 1
+        if self.attend is attend_triton and all_apart and takes_rope_decode(qkv, self.k_cache.size(2)):
             tables, lens, semaphores = context.block_tables, context.context_lens, self.semaphores
             scores = self.scale, self.window, self.soft_cap, self.k_scale, self.v_scale
             return rope_decode(*rotation, tables, lens, semaphores, *scores).flatten(1)

@@ -55,6 +55,8 @@ class Request:
             token_ids=outputs[0].token_ids,
             finish_reason=outputs[0].finish_reason,
             num_cached_tokens=max(first.num_cached_tokens, 0),
+            num_draft_tokens=sum(seq.drafts.num_checked for seq in seqs),
+            num_accepted_tokens=sum(seq.drafts.num_accepted for seq in seqs),
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=first.token_ids[: first.num_prompt_tokens],

@@ -40,16 +40,16 @@ def num_logprobs_of(nums_top: Iterable[int | None], vocab_size: int) -> int:
 
 
 def take_in_logprobs(
-    batch: "Batch", token_ids: list[int], logprobs: Tensor | None, prompt_logprobs: Tensor | None
+    batch: "Batch", token_ids: list[list[int]], logprobs: Tensor | None, prompt_logprobs: Tensor | None
 ) -> None:
-    """Gives a step's logprobs to their sequences: those of the sampled token_ids, by row, and those of prompts.
+    """Gives a step's logprobs to their sequences: of the sampled token_ids, one each, by row, and of prompts.
 
     All rows at once, in each step: there is time for it while the device computes the next one, but not in the end.
     """
     if logprobs is not None:
         told = [
             (seq.logprobs, row)
-            for seq, row, token_id in zip(batch.seqs, batch.rows, token_ids, strict=False)
+            for seq, row, (token_id,) in zip(batch.seqs, batch.rows, token_ids, strict=False)
             if seq.logprobs is not None and seq.logprobs.num_top is not None and token_id >= 0 and not seq.is_finished
         ]
         records, rows = [record for record, _ in told], [row for _, row in told]

@@ -19,6 +19,9 @@ class Context(NamedTuple):
         max_seqlen_q: an upper bound of the tokens that one sequence computes.
         logits_indices: int64, the tokens whose hidden states are asked for; None: all.
         decode_groups: by window, how the torch backend groups the decodes; empty until a layer has worked it out.
+        queries_per_row: how many sequences of a step that only decodes stand for one row of the device's, one behind
+            the other, each with one token more in its context: more than one if drafts are checked. They see each
+            other's new keys.
     """
 
     slot_mapping: torch.Tensor
@@ -30,6 +33,7 @@ class Context(NamedTuple):
     max_seqlen_q: int
     logits_indices: torch.Tensor | None
     decode_groups: dict[int | None, list]
+    queries_per_row: int = 1
 
 
 class StepTensors(NamedTuple):
@@ -40,7 +44,7 @@ class StepTensors(NamedTuple):
         positions: [N] int32.
         context: what attention must know of them.
         rows: [S] int64, the row of each sequence.
-        sample_rows: [S] int64, the row that gets its sampled token.
+        sample_rows: int64, the rows that get the sampled tokens: [S], or [S / queries_per_row] if drafts are checked.
     """
 
     input_ids: torch.Tensor

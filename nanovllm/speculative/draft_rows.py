@@ -1,0 +1,97 @@
+"""What the device has of speculation, beside its rows: their texts and drafts, checked and proposed without the host.
+
+All tensors are allocated once, as CUDA graphs hold their addresses. Nothing here knows of models, or why drafts are
+checked in one step and not in another.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import Config
+from nanovllm.engine.device_rows import DeviceRows
+from nanovllm.engine.step_input import StepInput
+from nanovllm.kernels.decode_rows import DecodeInputs
+from nanovllm.kernels.ngrams import propose_ngrams
+from nanovllm.kernels.verify_rows import lay_out_drafts, store_verified
+
+
+class DraftRows:
+    """The texts and drafts of R rows, of which K drafts each may be proposed.
+
+    Attributes:
+        history: int32 [R, max_model_len], the tokens by position, the last one included.
+        drafts: int32 [R, K], tokens that may follow.
+        num_drafts: int32 [R], how many of them are proposed.
+        propose: what fills `drafts` and `num_drafts` of the rows, int64 [B], that a step has drawn tokens for, and
+            reports the numbers to the host.
+    """
+
+    def __init__(self, config: Config, rows: DeviceRows) -> None:
+        """`config` asks for speculation; `rows` are the ones that are drafted for."""
+        self.config = config
+        self.rows = rows
+        num_rows = len(rows.last_tokens)
+        self.history = self._zeros(num_rows, config.max_model_len)
+        self.drafts = self._zeros(num_rows, config.speculation.num_speculative_tokens)
+        self.num_drafts = self._zeros(num_rows)
+        self.propose: Callable[[Tensor], None] = self._look_up
+
+    def apply_changes(self, step: StepInput) -> None:
+        """Writes the texts of the rows that join."""
+        if len(step.joined_tokens):
+            rows, positions, token_ids = self.rows.to_device(step.joined_tokens).unbind(1)
+            self.history[rows, positions] = token_ids.int()
+
+    def lay_out(self, rows: Tensor, num_drafts: int) -> DecodeInputs:
+        """What a step needs that computes the last token and so many drafts of each of the rows, int64 [B]."""
+        state, config = self.rows, self.config
+        return lay_out_drafts(
+            rows,
+            state.last_tokens,
+            self.drafts,
+            state.context_lens,
+            state.block_tables,
+            config.kvcache_block_size,
+            num_drafts,
+            config.max_model_len,
+        )
+
+    def store(self, packed: Tensor, rows: Tensor) -> None:
+        """Stores what a step has drawn, packed, for each of the rows, int64 [B], and proposes what may follow.
+
+        int64 [B * (1 + D)], where D drafts of each row were computed.
+        """
+        state = self.rows
+        store_verified(
+            packed,
+            rows,
+            self.drafts,
+            self.num_drafts,
+            self.history,
+            state.last_tokens,
+            state.context_lens,
+            state.token_ring,
+            state.device_step_count,
+            self.config.max_model_len,
+        )
+        self.propose(rows)
+
+    def _look_up(self, rows: Tensor) -> None:
+        state, speculation = self.rows, self.config.speculation
+        propose_ngrams(
+            rows,
+            self.history,
+            state.context_lens,
+            self.drafts,
+            self.num_drafts,
+            state.token_ring,
+            state.device_step_count,
+            speculation.prompt_lookup_min,
+            speculation.prompt_lookup_max,
+            self.config.max_model_len,
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.rows.device)
