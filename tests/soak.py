@@ -169,6 +169,7 @@ class Soak:
             return
         for prompt, param, result in zip(prompts, params, results, strict=True):
             require(result["finished"] and "error" not in result, f"a result, not {result}")
+            self.counts["accepted drafts"] += result["num_accepted_tokens"]
             self.check_samples(prompt, param, result["outputs"])
 
     def refuse(self, llm: LLM) -> None:
@@ -279,6 +280,11 @@ class Soak:
             "enable_prefix_caching": pick([True, True, False]),
             "async_scheduling": pick([True, True, False]),
         }
+        num_drafts = pick([0, 0, 1, 4, 10])
+        if 0 < num_drafts < self.options["max_num_batched_tokens"]:
+            lookup = {"prompt_lookup_max": pick([1, 3]), "prompt_lookup_min": 1}
+            speculation = {"method": "ngram", "num_speculative_tokens": num_drafts} | lookup
+            self.options["speculative_config"] = speculation
         self.counts["engines"] += 1
         with LLM(self.folder, device="cpu", tensor_parallel_size=self.ranks, **self.options) as llm:
             for _ in range(rounds):

@@ -6,6 +6,7 @@ all that it attends to, and so does the token sampled from it. A wrong slot anyw
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.step_input import build_step_input
+from nanovllm.speculative.params import Speculation
 
 EOS_TOKEN_ID = 0
 
@@ -60,38 +62,64 @@ def expected(prompt: list[int], params: SamplingParams, max_model_len: int, voca
 
 
 class Device:
-    """Rows and KV cache of a rank."""
+    """Rows and KV cache of a rank; drafts come from nowhere, and most are right."""
 
-    def __init__(self, block_size: int, vocab_size: int) -> None:
+    def __init__(self, block_size: int, vocab_size: int, max_model_len: int, seed: int) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.random = random.Random(seed)
         self.kv: dict[int, int] = {}
         self.last_tokens: dict[int, int] = {}
+        self.context_lens: dict[int, int] = {}
         self.block_tables: dict[int, dict[int, int]] = {}
 
-    def run(self, batch: Batch) -> dict[int, int]:
-        """Computes a step; returns the last tokens of all rows, as a copy."""
+    def run(self, batch: Batch) -> list[list[int]]:
+        """Computes a step; returns the tokens that it sampled."""
         first_joined = len(batch.seqs) - batch.num_joined
-        for seq in batch.seqs[first_joined:]:
-            self.last_tokens[seq.row] = seq.token_ids[-1]
+        for seq, start in zip(batch.seqs[first_joined:], batch.starts[first_joined:], strict=True):
+            self.last_tokens[seq.row], self.context_lens[seq.row] = seq.token_ids[-1], start
         for row, index, block_id in batch.new_blocks:
             self.block_tables.setdefault(row, {})[index] = block_id
+        if batch.num_drafts:
+            return [self.check_drafts(row, batch.num_drafts) for row in batch.rows]
         computed = []
         steps = zip(batch.seqs, batch.rows, batch.starts, batch.num_tokens, strict=True)
         for index, (seq, row, start, num_tokens) in enumerate(steps):
             tokens = seq.token_ids[start : start + num_tokens]
             if num_tokens == 1 and index < batch.num_samples:  # a decode, whose token the host may not have seen
                 tokens = [self.last_tokens[row]]
+                # Nor may it know where that stands.
+                assert start - seq.num_unseen_drafts <= self.context_lens[row] <= start
+            else:
+                assert self.context_lens[row] == start
             assert len(tokens) == num_tokens
-            computed += [(position, row, token_id) for position, token_id in enumerate(tokens, start)]
+            computed += [(position, row, token_id) for position, token_id in enumerate(tokens, self.context_lens[row])]
+            self.context_lens[row] += num_tokens
         # Sequences of a step may share blocks that it computes: what a token depends on has lower positions.
         for position, row, token_id in sorted(computed):
             self.kv[self.slot(row, position)] = stored(self.attended(row, position), token_id)
-        for row, start, num_tokens in zip(
-            batch.rows, batch.starts, batch.num_tokens[: batch.num_samples], strict=False
-        ):
-            self.last_tokens[row] = sampled(self.attended(row, start + num_tokens), self.vocab_size)
-        return dict(self.last_tokens)
+        sampled_rows = batch.rows[: batch.num_samples]
+        for row in sampled_rows:
+            self.last_tokens[row] = sampled(self.attended(row, self.context_lens[row]), self.vocab_size)
+        return [[self.last_tokens[row]] for row in sampled_rows]
+
+    def check_drafts(self, row: int, num_drafts: int) -> list[int]:
+        """The tokens of a row of which so many drafts are computed, whatever they are."""
+        start = self.context_lens[row]
+        kv, tokens, token_id = self.attended(row, start), [], self.last_tokens[row]
+        num_proposed = min(self.random.randint(0, num_drafts), self.max_model_len - 2 - start)
+        is_right = True
+        for j in range(num_drafts + 1):
+            kv.append(stored(kv, token_id))
+            if start + j < self.max_model_len:
+                self.kv[self.slot(row, start + j)] = kv[-1]
+            if is_right:
+                tokens.append(sampled(kv, self.vocab_size))
+            token_id = tokens[-1] if self.random.random() < 0.7 else self.random.randrange(self.vocab_size)
+            is_right = is_right and j < num_proposed and token_id == tokens[-1]
+        self.context_lens[row], self.last_tokens[row] = start + len(tokens), tokens[-1]
+        return tokens
 
     def attended(self, row: int, length: int) -> list[int]:
         return [self.kv[self.slot(row, position)] for position in range(length)]
@@ -103,16 +131,27 @@ class Device:
 class Driver:
     """Runs a scheduler against a Device as LLMEngine does, with and without the lag of a step, checking each step."""
 
-    def __init__(self, num_blocks: int, is_async: bool = False, vocab_size: int = 50, **options) -> None:
-        self.config = config(**options)
+    def __init__(
+        self,
+        num_blocks: int,
+        is_async: bool = False,
+        vocab_size: int = 50,
+        num_drafts: int = 0,
+        seed: int = 0,
+        **options,
+    ) -> None:
+        """`num_drafts` are checked of each sequence at most, now and then."""
+        self.config = config(speculation=Speculation(num_drafts, 1, 1) if num_drafts else None, **options)
         self.scheduler = Scheduler(self.config, num_blocks, frozenset([EOS_TOKEN_ID]))
-        self.device = Device(self.config.kvcache_block_size, vocab_size)
+        self.num_drafts = num_drafts
+        self.device = Device(self.config.kvcache_block_size, vocab_size, self.config.max_model_len, seed)
         self.is_async = is_async
-        self.in_flight: tuple[Batch, dict[int, int]] | None = None
+        self.in_flight: tuple[Batch, list[list[int]]] | None = None
         self.seqs: list[Sequence] = []
         self.ended: list[Sequence] = []
         self.aborted: set[int] = set()
         self.num_preemptions = 0
+        self.num_accepted = self.num_refused = 0  # drafts
 
     def add(self, prompt: list[int], **params) -> Sequence:
         seq = Sequence(len(self.seqs), prompt, SamplingParams(**params), seed=0)
@@ -137,8 +176,11 @@ class Driver:
             launched, self.in_flight = self.in_flight, launched
         if launched:
             batch_seen, tokens = launched
-            rows = batch_seen.rows[: batch_seen.num_samples]
-            self.ended += self.scheduler.postprocess(batch_seen, [[tokens[row]] for row in rows])
+            self.ended += self.scheduler.postprocess(batch_seen, tokens)
+            for seq, new_tokens in zip(batch_seen.seqs, tokens, strict=False):
+                seq.drafts.num_proposed = self.device.random.randint(0, self.num_drafts)
+                self.num_accepted += len(new_tokens) - 1
+                self.num_refused += batch_seen.num_drafts + 1 - len(new_tokens)
         self.check()
         return batch
 
@@ -153,7 +195,9 @@ class Driver:
 
     def check_batch(self, batch: Batch, num_tokens: dict[int, int]) -> None:
         """`num_tokens` are the sequences' tokens before the batch was chosen."""
-        assert sum(batch.num_tokens) <= self.config.max_num_batched_tokens
+        num_tokens_of_step = sum(batch.num_tokens) + len(batch.seqs) * batch.num_drafts
+        assert num_tokens_of_step <= self.config.max_num_batched_tokens
+        assert not batch.num_drafts or set(batch.num_tokens) == {1}
         assert len(batch.seqs) <= self.config.max_num_seqs
         assert all(num_tokens > 0 for num_tokens in batch.num_tokens)
         assert len(batch.seqs) - batch.num_samples in (0, 1)
@@ -166,6 +210,7 @@ class Driver:
         if batch.seqs:
             step = build_step_input(batch, self.device.vocab_size)
             assert step.is_last_partial == batch.is_last_partial
+            assert step.num_drafts == batch.num_drafts <= self.num_drafts
             assert len(step.decode_rows) + len(step.prompts) == len(batch.seqs)
             if step.is_last_partial:
                 assert step.prompts[-1].tolist() == [batch.rows[-1], batch.starts[-1], batch.num_tokens[-1]]
@@ -173,6 +218,10 @@ class Driver:
     def check(self) -> None:
         scheduler = self.scheduler
         check_integrity(scheduler)
+        for seq in (*scheduler.running, *scheduler.waiting):  # what is unseen is in flight
+            most_unseen = 1 + self.in_flight[0].num_drafts if self.in_flight and seq in self.in_flight[0].seqs else 0
+            assert len(seq.token_ids) <= seq.num_tokens <= len(seq.token_ids) + most_unseen
+            assert seq.num_unseen_drafts == max(most_unseen - 1, 0)
         # Nobody skips ahead, neither when admitted nor when preempted.
         order = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
         assert order == sorted(order)
@@ -390,6 +439,8 @@ REQUESTS = st.tuples(
     enable_prefix_caching=st.booleans(),
     reset_at=st.one_of(st.none(), st.integers(0, 20)),
     vocab_size=st.sampled_from([3, 20]),
+    num_drafts=st.sampled_from([0, 0, 1, 5]),
+    seed=st.integers(0, 1000),
 )
 @example(
     requests=[(0, [1] * 15, 14, True, None), (0, [1] * 15, 14, True, 6), (0, [2] * 9, 14, True, None)],
@@ -401,13 +452,14 @@ REQUESTS = st.tuples(
     enable_prefix_caching=True,
     reset_at=4,
     vocab_size=20,
+    num_drafts=0,
+    seed=0,
 )
-def test_any_traffic(requests, is_async, block_size, spare_blocks, reset_at, vocab_size, **options):
+def test_any_traffic(requests, is_async, block_size, spare_blocks, reset_at, **options):
     max_model_len = 20
     driver = Driver(
         -(-max_model_len // block_size) + spare_blocks,
         is_async,
-        vocab_size,
         kvcache_block_size=block_size,
         max_model_len=max_model_len,
         **options,

@@ -15,7 +15,10 @@ from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_input import COLDEST, build_step_input
 from nanovllm.kernels.adjust_logits import USES_TABLE
+from nanovllm.kernels.verify_rows import REPORT_HEAD
 from nanovllm.sampling.adjustments import Adjustment
+from nanovllm.speculative.draft_rows import DraftRows
+from nanovllm.speculative.params import Speculation
 
 BUDGET, MAX_NUM_SEQS, MAX_BLOCKS = 20, 8, 16
 PADDING_ROW = MAX_NUM_SEQS
@@ -92,6 +95,27 @@ def test_a_cached_prefix_is_the_context_of_a_row_that_joins(scheduler, rows):
     assert (row, last_token, context_len) == (cached.row, 10, 4)
     rows.apply_changes(step)
     assert rows.context_lens[cached.row] == 4
+
+
+def test_texts_of_rows_that_join(scheduler, config):
+    """Told only if drafts are looked up in them: a preempted sequence's with all that it has generated."""
+    config.speculation = Speculation(3, 2, 1)
+    rows = DeviceRows(config, torch.device("cpu"), BUDGET)
+    draft_rows = DraftRows(config, rows)
+    assert rows.token_ring.shape == (RING_SIZE, MAX_NUM_SEQS + 1, REPORT_HEAD + 1 + 3)
+    seqs, batch = mixed_batch(scheduler)
+    assert build_step_input(batch, VOCAB_SIZE).joined_tokens.shape == (0, 3)
+    step = build_step_input(batch, VOCAB_SIZE, tells_texts=True)
+    assert step.joined_tokens.dtype == np.int64 and step.num_drafts == 0
+    draft_rows.apply_changes(step)
+    for seq in seqs[1:]:  # the first one has joined before
+        assert draft_rows.history[seq.row, : len(seq.token_ids)].tolist() == seq.token_ids
+    scheduler.postprocess(batch, [[50 + i] for i in range(batch.num_samples)])
+    for seq in reversed(seqs):
+        scheduler.preempt(seq)
+    step = build_step_input(scheduler.schedule(), VOCAB_SIZE, tells_texts=True)
+    draft_rows.apply_changes(step)
+    assert draft_rows.history[seqs[0].row, :7].tolist() == [1, 2, 3, 4, 5, 6, 50]
 
 
 def test_new_blocks(scheduler, rows):
