@@ -106,6 +106,8 @@ class Soak:
 
     def draw_prompt(self) -> list[int]:
         limit = self.options["max_model_len"] - 1
+        if self.random.random() < 0.2:  # what drafts can be looked up in
+            return (self.tokens(self.random.choice([1, 3, 7])) * 40)[: self.random.randint(1, limit)]
         if self.random.random() < 0.7:
             shared = self.random.choice(self.bases)[: self.random.choice([16, 40, 64, 100, 200, 300])]
             return (shared + self.tokens(self.random.choice([0, 0, 1, 5, 20])))[:limit]

@@ -107,7 +107,9 @@ def test_texts_of_rows_that_join(scheduler, config):
     assert build_step_input(batch, VOCAB_SIZE).joined_tokens.shape == (0, 3)
     step = build_step_input(batch, VOCAB_SIZE, tells_texts=True)
     assert step.joined_tokens.dtype == np.int64 and step.num_drafts == 0
+    draft_rows.num_drafts.fill_(3)  # of those who had the rows before
     draft_rows.apply_changes(step)
+    assert draft_rows.num_drafts[[seq.row for seq in seqs]].tolist() == [3, 0, 0, 0, 0]
     for seq in seqs[1:]:  # the first one has joined before
         assert draft_rows.history[seq.row, : len(seq.token_ids)].tolist() == seq.token_ids
     scheduler.postprocess(batch, [[50 + i] for i in range(batch.num_samples)])

@@ -215,7 +215,7 @@ class ModelRunner:
         if shape.num_drafts:  # each of a row's tokens is a decode of its own
             inputs = self.draft_rows.lay_out(decode_rows, shape.num_drafts)
             num_decodes *= queries_per_row
-            all_rows = decode_rows.repeat_interleave(queries_per_row)
+            all_rows = decode_rows[:, None].expand(-1, queries_per_row).flatten()
         else:
             inputs = advance_rows(decode_rows, rows.last_tokens, rows.context_lens, rows.block_tables, block_size)
         input_ids, positions, slots, context_lens, block_tables = inputs

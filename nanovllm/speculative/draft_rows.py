@@ -39,10 +39,11 @@ class DraftRows:
         self.propose: Callable[[Tensor], None] = self._look_up
 
     def apply_changes(self, step: StepInput) -> None:
-        """Writes the texts of the rows that join."""
+        """Writes the texts of the rows that join, for which nothing is proposed yet."""
         if len(step.joined_tokens):
             rows, positions, token_ids = self.rows.to_device(step.joined_tokens).unbind(1)
             self.history[rows, positions] = token_ids.int()
+            self.num_drafts[rows] = 0
 
     def lay_out(self, rows: Tensor, num_drafts: int) -> DecodeInputs:
         """What a step needs that computes the last token and so many drafts of each of the rows, int64 [B]."""
