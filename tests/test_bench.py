@@ -70,6 +70,15 @@ def test_figures_are_consistent(tmp_path):
     assert any(event.get("name") == "aten::mm" for event in json.loads(trace.read_text())["traceEvents"])
 
 
+def test_drafts_are_counted(tmp_path):
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    options = ("--speculative-config", json.dumps(speculation), "--block-size", "16", "--max-model-len", "256")
+    (figures,) = run_tiny(tmp_path, "--temperature", "0", *options)["runs"]
+    assert figures["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))
+    assert 0 < figures["num_accepted_tokens"] < figures["num_draft_tokens"]
+    assert "10 of 1,234 drafts accepted" in bench.describe(bench.Run(9, 1.0, 9.0, None, None, 1234, 10))
+
+
 def test_hf_generates_as_many_tokens(tmp_path):
     result = run_tiny(tmp_path, "--engine", "hf")
     assert result["engine"] == "hf"

@@ -21,7 +21,9 @@ from nanovllm.beam_search.params import BeamSearchParams
 from nanovllm.engine import cuda_graphs, scheduler
 from nanovllm.engine.cuda_graphs import StepShape, list_graph_shapes
 from nanovllm.engine.sequence import SequenceStatus
+from nanovllm.kernels.rope_decode import rope_decode
 from nanovllm.kernels.verify_rows import NUM_PROPOSED
+from nanovllm.layers import attention
 from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
 from nanovllm.speculative.policy import DraftRecord, pays
@@ -235,6 +237,25 @@ def test_generated_blocks_are_hit(checkpoint, always):
     assert second.token_ids == checkpoint.greedy((*text, 9, 10), 60, True)[0]
 
 
+def test_drafts_never_meet_the_kernel_that_stores_and_attends_at_once(checkpoint, always, monkeypatch):
+    """A draft's query must see the keys of those before it, which other programs of that kernel store."""
+    calls = []
+
+    def recorded(qkv: torch.Tensor, *args: object) -> torch.Tensor:
+        calls.append(len(qkv))
+        return rope_decode(qkv, *args)
+
+    monkeypatch.setattr(attention, "attend_triton", attention.attend_torch)
+    monkeypatch.setattr(attention, "takes_rope_decode", lambda qkv, num_kv_heads: True)
+    monkeypatch.setattr(attention, "rope_decode", recorded)
+    with engine(checkpoint("qwen3").path, speculative_config=NGRAM) as llm:
+        trace = Trace(llm)
+        generate(llm, repetitive_prompts(), [LONG] * 4 + [replace(LONG, logprobs=0, max_tokens=20)])
+    plain = [len(batch.seqs) for batch in trace.batches[1:] if not batch.num_drafts]
+    assert 0 < len(plain) < len(trace.batches) - 1
+    assert calls == [number for number in plain for _ in range(llm.config.model_config.num_hidden_layers)]
+
+
 def test_beam_search(checkpoint):
     found = []
     for config in (None, NGRAM):
@@ -356,7 +377,9 @@ def test_counts_are_the_most_until_they_are_seen(async_scheduling):
     counts = []
     while not seq.is_finished:
         hopeful(driver)
+        is_certain_to_end = seq.num_completion_tokens >= 25
         batch = driver.step()
+        assert batch.seqs == ([] if is_certain_to_end else [seq])
         counts.append((batch.num_drafts, seq.num_tokens, len(seq.token_ids), seq.num_completion_tokens))
     driver.check_end()
     assert driver.num_accepted > 0 < driver.num_refused
