@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint.files import read_json
+from nanovllm.engine import scheduler
 from nanovllm.layers.attention import Attention
 from nanovllm.parallel.peer_memory import MAX_PART_ROWS
 from nanovllm.utils.context import Context
@@ -39,6 +40,33 @@ FLOAT32 = {"device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.5}
 def test_greedy_tokens(checkpoint, scenario, backend, enforce_eager):
     options = FLOAT32 | {"attention_backend": backend, "enforce_eager": enforce_eager}
     check_scenario(checkpoint("qwen3"), scenario, 16, **options)
+
+
+@GRAPHS
+@BACKENDS
+@pytest.mark.parametrize("always_checks", [True, False])
+def test_greedy_tokens_with_drafts(checkpoint, monkeypatch, always_checks, backend, enforce_eager):
+    """Of texts that repeat themselves; some drafts are accepted, some are not."""
+    if always_checks:
+        monkeypatch.setattr(scheduler, "pays", lambda records, num_drafts: True)
+    checkpoint, loop = checkpoint("qwen3"), random_prompt(70, 5)
+    prompts = [loop * 9, random_prompt(71, 40) * 2, *mixed_prompts()]
+    config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    options = FLOAT32 | {"attention_backend": backend, "enforce_eager": enforce_eager, "num_kvcache_blocks": 25}
+    with engine(checkpoint.path, **options, speculative_config=config) as llm:
+        results = generate(llm, prompts, SamplingParams(temperature=0, max_tokens=60))
+    assert tokens(results) == [checkpoint.greedy(prompt, 60) for prompt in prompts]
+    num_checked = sum(result.num_draft_tokens for result in results)
+    assert 0 < sum(result.num_accepted_tokens for result in results) < num_checked
+
+
+@needs_two_gpus
+def test_ranks_with_drafts(checkpoint, monkeypatch):
+    monkeypatch.setattr(scheduler, "pays", lambda records, num_drafts: True)
+    config = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    check_scenario(
+        checkpoint("qwen3"), "all_at_once", 16, **FLOAT32, speculative_config=config, tensor_parallel_size=2
+    )
 
 
 @pytest.mark.parametrize("block_size", [64, 256])
