@@ -240,7 +240,7 @@ class LLM(LLMEngine):
                 self._add(request)
             (seq,) = request.seqs
             while not results:
-                with self._turn(second_breaks=True):
+                with self._turn():
                     piece = seq.detokenizer.take(seq.is_finished)
                     if not piece and not results:  # other threads' steps have brought nothing
                         self._advance()

@@ -166,6 +166,19 @@ def test_an_exception_in_one_thread(llm, monkeypatch):
     assert "".join(other.join().result) == llm.tokenizer.decode(want).rstrip("\ufffd")
 
 
+@pytest.mark.parametrize("is_breakable", [True, False])
+def test_a_second_ctrl_c_takes_effect_where_it_may(is_breakable):
+    turns, reached = Turns(), []
+    with pytest.raises(KeyboardInterrupt), turns.take():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("first")
+        turns.is_breakable = is_breakable
+        signal.raise_signal(signal.SIGINT)
+        reached.append("second")
+    assert reached == (["first"] if is_breakable else ["first", "second"])
+    assert not turns.is_mine()
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.01, 0.05, 0.1])
 def test_ctrl_c_in_the_main_thread(llm, seconds):
     """In a step or while waiting for a turn: the other threads' calls go on."""

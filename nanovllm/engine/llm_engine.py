@@ -149,7 +149,7 @@ class LLMEngine:
         tokens so far or those that are new, or once when it has finished. One that failed has the `finish_reason`
         "error", and says why under `error`.
         """
-        with self._turn(second_breaks=True):
+        with self._turn():
             self._advance()
         with self.turns.take():
             outputs = [request.output(self.tokenizer) for request in self.progressed.values()]
@@ -257,9 +257,9 @@ class LLMEngine:
     # ---- inside -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _turn(self, second_breaks: bool = False) -> Iterator[None]:
+    def _turn(self) -> Iterator[None]:
         """This thread's turn with an engine that is alive; see `Turns.take`."""
-        with self.turns.take(second_breaks):
+        with self.turns.take():
             self._check_alive()
             try:
                 yield
@@ -271,7 +271,7 @@ class LLMEngine:
         num_finished = len(results)
         with Progress(len(ids), use_tqdm, self.num_prefilled, self.num_decoded) as progress:
             while num_finished < len(ids):
-                with self._turn(second_breaks=True):
+                with self._turn():
                     if len(results) < len(ids):  # else another thread's step was the last one needed
                         self._advance()
                 num_finished = len(results)
@@ -284,6 +284,9 @@ class LLMEngine:
         # by length is known beforehand; one by EOS or a stop is only seen now, with one more token of the sequence
         # on its way, which is dropped when the current step is seen. Without async scheduling, a step is seen at once.
         try:
+            # A second Ctrl-C ends a step that hangs, and the engine with it; nowhere else, lest it cut what gives the
+            # turn back, or drops a call's requests.
+            self.turns.is_breakable = True
             previous, current = self.in_flight, self._launch()
             if self.config.async_scheduling:
                 self.in_flight = current
@@ -292,7 +295,9 @@ class LLMEngine:
                 seen = current
             if seen is not None:
                 self._take_in(seen)
+            self.turns.is_breakable = False
         except BaseException as error:
+            self.turns.is_breakable = False
             self._die(error)
 
     def _launch(self) -> LaunchedStep | None:

@@ -5,6 +5,7 @@ Only sampling and paged attention have two files each, as `sampling.py` and `sam
 `layers/sampler.py` chooses by `sampler_backend`.
 With TRITON_INTERPRET=1 in the environment (read once, at import) CPU tensors take the kernel too, in Triton's
 interpreter; the tests use that. Where triton has no wheel (macOS) the package still imports and runs on torch.
+The files called `*_hopper.py` have what only Hopper runs, of what others here compute elsewhere.
 
 This file knows nothing of the engine: the functions take tensors and numbers.
 """

@@ -3,15 +3,15 @@
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 POLL_SECONDS = 0.05  # how soon a Ctrl-C ends waiting for a turn
 
 
 @contextmanager
-def deferred_interrupt(second_breaks: bool = False) -> Iterator[list[int]]:
-    """Lets Ctrl-C take effect only behind the block; a second one at once if the block may take long.
+def deferred_interrupt(breaks: Callable[[], bool] | None = None) -> Iterator[list[int]]:
+    """Lets Ctrl-C take effect only behind the block; from the second one on at once, where `breaks` says so.
 
     Yields a list that holds something once Ctrl-C was pressed. Only the main thread gets any.
     """
@@ -23,7 +23,7 @@ def deferred_interrupt(second_breaks: bool = False) -> Iterator[list[int]]:
 
     def defer(number: int, frame: object) -> None:
         received.append(number)
-        if second_breaks and len(received) == 2:
+        if len(received) >= 2 and breaks is not None and breaks():
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, defer)
@@ -39,9 +39,14 @@ class Turns:
     """Threads have a turn one after the other, in the order in which they asked; within its turn one may ask again.
 
     A plain lock would not do: a thread that steps in a loop takes it back before one that waits has woken up.
+
+    Attributes:
+        is_breakable: whether whoever has the turn is where a second Ctrl-C may take effect at once. To be set where
+            all that an exception can leave undone is cleared up, and for what may take long.
     """
 
     def __init__(self) -> None:
+        self.is_breakable = False
         self._guard = threading.Lock()  # of what follows, held for a few instructions
         self._owner: int | None = None
         self._waiting: deque[tuple[int, threading.Lock]] = deque()  # threads, and the gates that let them go on
@@ -51,16 +56,16 @@ class Turns:
         return self._owner == threading.get_ident()
 
     @contextmanager
-    def take(self, second_breaks: bool = False) -> Iterator[None]:
+    def take(self) -> Iterator[None]:
         """Waits for a turn, which lasts as long as the block.
 
-        Ctrl-C ends the waiting, but takes effect only behind the block; a second one at once with `second_breaks`.
+        Ctrl-C ends the waiting, but takes effect only behind the block; a second one at once where `is_breakable`.
         """
         if self.is_mine():
             yield
             return
         while True:
-            with deferred_interrupt(second_breaks) as interrupts:
+            with deferred_interrupt(lambda: self.is_breakable and self.is_mine()) as interrupts:
                 if self._acquire(interrupts):
                     try:
                         yield
