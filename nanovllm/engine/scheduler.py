@@ -233,10 +233,10 @@ class Scheduler:
         return min(num_drafts, self.config.max_model_len - seq.num_tokens)
 
     def _choose_num_drafts(self) -> int:
-        """The drafts that the next step checks of each sequence; 0: it checks none.
+        """How many drafts the next step checks of each sequence, perhaps 0.
 
-        None if it has prompts or draws otherwise than from the logits as they are, nor if others would have to be
-        preempted for them.
+        So it is if the step has prompts, if one of its rows draws otherwise than from the logits as they are, if too
+        few drafts are expected to be accepted, or if others would have to be preempted for them.
         """
         if self.config.speculation is None:
             return 0
