@@ -73,6 +73,26 @@ def test_greedy_tokens_of_every_family(checkpoint, family, block_size):
     check_scenario(checkpoint(family), "all_at_once", block_size, **FLOAT32)
 
 
+@pytest.mark.parametrize("backend", ["triton", "flash_attn"])
+@pytest.mark.parametrize("scenario", ["plain", "preempted", "all_at_once"])
+def test_steps_with_prompts_in_graphs(checkpoint, scenario, backend):
+    """They are captured when their like comes for the second time, and replayed from then on."""
+    checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
+    options = {"dtype": "float32"} if backend == "triton" else {"dtype": "bfloat16"}
+    with engine(checkpoint.path, attention_backend=backend, **options, **scenario_options(scenario, 256)) as llm:
+        graphs = llm.ranks.runner.graphs
+        first = tokens(generate(llm, prompts))
+        num_captured = len(graphs.captured)
+        for _ in range(2):
+            llm.reset_prefix_cache()
+            again = tokens(generate(llm, prompts))
+            if backend == "triton":
+                assert again == first == expected(checkpoint, prompts)
+        captured = [shape for shape in graphs.captured if shape.num_prompts > 1]
+        assert captured and len(graphs.captured) > num_captured
+        assert scenario == "plain" or any(shape.num_decodes for shape in captured)
+
+
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
 def test_prefixes_of_earlier_calls(checkpoint, async_scheduling):
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()

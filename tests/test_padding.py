@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoints import mixed_prompts
-from engines import MAX_TOKENS, check_scenario, engine, generate, tokens
+from engines import MAX_TOKENS, check_scenario, engine, expected, generate, scenario_options, tokens
 
 from nanovllm import SamplingParams
 from nanovllm.engine import cuda_graphs
@@ -42,13 +42,64 @@ def test_greedy_tokens(checkpoint, shapes, scenario, async_scheduling):
     assert any(shape.num_decodes for shape in shapes)
 
 
-def test_short_prompts(checkpoint, shapes):
-    """A prompt alone is padded, with what a cached prefix leaves of it; a longer one is not."""
+@pytest.mark.parametrize("scenario", ["plain", "chunked", "preempted", "few_seqs", "all_at_once"])
+def test_steps_with_prompts(checkpoint, shapes, scenario):
+    """Whatever decodes and prompts a step has, it is padded when its like comes for the second time."""
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
-    with engine(checkpoint.path) as llm:
+    with engine(checkpoint.path, **scenario_options(scenario, 16)) as llm:
+        graphs, asked, num_replays = llm.ranks.runner.graphs, [], 0
+        padded_shape, replay = graphs.padded_shape, graphs.replay
+
+        def recorded_shape(shape):
+            asked.append(shape)
+            return padded_shape(shape)
+
+        def counted_replay(padded, forward):
+            nonlocal num_replays
+            num_replays += padded.num_prompts > 0
+            replay(padded, forward)
+
+        graphs.padded_shape, graphs.replay = recorded_shape, counted_replay
+        for _ in range(2):
+            llm.reset_prefix_cache()
+            assert tokens(generate(llm, prompts)) == expected(checkpoint, prompts)
+    with_prompts = [shape for shape in asked if shape.num_prompts]
+    captured = {shape for shape in shapes if shape.num_prompts}
+    assert captured and num_replays >= len(with_prompts) / 2 - len(captured)
+    assert all(shape.num_decodes in (0, 3, 7, 8, 16) for shape in captured)
+    assert all(shape.num_prompts in (1, 3, 4, 7, 16) for shape in captured)
+    if scenario in ("preempted", "few_seqs", "all_at_once"):
+        assert any(shape.num_decodes and shape.num_prompts for shape in captured)
+        assert not captured <= set(with_prompts), "none was padded"
+
+
+def test_padding_costs_less_than_a_launch(checkpoint, monkeypatch):
+    """What would be computed for nothing is bounded; what has a graph already is padded to it all the same."""
+    with engine(checkpoint("qwen3").path, max_num_seqs=256) as llm:
+        monkeypatch.setattr(cuda_graphs, "list_graph_shapes", lambda _: [StepShape(0, 1, 64, False)])
+        graphs = cuda_graphs.CudaGraphs(llm.config, None, num_weights=8 * 10**9)
+    assert graphs.token_sizes == [64, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
+    graphs.captured[StepShape(0, 1, 768, False)] = None
+    for shape, padded in (
+        (StepShape(0, 1, 5, False), StepShape(0, 1, 64, False)),
+        (StepShape(0, 1, 65, False), StepShape(0, 1, 768, False)),  # 703 rows too many, but it is there
+        (StepShape(0, 2, 65, False), None),
+        (StepShape(0, 2, 700, True), StepShape(0, 4, 768, True)),
+        (StepShape(30, 17, 1000, False), StepShape(32, 64, 1024, False)),
+        (StepShape(129, 17, 1000, False), StepShape(256, 64, 1024, False)),
+        (StepShape(129, 17, 800, False), None),  # 127 and 224 rows
+    ):
+        assert graphs.padded_shape(shape) == (padded if padded in graphs.captured else None)
+        assert graphs.padded_shape(shape) == padded
+
+
+def test_short_prompts(checkpoint, shapes):
+    """A prompt alone is padded, with what a cached prefix leaves of it."""
+    checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
+    with engine(checkpoint.path, max_num_batched_tokens=300) as llm:
         for prompt in prompts:
             assert tokens(generate(llm, [prompt])) == [checkpoint.greedy(prompt, MAX_TOKENS)]
-    assert {shape.num_tokens for shape in shapes if shape.num_prompts} == {8, 32, 64}
+    assert {shape.num_tokens for shape in shapes if shape.num_prompts} == {8, 32, 64, 300}
 
 
 def test_draws(checkpoint, shapes):

@@ -462,14 +462,15 @@ def test_drafts_of_a_step_fit_and_agree_with_its_graph():
             enforce_eager=False,
             attention_backend="triton",
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=1024,
             speculation=speculation,
         )
-        graphs = SimpleNamespace(shapes=list_graph_shapes(config))
+        graphs = cuda_graphs.CudaGraphs(config, None, num_weights=1)
         for num_rows in range(1, max_num_seqs + 1):
             num_drafts = speculation.num_drafts_of(num_rows)
             assert num_rows * (1 + num_drafts) <= max(MAX_CHECKED_TOKENS, num_rows)
             shape = StepShape(num_rows, 0, 0, is_filtered=True, num_drafts=num_drafts)
-            padded = cuda_graphs.CudaGraphs.padded_shape(graphs, shape)
+            padded = graphs.padded_shape(shape)
             assert padded.num_drafts == num_drafts and padded.num_decodes >= num_rows and padded.is_filtered
         assert len(set(graphs.shapes)) == len(graphs.shapes)
 

@@ -161,26 +161,27 @@ def test_one_token_that_does_not_reach_the_end_is_no_decode(scheduler):
 
 
 @pytest.mark.parametrize("num_padded_tokens", [5, 8])
+@pytest.mark.parametrize("num_padded_prompts", [2, 4])
 @pytest.mark.parametrize("is_last_partial", [False, True])
-def test_prompt_parts(rows, is_last_partial, num_padded_tokens):
+def test_prompt_parts(rows, is_last_partial, num_padded_prompts, num_padded_tokens):
     """What is read of prompts is what was written, field by field; a partial one's sample goes to the padding row."""
     prompts, token_ids = np.array([[3, 4, 2], [0, 0, 3]]), np.array([70, 71, 80, 81, 82])
-    rows.set_prompts(prompts, token_ids, is_last_partial, num_padded_tokens)
-    parts = rows.prompt_parts(2, num_padded_tokens)
-    num_padding = num_padded_tokens - 5
+    rows.set_prompts(prompts, token_ids, is_last_partial, num_padded_prompts, num_padded_tokens)
+    parts = rows.prompt_parts(num_padded_prompts, num_padded_tokens)
+    num_padding, num_more = num_padded_tokens - 5, num_padded_prompts - 2
     assert parts._asdict() == {name: value for name, value in parts._asdict().items() if value.dtype == torch.int64}
     assert [part.tolist() for part in parts] == list(
         PromptParts(
             token_ids=[70, 71, 80, 81, 82] + [0] * num_padding,
             positions=[4, 5, 0, 1, 2] + [0] * num_padding,
             token_rows=[3, 3, 0, 0, 0] + [PADDING_ROW] * num_padding,
-            rows=[3, 0],
-            context_lens=[6, 3],
-            sample_rows=[3, PADDING_ROW if is_last_partial else 0],
-            cu_seqlens=[0, 2, 5],
+            rows=[3, 0] + [PADDING_ROW] * num_more,
+            context_lens=[6, 3] + [0] * num_more,
+            sample_rows=[3, PADDING_ROW if is_last_partial else 0] + [PADDING_ROW] * num_more,
+            cu_seqlens=[0, 2, 5] + [5] * num_more,
         )
     )
-    lengths = PromptParts.lengths(2, num_padded_tokens)
+    lengths = PromptParts.lengths(num_padded_prompts, num_padded_tokens)
     assert tuple(map(len, parts)) == lengths
     address = rows.prompts.data_ptr()
     assert parts.token_ids.data_ptr() == address  # views of the buffer that graphs know
@@ -192,7 +193,7 @@ def test_nothing_is_allocated_anew(scheduler, rows):
     addresses = {name: value.data_ptr() for name, value in vars(rows).items() if isinstance(value, torch.Tensor)}
     step = build_step_input(mixed_batch(scheduler)[1], VOCAB_SIZE)
     rows.apply_changes(step)
-    rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, len(step.token_ids))
+    rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, len(step.prompts), len(step.token_ids))
     assert len(addresses) == 9
     assert {name: getattr(rows, name).data_ptr() for name in addresses} == addresses
 

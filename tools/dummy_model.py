@@ -28,6 +28,7 @@ SHAPES = {  # facts, SIZES, whether head and embedding are tied
     "qwen3-1.7b": (QWEN3, (2048, 6144, 28, 16, 8), True),
     "qwen3-4b": (QWEN3, (2560, 9728, 36, 32, 8), True),
     "qwen3-8b": (QWEN3, (4096, 12288, 36, 32, 8), False),
+    "qwen3-8b-128k": (QWEN3 | {"max_position_embeddings": 131072}, (4096, 12288, 36, 32, 8), False),
     "qwen3-14b": (QWEN3, (5120, 17408, 40, 40, 8), False),
     "qwen3-32b": (QWEN3, (5120, 25600, 64, 64, 8), False),
     "qwen3-30b-a3b": (QWEN3_MOE, (2048, 6144, 48, 32, 4), False),

@@ -12,10 +12,15 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.config import Config
+from nanovllm.kernels.tuning import HOPPER_ROWS
 
-# A short prompt alone is padded to one of these lengths and replayed as a graph. Other steps with prompts are launched
-# one kernel at a time, which takes the host less time than the GPU needs.
+# The lengths to which the tokens of prompts are padded. Of one prompt alone the first ones are captured at the start.
 GRAPH_TOKENS = (64, 128, 256, 384, 512)
+MORE_TOKENS = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+
+# Tokens times weights that a GPU may compute for padding, to spare the host the launch of some 300 kernels: that takes
+# 10 to 50 ms, these some 6 on an H200. A step of 16,384 tokens on Qwen3-0.6B takes the GPU 30 ms.
+MAX_PADDING = 2e12
 
 
 class StepShape(NamedTuple):
@@ -53,29 +58,85 @@ def list_graph_shapes(config: Config) -> list[StepShape]:
     return shapes
 
 
+def list_sizes(first: int, factor: int, last: int) -> list[int]:
+    """Numbers below `last` that grow by a factor, then it."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= factor
+    return [*sizes, last]
+
+
+def next_size(sizes: list[int], size: int) -> int:
+    """The first of ascending sizes that is not smaller; there is one."""
+    return next(padded for padded in sizes if padded >= size)
+
+
 class CudaGraphs:
     """The graphs of one rank, by shape; they share their memory."""
 
-    def __init__(self, config: Config, stream: torch.cuda.Stream | None) -> None:
-        """Captures nothing yet. `stream` is the one of all work on the rank's GPU."""
+    def __init__(self, config: Config, stream: torch.cuda.Stream | None, num_weights: int) -> None:
+        """Captures nothing yet. `stream` is the one of all work on the rank's GPU; `num_weights` are the rank's."""
         self.shapes = list_graph_shapes(config)
         self.stream = stream
         self.captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self.pool: tuple[int, int] | None = None
+        self.max_padding = MAX_PADDING / num_weights
+        self.seen: set[StepShape] = set()  # of steps with prompts: what they would have been padded to
+        self.decode_sizes = [0, *list_sizes(8, 2, config.max_num_seqs)]
+        self.prompt_sizes = list_sizes(1, 4, config.max_num_seqs)
+        self.token_sizes = [shape.num_tokens for shape in self.shapes if shape.num_prompts]
+        if self.token_sizes:
+            most = max(config.max_num_batched_tokens, *self.token_sizes)
+            self.token_sizes = sorted({*self.token_sizes, *(size for size in MORE_TOKENS if size < most), most})
 
     def padded_shape(self, shape: StepShape) -> StepShape | None:
-        """The smallest shape of a graph that holds a step of this shape, None if none does."""
+        """The shape of the graph that a step of this shape is to be padded to, None if it is to be launched as it is.
+
+        A shape with prompts, of which there are many, gets a graph when it is asked for the second time.
+        """
+        padded = self._padded_prompts(shape) if shape.num_prompts else self._padded_decodes(shape)
+        if padded is None or not padded.num_prompts or padded in self.captured:
+            return padded
+        if padded not in self.seen:
+            self.seen.add(padded)
+            return None
+        return padded
+
+    def _padded_decodes(self, shape: StepShape) -> StepShape | None:
+        """The smallest shape captured at the start, but for what is sampled, that holds a step without prompts."""
         for padded in self.shapes:
             if (
-                padded.num_prompts == shape.num_prompts
+                not padded.num_prompts
                 and padded.num_drafts == shape.num_drafts
                 and padded.num_decodes >= shape.num_decodes
-                and padded.num_tokens >= shape.num_tokens
             ):
-                return padded._replace(
-                    is_filtered=shape.is_filtered, adjusting=shape.adjusting, num_logprobs=shape.num_logprobs
-                )
+                return shape._replace(num_decodes=padded.num_decodes)
         return None
+
+    def _padded_prompts(self, shape: StepShape) -> StepShape | None:
+        """The smallest shape that holds a step with prompts, None if it has too many rows more."""
+        if not self.token_sizes:
+            return None
+        padded = shape._replace(
+            num_decodes=next_size(self.decode_sizes, shape.num_decodes),
+            num_prompts=next_size(self.prompt_sizes, shape.num_prompts),
+            num_tokens=next_size(self.token_sizes, shape.num_tokens),
+        )
+        padding = padded.num_decodes + padded.num_tokens - shape.num_decodes - shape.num_tokens
+        return padded if padding <= self.max_padding or padded in self.captured else None
+
+    def rehearse(self, forward: Callable[[StepShape], None], others: list[StepShape]) -> None:
+        """Has the kernels of all shapes, and of others, compiled at once: by captures that are thrown away."""
+        from nanovllm.kernels.compile_ahead import compiling_together  # where there is a GPU, there is Triton
+
+        # Larger batches of decodes have the same kernels. Prompts have what takes longest to compile.
+        shapes = [shape for shape in self.shapes if shape.num_decodes <= HOPPER_ROWS]
+        with compiling_together():
+            for shape in others + shapes:
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="relaxed"):
+                    forward(shape)
+        torch._C._cuda_clearCublasWorkspaces()  # they may lie in such a capture's memory
 
     def capture(self, forward: Callable[[StepShape], None]) -> None:
         """Captures `forward` for all shapes, the largest first, so that the others fit into its memory."""

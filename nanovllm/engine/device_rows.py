@@ -107,12 +107,21 @@ class DeviceRows:
             self.decode_rows.copy_(self.to_device(decode_rows))
 
     def set_prompts(
-        self, prompts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, num_padded_tokens: int
+        self,
+        prompts: np.ndarray,
+        token_ids: np.ndarray,
+        is_last_partial: bool,
+        num_padded_prompts: int,
+        num_padded_tokens: int,
     ) -> None:
         """Writes the parts of prompts that the step computes, as a StepInput has them, in one copy.
 
-        `num_padded_tokens`, not fewer than there are, is how many `prompt_parts` will be asked for.
+        The padded numbers, not smaller than those that there are, are what `prompt_parts` will be asked for. Prompts
+        are padded with parts of no tokens.
         """
+        num_prompts = len(prompts)
+        no_part = np.array([[self.padding_row, 0, 0]])
+        prompts = np.concatenate([prompts, no_part.repeat(num_padded_prompts - num_prompts, axis=0)])
         rows, starts, num_tokens = prompts.T
         begins = num_tokens.cumsum() - num_tokens  # of the parts, among the step's tokens
         num_real = len(token_ids)
@@ -123,7 +132,7 @@ class DeviceRows:
         token_rows[num_real:] = self.padding_row
         sample_rows = rows.copy()
         if is_last_partial:
-            sample_rows[-1] = self.padding_row
+            sample_rows[num_prompts - 1] = self.padding_row
         parts = PromptParts(
             token_ids=padded_token_ids,
             positions=positions,

@@ -69,7 +69,8 @@ class ModelRunner:
                 set_kv_scales(self.model, find_tensors(config.model))
         finish_weights(self.model)
         self.sampler = Sampler(tp, config.sampler_backend)
-        self.graphs = CudaGraphs(config, tp.stream)
+        num_weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self.graphs = CudaGraphs(config, tp.stream, num_weights)
         self.rows = DeviceRows(config, self.device, max(config.max_num_batched_tokens, GRAPH_TOKENS[-1]))
         self.draft_rows = DraftRows(config, self.rows) if config.speculation is not None else None
         self.adjusted_sampler = AdjustedSampler(tp, self.sampler, self.rows, config.model_config.vocab_size)
@@ -88,15 +89,20 @@ class ModelRunner:
         longest_prompt = self.config.max_model_len - 1
         num_prompts = min(max_num_seqs, -(-max_num_tokens // longest_prompt))
         prompt_len = min(max_num_tokens // num_prompts, longest_prompt)
+        decodes = StepShape(max_num_seqs, num_prompts=0, num_tokens=0, is_filtered=False)
+        prompts = StepShape(0, num_prompts, num_tokens=num_prompts * prompt_len, is_filtered=False)
+        if self.config.sampler_backend == "triton":  # torch's compiles itself when it is first called
+            can_capture = self.config.attention_backend != "torch"
+            self.graphs.rehearse(self._forward, [prompts, decodes] if can_capture else [decodes])
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         # Decodes first, as kernels are not loaded while the GPU is busy, and the prompts will keep it busy.
         self.rows.decode_rows.copy_(torch.arange(max_num_seqs))
-        self._forward(StepShape(max_num_seqs, num_prompts=0, num_tokens=0, is_filtered=False))
-        prompts = np.array([(row, 0, prompt_len) for row in range(num_prompts)])
-        token_ids = np.zeros(num_prompts * prompt_len, dtype=np.int64)
-        self.rows.set_prompts(prompts, token_ids, False, num_padded_tokens=len(token_ids))
-        self._forward(StepShape(0, num_prompts, num_tokens=len(token_ids), is_filtered=False))
+        self._forward(decodes)
+        parts = np.array([(row, 0, prompt_len) for row in range(num_prompts)])
+        token_ids = np.zeros(prompts.num_tokens, dtype=np.int64)
+        self.rows.set_prompts(parts, token_ids, False, num_prompts, prompts.num_tokens)
+        self._forward(prompts)
         self.rows.context_lens.zero_()
         self.rows.device_step_count.zero_()
         torch.cuda.synchronize(self.device)
@@ -149,8 +155,10 @@ class ModelRunner:
         has_targets = len(step.prompt_targets) > 0
         padded_shape = self.graphs.padded_shape(shape) if not has_targets else None
         if shape.num_prompts:
-            num_padded_tokens = (padded_shape or shape).num_tokens
-            self.rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, num_padded_tokens)
+            padded = padded_shape or shape
+            self.rows.set_prompts(
+                step.prompts, step.token_ids, step.is_last_partial, padded.num_prompts, padded.num_tokens
+            )
         prompt_logprobs = None
         if has_targets:
             prompt_logprobs = self._forward_with_prompt_logprobs(shape, step)
