@@ -78,8 +78,10 @@ def test_greedy_tokens_of_every_family(checkpoint, family, block_size):
 def test_steps_with_prompts_in_graphs(checkpoint, scenario, backend):
     """They are captured when their like comes for the second time, and replayed from then on."""
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
-    options = {"dtype": "float32"} if backend == "triton" else {"dtype": "bfloat16"}
-    with engine(checkpoint.path, attention_backend=backend, **options, **scenario_options(scenario, 256)) as llm:
+    options = FLOAT32 | {"attention_backend": backend} | scenario_options(scenario, 256)
+    if backend == "flash_attn":
+        options["dtype"] = "bfloat16"
+    with engine(checkpoint.path, **options) as llm:
         graphs = llm.ranks.runner.graphs
         first = tokens(generate(llm, prompts))
         num_captured = len(graphs.captured)
