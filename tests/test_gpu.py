@@ -73,26 +73,29 @@ def test_greedy_tokens_of_every_family(checkpoint, family, block_size):
     check_scenario(checkpoint(family), "all_at_once", block_size, **FLOAT32)
 
 
-@pytest.mark.parametrize("backend", ["triton", "flash_attn"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
 @pytest.mark.parametrize("scenario", ["plain", "preempted", "all_at_once"])
-def test_steps_with_prompts_in_graphs(checkpoint, scenario, backend):
+def test_steps_with_prompts_in_graphs(checkpoint, scenario, family):
     """They are captured when their like comes for the second time, and replayed from then on."""
-    checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
-    options = FLOAT32 | {"attention_backend": backend} | scenario_options(scenario, 256)
-    if backend == "flash_attn":
-        options["dtype"] = "bfloat16"
-    with engine(checkpoint.path, **options) as llm:
+    checkpoint, prompts = checkpoint(family), mixed_prompts()
+    with engine(checkpoint.path, **FLOAT32, **scenario_options(scenario, 256)) as llm:
         graphs = llm.ranks.runner.graphs
-        first = tokens(generate(llm, prompts))
-        num_captured = len(graphs.captured)
-        for _ in range(2):
+        for _ in range(3):
             llm.reset_prefix_cache()
-            again = tokens(generate(llm, prompts))
-            if backend == "triton":
-                assert again == first == expected(checkpoint, prompts)
-        captured = [shape for shape in graphs.captured if shape.num_prompts > 1]
-        assert captured and len(graphs.captured) > num_captured
+            assert tokens(generate(llm, prompts)) == expected(checkpoint, prompts)
+        captured = [shape for shape in graphs.captured if shape.num_prompts]
+        assert any(shape.num_prompts > 1 for shape in captured)
         assert scenario == "plain" or any(shape.num_decodes for shape in captured)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 9])
+def test_flash_attn_with_prompts_in_graphs(checkpoint, num_prompts):
+    """Only short prompts alone are in graphs: not sequences without tokens, of which it would read keys."""
+    prompts = mixed_prompts()[:num_prompts]
+    with engine(checkpoint("qwen3").path, **FLOAT32 | {"dtype": "bfloat16"}, attention_backend="flash_attn") as llm:
+        results = [tokens(generate(llm, prompts)) for _ in range(3)]
+        assert results[0] == results[1] == results[2]
+        assert all(shape.num_decodes == 0 for shape in llm.ranks.runner.graphs.captured if shape.num_prompts)
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])

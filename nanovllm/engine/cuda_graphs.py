@@ -67,9 +67,9 @@ def list_sizes(first: int, factor: int, last: int) -> list[int]:
     return [*sizes, last]
 
 
-def next_size(sizes: list[int], size: int) -> int:
-    """The first of ascending sizes that is not smaller; there is one."""
-    return next(padded for padded in sizes if padded >= size)
+def next_size(sizes: list[int], size: int) -> int | None:
+    """The first of ascending sizes that is not smaller."""
+    return next((padded for padded in sizes if padded >= size), None)
 
 
 class CudaGraphs:
@@ -83,10 +83,12 @@ class CudaGraphs:
         self.pool: tuple[int, int] | None = None
         self.max_padding = MAX_PADDING / num_weights
         self.seen: set[StepShape] = set()  # of steps with prompts: what they would have been padded to
-        self.decode_sizes = [0, *list_sizes(8, 2, config.max_num_seqs)]
-        self.prompt_sizes = list_sizes(1, 4, config.max_num_seqs)
+        self.decode_sizes, self.prompt_sizes = [0], [1]
         self.token_sizes = [shape.num_tokens for shape in self.shapes if shape.num_prompts]
-        if self.token_sizes:
+        # FlashAttention reads memory that is not there if sequences without tokens are among those of a step.
+        if self.token_sizes and config.attention_backend != "flash_attn":
+            self.decode_sizes += list_sizes(8, 2, config.max_num_seqs)
+            self.prompt_sizes = list_sizes(1, 4, config.max_num_seqs)
             most = max(config.max_num_batched_tokens, *self.token_sizes)
             self.token_sizes = sorted({*self.token_sizes, *(size for size in MORE_TOKENS if size < most), most})
 
@@ -116,13 +118,12 @@ class CudaGraphs:
 
     def _padded_prompts(self, shape: StepShape) -> StepShape | None:
         """The smallest shape that holds a step with prompts, None if it has too many rows more."""
-        if not self.token_sizes:
+        num_decodes = next_size(self.decode_sizes, shape.num_decodes)
+        num_prompts = next_size(self.prompt_sizes, shape.num_prompts)
+        num_tokens = next_size(self.token_sizes, shape.num_tokens)
+        if None in (num_decodes, num_prompts, num_tokens):
             return None
-        padded = shape._replace(
-            num_decodes=next_size(self.decode_sizes, shape.num_decodes),
-            num_prompts=next_size(self.prompt_sizes, shape.num_prompts),
-            num_tokens=next_size(self.token_sizes, shape.num_tokens),
-        )
+        padded = shape._replace(num_decodes=num_decodes, num_prompts=num_prompts, num_tokens=num_tokens)
         padding = padded.num_decodes + padded.num_tokens - shape.num_decodes - shape.num_tokens
         return padded if padding <= self.max_padding or padded in self.captured else None
 
