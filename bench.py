@@ -108,6 +108,7 @@ def run_nanovllm(llm: LLM, requests: list[Request], sampling: dict[str, Any]) ->
         statistics.mean(per_token) if per_token else None,
         num_draft_tokens=sum(result.num_draft_tokens for result in results),
         num_accepted_tokens=sum(result.num_accepted_tokens for result in results),
+        time_to_all_first_tokens=max(times.first_token_time for times, _ in metrics) - arrival,
     )
 
 
@@ -201,6 +202,13 @@ def print_summary(result: Result) -> None:
         if floor.flops_per_second_in_8_bits is not None:
             units += f", in 8 bits {floor.flops_per_second_in_8_bits / 1e12:.0f}"
         print(f"floor at the measured {units}: {floor.seconds:.3f} s; achieved {share:.1%} of its speed")
+        last_first_tokens = [run.time_to_all_first_tokens for run in result.runs if run.time_to_all_first_tokens]
+        if last_first_tokens:
+            seconds = statistics.median(last_first_tokens)
+            share = floor.prefill_seconds / seconds
+            print(
+                f"prompts are {floor.prefill_seconds:.3f} s of it; all first tokens after {seconds:.3f} s: {share:.1%}"
+            )
 
 
 def main() -> None:

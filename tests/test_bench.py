@@ -58,7 +58,7 @@ def test_figures_are_consistent(tmp_path):
     for figures in result["runs"]:
         assert figures["output_tokens"] == sum(request.max_tokens * request.params.get("n", 1) for request in requests)
         assert figures["tokens_per_second"] == pytest.approx(figures["output_tokens"] / figures["seconds"])
-        assert 0 < figures["time_to_first_token"] < figures["seconds"]
+        assert 0 < figures["time_to_first_token"] < figures["time_to_all_first_tokens"] < figures["seconds"]
         # The longest output has at most 40 tokens.
         assert 0 < figures["time_per_output_token"] < figures["seconds"] / 20
     rates = [figures["tokens_per_second"] for figures in result["runs"]]
@@ -124,6 +124,7 @@ def test_floor(tmp_path, monkeypatch):
     assert floor.kv_bytes == 13_853_760_356_352
     assert floor.weight_bytes == 1023 * 2 * (layers + head)
     assert floor.seconds == pytest.approx((floor.kv_bytes + floor.weight_bytes) / 4e12 + floor.prefill_flops / 800e12)
+    assert floor.prefill_seconds == pytest.approx(floor.prefill_flops / 800e12)
     floor = floors.Floor.measure(config, "bfloat16", draw(DEFAULT, 151936), 0, 1, kv_cache_dtype="fp8")
     assert floor.kv_bytes == 13_853_760_356_352 // 2
     # Three decode steps of one request, then two requests of which the second computes one token of its own.
@@ -179,6 +180,8 @@ def test_floor_of_quantised_weights(tmp_path, monkeypatch, name, option, weight_
         )
         floor = floors.Floor.measure(config, "bfloat16", requests, 0, 1, quantized=quantized)
         plain = floors.Floor.measure(config, "bfloat16", requests, 0, 1)
+        prefill_seconds = floor.prefill_flops / 790e12 + floor.prefill_flops_in_8_bits / 1500e12
+        assert floor.prefill_seconds == pytest.approx(prefill_seconds)
         assert floor.prefill_flops + floor.prefill_flops_in_8_bits == plain.prefill_flops
         assert floor.prefill_flops_in_8_bits == (2 * read * 142_827 if in_8_bits else 0)
         assert floor.seconds == pytest.approx(

@@ -40,6 +40,7 @@ class Floor:
     bandwidth: float
     flops_per_second: float
     seconds: float
+    prefill_seconds: float  # of them, for prompts
     prefill_flops_in_8_bits: int = 0
     flops_per_second_in_8_bits: float | None = None  # None: nothing is multiplied so, or the GPU does not
 
@@ -74,8 +75,8 @@ class Floor:
         )
         bandwidth, flops_per_second = measure_gpu(dtype)
         in_8_bits = measure_8_bit_product() if quantized is not None and quantized.in_8_bits else None
-        layer_seconds = layer_flops / (in_8_bits or flops_per_second)
-        seconds = (kv_bytes + weight_bytes) / bandwidth + other_flops / flops_per_second + layer_seconds
+        prefill_seconds = other_flops / flops_per_second + layer_flops / (in_8_bits or flops_per_second)
+        seconds = (kv_bytes + weight_bytes) / bandwidth + prefill_seconds
         return cls(
             kv_bytes,
             round(weight_bytes),
@@ -83,6 +84,7 @@ class Floor:
             bandwidth,
             flops_per_second,
             seconds / num_gpus,
+            prefill_seconds / num_gpus,
             layer_flops if in_8_bits else 0,
             in_8_bits,
         )

@@ -27,6 +27,7 @@ class Run:
     time_per_output_token: float | None = None  # after the first
     num_draft_tokens: int = 0  # that were checked
     num_accepted_tokens: int = 0
+    time_to_all_first_tokens: float | None = None  # when all prompts were computed
 
 
 class Engine(NamedTuple):
