@@ -92,7 +92,8 @@ def test_steps_with_prompts_in_graphs(checkpoint, scenario, family):
 def test_flash_attn_with_prompts_in_graphs(checkpoint, num_prompts):
     """Only short prompts alone are in graphs: not sequences without tokens, of which it would read keys."""
     prompts = mixed_prompts()[:num_prompts]
-    with engine(checkpoint("qwen3").path, **FLOAT32 | {"dtype": "bfloat16"}, attention_backend="flash_attn") as llm:
+    options = FLOAT32 | {"dtype": "bfloat16", "attention_backend": "flash_attn", "kvcache_block_size": 256}
+    with engine(checkpoint("qwen3").path, **options) as llm:
         results = [tokens(generate(llm, prompts)) for _ in range(3)]
         assert results[0] == results[1] == results[2]
         assert all(shape.num_decodes == 0 for shape in llm.ranks.runner.graphs.captured if shape.num_prompts)

@@ -73,24 +73,30 @@ def test_steps_with_prompts(checkpoint, shapes, scenario):
         assert not captured <= set(with_prompts), "none was padded"
 
 
-def test_padding_costs_less_than_a_launch(checkpoint, monkeypatch):
-    """What would be computed for nothing is bounded; what has a graph already is padded to it all the same."""
-    with engine(checkpoint("qwen3").path, max_num_seqs=256) as llm:
+def test_large_steps_are_launched_as_they_are(checkpoint, monkeypatch):
+    """They keep a GPU busy for longer than their launch takes; what has a graph already is padded to it anyway."""
+    with engine(checkpoint("qwen3").path, max_num_seqs=256, max_num_batched_tokens=3000) as llm:
         monkeypatch.setattr(cuda_graphs, "list_graph_shapes", lambda _: [StepShape(0, 1, 64, False)])
-        graphs = cuda_graphs.CudaGraphs(llm.config, None, num_weights=8 * 10**9)
-    assert graphs.token_sizes == [64, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
-    graphs.captured[StepShape(0, 1, 768, False)] = None
+        graphs = cuda_graphs.CudaGraphs(llm.config, None, num_weights=5 * 10**9)
+        llm.config.attention_backend = "flash_attn"
+        few_graphs = cuda_graphs.CudaGraphs(llm.config, None, num_weights=1)
+    assert graphs.token_sizes == [64, 768, 1024, 1536, 2048, 3000]
+    graphs.captured[StepShape(0, 1, 1536, False)] = None
     for shape, padded in (
         (StepShape(0, 1, 5, False), StepShape(0, 1, 64, False)),
-        (StepShape(0, 1, 65, False), StepShape(0, 1, 768, False)),  # 703 rows too many, but it is there
-        (StepShape(0, 2, 65, False), None),
+        (StepShape(0, 1, 1100, False), StepShape(0, 1, 1536, False)),  # more than 1,200 rows, but it is there
+        (StepShape(0, 2, 1100, False), None),
         (StepShape(0, 2, 700, True), StepShape(0, 4, 768, True)),
         (StepShape(30, 17, 1000, False), StepShape(32, 64, 1024, False)),
-        (StepShape(129, 17, 1000, False), StepShape(256, 64, 1024, False)),
-        (StepShape(129, 17, 800, False), None),  # 127 and 224 rows
+        (StepShape(129, 17, 1000, False), None),
+        (StepShape(129, 17, 700, False), StepShape(256, 64, 768, False)),
     ):
         assert graphs.padded_shape(shape) == (padded if padded in graphs.captured else None)
         assert graphs.padded_shape(shape) == padded
+    for shape in (StepShape(1, 1, 5, False), StepShape(0, 2, 5, False), StepShape(0, 1, 65, False)):
+        assert [few_graphs.padded_shape(shape) for _ in range(2)] == [None, None]
+    assert few_graphs.padded_shape(StepShape(0, 1, 5, False)) is None
+    assert few_graphs.padded_shape(StepShape(0, 1, 6, False)) == StepShape(0, 1, 64, False)
 
 
 def test_short_prompts(checkpoint, shapes):
