@@ -19,8 +19,10 @@ import torch
 import nanovllm.kernels
 import nanovllm.parallel
 from nanovllm.kernels import HAS_TRITON, quantized_weight, tuning
+from nanovllm.kernels import rms_norm as rms_norm_module
 from nanovllm.kernels.activation import GATES
 from nanovllm.kernels.adjust_logits import LogitTables, adjust_logits
+from nanovllm.kernels.compile_ahead import compiling_together
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.linear import linear
@@ -487,3 +489,25 @@ def test_the_interpreter_sees_a_gpu_of_hoppers_kind(monkeypatch):
     gpu = tuning.gpu_of.__wrapped__(torch.device("cpu"))
     assert gpu.shared_memory == GPUS[90].shared_memory
     assert tuning.decode_programs(5, gpu) == (12, 12)
+
+
+def test_kernels_are_compiled_together(launch_on):
+    """Each kind of a kernel once, however often it is launched, and none is run; whatever was patched is as before."""
+    launch_on(90, JITFunction.run)
+    launch, cache = JITFunction.run, rms_norm_module._rms_norm_kernel.device_caches[90][0]
+    cache.clear()
+    with compiling_together():
+        assert JITFunction.run is not launch
+        for dtype in (BF16, F32, BF16):
+            for rows in (3, 5):
+                rms_norm(torch.empty(rows, 64, dtype=dtype), torch.empty(64, dtype=dtype), 1e-6)
+    assert JITFunction.run is launch
+    assert len(cache) == 2 and all(kernel.asm["cubin"] for kernel in cache.values())
+
+
+def test_after_an_error_kernels_are_launched_as_before(launch_on):
+    launch_on(90, JITFunction.run)
+    launch = JITFunction.run
+    with pytest.raises(KeyError), compiling_together():
+        rms_norm(torch.empty(3, 64, dtype=BF16), torch.empty(64, dtype=torch.complex64), 1e-6)
+    assert JITFunction.run is launch
