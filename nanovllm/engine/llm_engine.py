@@ -90,6 +90,10 @@ class LLMEngine:
         self.results: dict[int, RequestOutput] = {}  # of finished requests that `step` has yet to hand out
         self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
         self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
+        if "NANOVLLM_TRACE" in os.environ:
+            from nanovllm.trace import record_engine
+
+            record_engine(self, os.environ["NANOVLLM_TRACE"])
         self.failure = None
         weights = f" weights by {described};" if described else ""
         print(

@@ -1,0 +1,1 @@
+"""Pictures of a run that `nanovllm.trace` recorded; nothing here needs an engine, or torch."""
