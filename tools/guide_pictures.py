@@ -25,8 +25,16 @@ SHARED = list(range(300, 396))  # 96 tokens: six blocks of 16
 
 def questions() -> list[list[dict[str, str]]]:
     """Those that the demo can answer, as conversations."""
-    lines = (DEMO / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
+    return [[{"role": "user", "content": line["question"]}] for line in _lines()]
+
+
+def answers() -> list[str]:
+    """The demo's answers, in the order of the questions."""
+    return [line["answer"] for line in _lines()]
+
+
+def _lines() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DEMO / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def record(work: Callable[[LLM], Any], **options: Any) -> dict[str, Any]:
