@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tools.guide_pictures import FOLDER, PICTURES
 
 import nanovllm
 from nanovllm.timeline.svg import draw_svg
+from tools.guide_pictures import FOLDER, PICTURES
 
 PACKAGE = Path(nanovllm.__file__).parent
 ROOT = PACKAGE.parent
@@ -27,7 +27,7 @@ TRANSLATED = [path for path in PAGES if path.parent.name == "zh"]
 POINTER = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", re.A)
 
 
 def name(path: Path) -> str:
