@@ -16,7 +16,7 @@ from engines import GREEDY, Trace, check_idle, engine, expected, generate, token
 from nanovllm import SamplingParams
 from nanovllm.timeline.chrome import chrome_events
 from nanovllm.timeline.states import State, states_of
-from nanovllm.timeline.svg import draw_svg
+from nanovllm.timeline.svg import draw_svg, num_computed
 from nanovllm.trace import Recorder
 from nanovllm.trace.show import ranges, show_run, slots_of
 
@@ -217,6 +217,8 @@ def test_several_samples_and_drafts_are_recorded(checkpoint):
         )
     told = [new for step in recorder.steps for seq_id, new in step.get("tokens", []) if seq_id == 0]
     assert [token for new in told for token in new] == result["token_ids"]
-    assert max(step["num_drafts"] for step in recorder.steps) > 0
+    checking = [step for step in recorder.steps if step["num_drafts"]]
+    assert checking
+    assert all(num_computed(step) == 1 + step["num_drafts"] for step in checking)
     ids = [seq_id for seq_id, seq in recorder.run["sequences"].items() if len(seq["prompt_token_ids"]) == 3]
     assert len(ids) == len(several[0]["outputs"]) == 3

@@ -72,9 +72,14 @@ def _panels(run: dict[str, Any]) -> Iterator[tuple[str, list[float], float | Non
     # A cache that is never a quarter full would show as an empty panel.
     limit = engine["num_blocks"] if max(used) * 4 > engine["num_blocks"] else None
     yield f"KV blocks in use (of {engine['num_blocks']})", used, limit, ""
-    tokens = [sum(part[2] for part in step["parts"]) for step in steps]
+    tokens = [num_computed(step) for step in steps]
     yield f"tokens computed (at most {engine['max_num_batched_tokens']})", tokens, None, ""
     yield "time to schedule, launch and wait", [1000 * seconds for seconds in step_seconds(steps)], None, " ms"
+
+
+def num_computed(step: dict[str, Any]) -> int:
+    """The tokens that a step computes, drafts included."""
+    return sum(num_tokens + step["num_drafts"] for _, _, num_tokens, _ in step["parts"])
 
 
 def step_seconds(steps: list[dict[str, Any]]) -> list[float]:
