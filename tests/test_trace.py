@@ -18,6 +18,7 @@ from nanovllm.timeline.chrome import chrome_events
 from nanovllm.timeline.states import State, states_of
 from nanovllm.timeline.svg import draw_svg, num_computed
 from nanovllm.trace import Recorder
+from nanovllm.trace import recorder as recorder_module
 from nanovllm.trace.show import ranges, show_run, slots_of
 
 SMALL = {"num_kvcache_blocks": 19, "max_num_batched_tokens": 40, "max_num_seqs": 7}
@@ -179,6 +180,38 @@ def test_an_engine_has_no_recorder_unless_asked(checkpoint, monkeypatch, tmp_pat
     monkeypatch.setenv("NANOVLLM_TRACE", str(tmp_path / "missing" / "run.json"))
     with pytest.raises(FileNotFoundError, match="missing"):
         engine(path)
+
+
+def test_a_busy_engine_is_refused(checkpoint):
+    with engine(checkpoint("qwen3").path) as llm:
+        llm.add_request([5, 6, 7], GREEDY)
+        with pytest.raises(ValueError, match="unfinished requests, got 1"):
+            Recorder(llm)
+        assert "schedule" not in vars(llm.scheduler)
+
+
+def test_a_run_that_failed_can_be_drawn(checkpoint, monkeypatch, tmp_path):
+    """What was recorded until then is written, and the step that failed is shown."""
+    monkeypatch.setattr(recorder_module, "_numbers", itertools.count(1))
+    monkeypatch.setenv("NANOVLLM_TRACE", str(tmp_path / "run.json"))
+    llm = engine(checkpoint("qwen3").path)
+    call, calls = llm.ranks.call, []
+
+    def failing_call(method, *args):
+        calls.append(method)
+        if len(calls) == 3:
+            raise OSError("the third step fails")
+        return call(method, *args)
+
+    monkeypatch.setattr(llm.ranks, "call", failing_call)
+    with pytest.raises(RuntimeError, match="the third step fails"):
+        llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert ["launched" in step for step in run["steps"]] == [True, True, False]
+    assert run["sequences"]["0"]["ended"] is None
+    assert len(states_of(run)[0]) == 3
+    draw_svg(run, "failed")
+    assert len(chrome_events(run)["traceEvents"]) > 6
 
 
 SCRIPT = """

@@ -15,7 +15,8 @@ def chrome_events(run: dict[str, Any]) -> dict[str, Any]:
         for pid, name in ((HOST, "host"), (STEPS, "steps under way"), (SEQUENCES, "sequences"))
     ]
     for number, step in enumerate(run["steps"]):
-        begin, launched = step["scheduling"], step["launched"]
+        begin = step["scheduling"]
+        launched = step.get("launched", begin)  # not if the launch failed
         events.append(_event(f"launch step {number}", HOST, 0, begin, launched))
         events.append(_counter("KV blocks in use", begin, step["blocks_in_use"]))
         if "seen" not in step:

@@ -84,9 +84,11 @@ def num_computed(step: dict[str, Any]) -> int:
 
 def step_seconds(steps: list[dict[str, Any]]) -> list[float]:
     """What each step took the host: to schedule and launch it, and to wait for its tokens."""
-    return [
-        step["launched"] - step["scheduling"] + step.get("seen", 0.0) - step.get("awaiting", 0.0) for step in steps
-    ]
+    return [_between(step, "scheduling", "launched") + _between(step, "awaiting", "seen") for step in steps]
+
+
+def _between(step: dict[str, Any], begin: str, end: str) -> float:
+    return step[end] - step[begin] if end in step else 0.0
 
 
 def _bars(label: str, values: list[float], limit: float | None, unit: str, top: int, column: float) -> Iterator[str]:

@@ -37,12 +37,18 @@ class Recorder:
             surplus. Absent if nobody waited for the step.
         finished: ids of the sequences that these ended; may be absent too.
         scheduling, launched, awaiting, seen: times in seconds since the recorder began: when its scheduling began,
-            when it was launched, when the host began to wait for its tokens, and when it had them. The last two may
-            be absent.
+            when it was launched, when the host began to wait for its tokens, and when it had them. Absent is what did
+            not happen: a step may have failed, or have nobody who waits for its tokens.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
-        """Wraps an engine that has computed nothing yet, or nothing that matters."""
+        """Wraps an engine.
+
+        Raises:
+            ValueError: the engine has unfinished requests, of which the record would lack the beginning.
+        """
+        if not engine.is_finished():
+            raise ValueError(f"engine must have no unfinished requests, got {engine.get_num_unfinished_requests()}")
         config, scheduler = engine.config, engine.scheduler
         self.began = time.perf_counter()
         self.preempted: list[int] = []
