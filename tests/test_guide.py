@@ -162,6 +162,16 @@ def test_the_map_names_every_folder():
     assert {folder.rstrip("/") for folder in re.findall(r"\b\w+/", architecture)} == folders
 
 
+def test_the_map_s_arrows_are_imports():
+    text = (GUIDE / "01-one-request.md").read_text(encoding="utf-8")
+    arrows = re.findall(r"^ +(\w+) --> (\w+)$", text, re.M)
+    assert len(arrows) > 10
+    for source, target in arrows:
+        files = [PACKAGE / f"{source}.py"] if (PACKAGE / f"{source}.py").exists() else (PACKAGE / source).rglob("*.py")
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        assert any(re.search(rf"^ *from nanovllm\.{target}\b", text, re.M) for text in texts), (source, target)
+
+
 def test_each_chapter_has_its_parts():
     for path in CHAPTERS:
         headings = re.findall(r"^## (.*)", prose(path.read_text(encoding="utf-8")), re.M)
