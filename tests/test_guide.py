@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import nanovllm
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.timeline.svg import draw_svg
 from tools.guide_pictures import FOLDER, PICTURES
 
@@ -121,7 +122,9 @@ def test_links_hold(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
-def test_programs_print_what_the_chapter_says(path):
+def test_programs_print_what_the_chapter_says(path, monkeypatch):
+    for method in ("compute_hash", "_block_name"):  # which chapters break on purpose: mended whatever happens
+        monkeypatch.setattr(BlockManager, method, vars(BlockManager)[method])
     names: dict = {}
     checked = 0
     for language, program, expected in programs(path.read_text(encoding="utf-8")):
