@@ -168,6 +168,16 @@ def test_any_batch(rows):
         assert linear(**arguments).shape == (0, 24)
 
 
+@kernel_test
+def test_which_rows_are_few():
+    """Of large weights fewer behind a norm, which the library then computes apart."""
+    x = torch.randn(8, 4096, device=DEVICE, dtype=torch.bfloat16)
+    small, large = (torch.empty(rows, 4096, device=DEVICE, dtype=torch.bfloat16) for rows in (2047, 2048))
+    for weight, is_normed, few in ((small, True, 8), (small, False, 8), (large, False, 8), (large, True, 4)):
+        assert takes_few_rows(x[:few], weight, is_normed)
+        assert few == 8 or not takes_few_rows(x[: few + 1], weight, is_normed)
+
+
 @pytest.fixture
 def only_hopper(monkeypatch):
     """Hopper's own kernel takes any rows, and fresh memory holds NaN."""
