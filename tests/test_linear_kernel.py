@@ -14,7 +14,7 @@ from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, quantized_products, quantized_weight
 from nanovllm.kernels import linear as linear_module
-from nanovllm.kernels.linear import LARGE_WEIGHT_BYTES, linear
+from nanovllm.kernels.linear import LARGE_WEIGHT_BYTES, linear, takes_few_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
