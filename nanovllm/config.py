@@ -83,9 +83,9 @@ class Config:
         load_format: "safetensors" and "gguf" read such files, "auto" the latter where a folder has none of the
             former; "dummy" draws random weights and needs no file but config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
-        quantization: the method of a quantised checkpoint, which is known without it; "fp8" or "int8" to round a
-            plain one while it is loaded; "gguf" to keep the codes of 4 bits that a GGUF file has, on a CPU (on a GPU
-            it says nothing). Resolved: the name of the method; None: plain weights.
+        quantization: the method of a quantised checkpoint, which is known without it; "fp8", "int8" or, on a CPU,
+            "int4" to round a plain one while it is loaded; "gguf" to keep the codes of 4 bits that a GGUF file has, on
+            a CPU (on a GPU it says nothing). Resolved: the name of the method; None: plain weights.
         speculative_config: {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": n,
             "prompt_lookup_min": m} checks up to k drafts of a request's next tokens in a step: what followed its last
             m to n tokens when they occurred before in its text. Without m or n both are the other, without both 5.
@@ -258,6 +258,8 @@ class Config:
                 self.quantization_method = Gguf(self.model)
                 return
             self.quantization = None
+        if self.quantization == "int4" and self.device != "cpu":
+            raise ValueError(f"quantization='int4' rounds weights for device='cpu' only, got {self.device!r}")
         stored, path = self.model_config.quantization_config, self.config_folder
         path = path if is_gguf(path) else f"{path}/config.json"
         self.quantization_method = read_method(self.quantization, stored, path)

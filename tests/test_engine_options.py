@@ -246,7 +246,7 @@ def test_vllm_names_of_attention_backends(config):
 def test_quantization(config, folder):
     """A method's name, which a quantised checkpoint tells by itself, and which may then be given too."""
     assert config().quantization is None
-    assert [config(quantization=name).quantization for name in ("fp8", "int8")] == ["fp8", "int8"]
+    assert [config(quantization=name).quantization for name in ("fp8", "int8", "int4")] == ["fp8", "int8", "int4"]
     quantised = folder(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     for given in (None, "fp8"):
         made = config(quantised, load_format="dummy", quantization=given)
@@ -263,7 +263,7 @@ def test_quantization(config, folder):
         (
             "int3",
             ValueError,
-            r"quantization='int3'.*only fp8, int8 can be made of a checkpoint without quantization_config",
+            r"quantization='int3'.*only fp8, int8, int4 can be made of a checkpoint without quantization_config",
         ),
     ],
     ids=str,

@@ -153,6 +153,7 @@ def test_texts(path):
     [
         ({"dtype": "bfloat16"}, 0.01),
         ({"dtype": "bfloat16", "quantization": "int8"}, 0.01),
+        ({"dtype": "bfloat16", "quantization": "int4"}, 0.08),
         ({"dtype": "bfloat16", "quantization": "gguf"}, 0.08),
         ({"quantization": "fp8"}, 0.08),
     ],
