@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from nanovllm import SamplingParams
 from nanovllm.config import Config
 from nanovllm.kernels.activation import silu_and_mul_torch
-from nanovllm.kernels.cpu_products import CpuWeight, for_cpu
+from nanovllm.kernels.cpu_products import CpuWeight, for_cpu, half_logits
 from nanovllm.kernels.linear import linear
 from nanovllm.kernels.quantized_weight import QuantizedWeight, pack_int4
 from nanovllm.kernels.rms_norm import rms_norm_torch
@@ -83,6 +83,19 @@ def test_what_the_operators_do_not_take(weight):
 def test_other_rows_are_multiplied_by_numbers(kind):
     weight = make(kind)
     assert for_cpu(weight, torch.float32) is weight and for_cpu(weight, torch.float16) is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [5, 3000])
+def test_logits_of_half_types(vocab_size, dtype):
+    """The largest are those of products in float32, of which bfloat16 makes ties; others are near them."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, SIZE).to(dtype), torch.randn(vocab_size, SIZE).to(dtype)
+    exact, logits = x.float() @ weight.float().t(), half_logits(x, weight)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
+    torch.testing.assert_close(logits.amax(1), exact.amax(1))
+    torch.testing.assert_close(logits, exact, atol=0.25, rtol=0.02)
 
 
 def in_4_bits(numbers: torch.Tensor) -> torch.Tensor:
