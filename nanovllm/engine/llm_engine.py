@@ -93,8 +93,9 @@ class LLMEngine:
         self.failure = None
         weights = f" weights by {described};" if described else ""
         print(
-            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
-            f"{config.device};{weights} attention by {config.attention_backend} ({config.attention_reason});",
+            f"nano-vllm: {config.model_config.architecture} in {config.dtype} ({config.dtype_reason})",
+            f"on {config.tensor_parallel_size} x {config.device};{weights}",
+            f"attention by {config.attention_backend} ({config.attention_reason});",
             f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in",
             f"{config.kv_cache_dtype}; max_model_len={config.max_model_len}",
             file=sys.stderr,
