@@ -172,12 +172,14 @@ def takes_hopper_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bo
 
 def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bool = False) -> bool:
     """Whether a kernel for few rows can compute x W^T, and is faster than what `linear_torch` does."""
+    if not use_triton(x):
+        return False
     limit = SMALL_BATCH
     if isinstance(weight, QuantizedWeight):
         limit = 0 if not weight.is_readable else 1 if weight.rounds_input else SMALL_BATCH
     elif is_normed and weight.nbytes >= LARGE_WEIGHT_BYTES:
         limit = SMALL_NORMED_BATCH
-    return use_triton(x) and 0 < len(x) <= limit
+    return 0 < len(x) <= limit
 
 
 def launch_linear(
