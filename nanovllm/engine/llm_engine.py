@@ -21,7 +21,7 @@ from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.requests.admission import Params
+from nanovllm.requests.admission import CheckedRequest, Params
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.requests.intake import Intake
 from nanovllm.requests.progress import Progress
@@ -136,11 +136,19 @@ class LLMEngine:
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
                 raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
+            number = self.numbers[name] = self.submit(checked, self.results, name)
+        return number if request_id is None else request_id
+
+    def submit(self, checked: CheckedRequest, results: dict[int, RequestOutput], request_id: str) -> int:
+        """Queues a request that `intake` has checked; returns its number, under which `results` will hold its result.
+
+        While it runs, `step` hands out what it has new, by its `output_kind`.
+        """
+        with self._turn():
             reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self.intake.make(checked, self.results, name, reports_progress)
+            request = self.intake.make(checked, results, request_id, reports_progress)
             self._add(request)
-            self.numbers[name] = request.number
-        return request.number if request_id is None else request_id
+        return request.number
 
     def step(self) -> list[RequestOutput]:
         """Runs a step; returns what the added requests have new that was not handed out before.
