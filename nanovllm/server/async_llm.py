@@ -9,6 +9,7 @@ import functools
 import os
 import queue
 import threading
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -30,12 +31,14 @@ class Stream:
     Attributes:
         loop: the event loop of the call.
         merges: whether outputs hold what is new, so that an unread one must not be replaced by the next.
+        arrival_time: when the call was made, in seconds of `time.time`.
         number: the engine's name of the request; None before it is queued.
     """
 
     def __init__(self, merges: bool) -> None:
         self.loop = asyncio.get_running_loop()
         self.merges = merges
+        self.arrival_time = time.time()
         self.number: int | None = None
         self._guard = threading.Lock()
         self._unread: RequestOutput | RuntimeError | None = None
@@ -182,6 +185,7 @@ class AsyncLLM:
         """Queues a request, unless its call has ended meanwhile."""
         if self.streams.get(request_id) is stream:
             stream.number = self.llm.submit(checked, self._results, request_id)
+            self.llm.requests[stream.number].arrival_time = stream.arrival_time
 
     def _abort(self, stream: Stream) -> None:
         """Ends a call's request if it is unfinished."""
