@@ -216,8 +216,8 @@ def check_dead(errors: list[BaseException], llm: AsyncLLM, cause: str) -> None:
     assert all(cause in str(error) for error in errors)
     with pytest.raises(RuntimeError, match=cause):
         llm.check_health()
-    llm._thread.join(10)
-    assert not llm._thread.is_alive() and not llm.streams
+    llm.thread.join(10)
+    assert not llm.thread.is_alive() and not llm.streams
     llm.close()
 
 

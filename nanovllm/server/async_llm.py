@@ -87,8 +87,8 @@ class AsyncLLM:
         self.streams: dict[str, Stream] = {}  # of unfinished calls, by the id of their request
         self._results: dict[int, RequestOutput] = {}  # of finished requests, until they are handed out
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the thread is to do
-        self._thread = threading.Thread(target=self._run, daemon=True, name="nanovllm-engine")
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, daemon=True, name="nanovllm-engine")
+        self.thread.start()
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -141,7 +141,7 @@ class AsyncLLM:
         """Ends the engine, and with a RuntimeError every call that waits. Can be called again, and from any thread."""
         self.llm.close()
         self._ask(lambda: None)
-        self._thread.join()
+        self.thread.join()
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
