@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
 
 import nanovllm
 from nanovllm.chat.prompts import render_conversations
@@ -121,7 +122,7 @@ class Service:
         if self.template is None:
             raise ValueError("the model has no tokenizer: there are no chats, and prompts must be token ids")
         (prompt,) = await asyncio.to_thread(
-            render_conversations, self.template, self.llm.tokenizer, body.messages, **body.template_options()
+            render_conversations, self.template, self.llm.tokenizer, [body.messages], **body.template_options()
         )
         return prompt
 
@@ -166,7 +167,7 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
 
     async def refuse(request: Request, error: Exception) -> Response:
         refused = service.explain(error)
-        if refused.status >= 500:
+        if refused.status == 500 and isinstance(error, RuntimeError):  # others are shown by the framework
             traceback.print_exception(error, file=sys.stderr)
         return refused.response()
 
@@ -177,8 +178,6 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
         return from_validation(error).response()
 
-    @app.exception_handler(404)
-    @app.exception_handler(405)
     @app.exception_handler(HTTPException)
     async def refuse_request(request: Request, error: HTTPException) -> Response:
         return from_http(error).response()

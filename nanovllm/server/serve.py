@@ -5,8 +5,8 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -18,7 +18,8 @@ from nanovllm.server.app import build_app
 from nanovllm.server.async_llm import AsyncLLM
 
 API_KEY_VARIABLE = "NANOVLLM_API_KEY"
-DEATH_SECONDS = 2.0  # for which /health tells of an engine's death
+POLL_SECONDS = 0.2
+END_SECONDS = 2  # for which clients can hear of the engine's end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,34 +89,46 @@ def run(args: argparse.Namespace) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=args.shutdown_timeout,
+            timeout_graceful_shutdown=args.shutdown_timeout + END_SECONDS,
         )
         listener = config.bind_socket()
         host, port = listener.getsockname()[:2]
         print(f"nano-vllm: {name} is served at http://{host}:{port}", file=sys.stderr, flush=True)
         server = uvicorn.Server(config)
-        threading.Thread(target=end_with_engine, args=(server, engine), daemon=True).start()
         # uvicorn ends at SIGTERM and Ctrl-C, in order, then raises them again: here they have been heard.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        server.run(sockets=[listener])
-        return 1 if engine.llm.failure is not None else 0
+        with ThreadPoolExecutor(1) as pool:
+            status = pool.submit(supervise, server, engine, args.shutdown_timeout)
+            try:
+                server.run(sockets=[listener])
+            finally:
+                engine.close()
+        return status.result()
     finally:
         engine.close()
+
+
+def supervise(server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int) -> int:
+    """Ends the server once the engine has failed, and the engine if the server takes too long to end.
+
+    Returns the exit status.
+    """
+    while engine.thread.is_alive() and not server.should_exit:
+        engine.thread.join(POLL_SECONDS)
+    if not server.should_exit:
+        print(f"nano-vllm: the engine is dead: {engine.llm.failure}", file=sys.stderr, flush=True)
+        time.sleep(END_SECONDS)
+        server.should_exit = True
+        return 1
+    engine.thread.join(shutdown_timeout)
+    engine.close()  # so that what still runs is told so
+    return 0
 
 
 def served_name(model: str) -> str:
     """A hub name as it is; of a folder or file the last part, as clients need not know where it is."""
     return os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model
-
-
-def end_with_engine(server: uvicorn.Server, engine: AsyncLLM) -> None:
-    """Ends the server once the engine has failed."""
-    engine.thread.join()
-    if not server.should_exit:
-        print(f"nano-vllm: the engine is dead: {engine.llm.failure}", file=sys.stderr, flush=True)
-        time.sleep(DEATH_SECONDS)
-        server.should_exit = True
 
 
 def main(arguments: list[str] | None = None) -> int:

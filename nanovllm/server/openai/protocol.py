@@ -4,7 +4,7 @@ Where vLLM has a field beyond that API, its name and meaning are taken. A field 
 name; null is as good as no field. Nothing here knows of engines or HTTP.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -227,7 +227,7 @@ class DetokenizeRequest(Body):
     """Token ids whose text is asked for."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Annotated[int, Field(ge=0, lt=2**32)]]
 
 
 def read_format(response_format: dict[str, Any]) -> dict[str, Any]:
