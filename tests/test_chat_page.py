@@ -36,7 +36,7 @@ def page():
         except playwright.Error as error:
             if "Executable doesn't exist" not in str(error):
                 raise
-            pytest.skip(f"needs a browser, as `playwright install chromium` or the system's package brings: {str(error).splitlines()[0]}")
+            pytest.skip(f"needs a browser, by `playwright install chromium` or the system's package: {error}")
         engine = AsyncLLM(str(DEMO), **OPTIONS)
         with serving(engine) as url:
             page = browser.new_page()

@@ -151,3 +151,21 @@ def test_sigterm_under_load_of_streams(tmp_path):
             thread.join()
         assert False not in ends and ends.count(True) >= 50 and ends.count(None) >= 50
         assert server.process.wait(20) == 0
+
+
+def test_bench_serve(tmp_path):
+    """Of random weights that have no tokenizer, as on a GPU."""
+    arguments = ["--load-format=dummy", "--skip-tokenizer-init"]
+    with ServerProcess(tmp_path, *arguments) as server:
+        command = [sys.executable, "-m", "tools.bench_serve", "--url", server.url, "--num-requests=12", "--rate=50"]
+        command += ["--concurrency=4", "--input-len=5-20", "--output-len=10-30", "--max-token-id=2000"]
+        command += ["--pid", str(server.process.pid)]
+        root = DEMO.parents[1]
+        process = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=60)
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert "12 of 12 requests" in process.stdout
+        for line in ("time to first token", "time per output token", "the server computed"):
+            assert line in process.stdout
+        command[-1:] = [str(server.process.pid), "--max-token-id=3000"]
+        process = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=60)
+        assert process.returncode == 1 and "token ids must be between" in process.stdout
