@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -18,6 +19,11 @@ class ClientGone(Exception):
 
 async def merge(iterators: Sequence[AsyncGenerator[T, None]]) -> AsyncIterator[tuple[int, T]]:
     """The items of several iterators as they come, with the number of theirs. Closes all, however it ends."""
+    if len(iterators) == 1:  # needs no tasks, which would cost more than all else that is done for a token
+        async with aclosing(iterators[0]) as items:
+            async for item in items:
+                yield 0, item
+        return
     pending = {asyncio.ensure_future(anext(each, None)): number for number, each in enumerate(iterators)}
     try:
         while pending:
