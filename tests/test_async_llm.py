@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 from contextlib import aclosing
 from pathlib import Path
 
@@ -248,6 +250,26 @@ def test_a_rank_killed_while_idle_is_noticed():
     with pytest.raises(RuntimeError, match="exit code -9"):
         asyncio.run(read(llm, "Hello", SHORT))
     llm.close()
+
+
+UNCLOSED = """
+import asyncio, time
+from nanovllm import AsyncLLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = AsyncLLM({model!r}, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=20)
+    asyncio.run(anext(llm.generate("Hello")))
+    llm.llm.add_request("Hello", SamplingParams(max_tokens=2000, ignore_eos=True))
+    time.sleep(0.3)
+    print(llm.llm.get_num_unfinished_requests())
+"""
+
+
+def test_a_program_that_ends_in_the_middle_of_a_step(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNCLOSED.format(model=DEMO))
+    process = subprocess.run([sys.executable, script], capture_output=True, encoding="utf-8", timeout=60)
+    assert (process.returncode, process.stdout) == (0, "1\n"), process.stderr
 
 
 # ---- many ----------------------------------------------------------------------------------------------------------

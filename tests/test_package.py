@@ -134,6 +134,15 @@ def test_what_is_imported_is_a_dependency():
     assert not missing
 
 
+def test_importing_the_package_imports_no_extra():
+    program = "import sys, nanovllm; print(*{name.split('.')[0] for name in sys.modules})"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    imported = set(process.stdout.split())
+    assert "nanovllm" in imported
+    extras = {"fastapi", "starlette", "uvicorn", "prometheus_client", "openai", "xgrammar", "gguf", "transformers"}
+    assert not imported & extras
+
+
 # ---- what help() and an editor show --------------------------------------------------------------------------------
 
 

@@ -100,6 +100,11 @@ def test_the_key_comes_from_the_environment(tmp_path):
         assert "secret" not in server.output
 
 
+def test_a_server_that_others_can_reach_says_so(tmp_path):
+    with ServerProcess(tmp_path, "--host=0.0.0.0") as server:
+        assert wait_until(lambda: "other machines can reach it" in server.output, 60)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -85,7 +85,7 @@ class Service:
                         yield event(answer.chunk([part]))
             if body.includes_usage:
                 yield event(answer.chunk([]) | {"usage": answer.usage()})
-        except (Refused, RuntimeError) as error:
+        except (Refused, RuntimeError, TypeError, ValueError) as error:
             if not choices:
                 raise
             yield event(self.explain(error).body())

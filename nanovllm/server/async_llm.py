@@ -5,6 +5,7 @@ event loop ever waits for a step. Nothing here knows of HTTP.
 """
 
 import asyncio
+import atexit
 import functools
 import os
 import queue
@@ -89,6 +90,7 @@ class AsyncLLM:
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the thread is to do
         self.thread = threading.Thread(target=self._run, daemon=True, name="nanovllm-engine")
         self.thread.start()
+        atexit.register(self.close)  # a thread that the interpreter's end finds in a step would crash it
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -109,6 +111,8 @@ class AsyncLLM:
         """
         params = self.llm.default_sampling_params if sampling_params is None else sampling_params
         request_id = uuid.uuid4().hex if request_id is None else request_id
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string, got {request_id!r}")
         if request_id in self.streams:
             raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
         is_delta = isinstance(params, SamplingParams) and params.output_kind is RequestOutputKind.DELTA
@@ -142,6 +146,7 @@ class AsyncLLM:
         self.llm.close()
         self._ask(lambda: None)
         self.thread.join()
+        atexit.unregister(self.close)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self

@@ -1,6 +1,7 @@
 """`nanovllm serve MODEL`: the command line of the server, its start and its end."""
 
 import argparse
+import ipaddress
 import json
 import os
 import signal
@@ -93,7 +94,10 @@ def run(args: argparse.Namespace) -> int:
         )
         listener = config.bind_socket()
         host, port = listener.getsockname()[:2]
-        print(f"nano-vllm: {name} is served at http://{host}:{port}", file=sys.stderr, flush=True)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        print(f"nano-vllm: {name} is served at http://{address}", file=sys.stderr, flush=True)
+        if not api_keys and not ipaddress.ip_address(host).is_loopback:
+            print("nano-vllm: other machines can reach it, without a key: --api-key asks for one", file=sys.stderr)
         server = uvicorn.Server(config)
         # uvicorn ends at SIGTERM and Ctrl-C, in order, then raises them again: here they have been heard.
         for number in (signal.SIGTERM, signal.SIGINT):
