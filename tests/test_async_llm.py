@@ -159,6 +159,39 @@ def test_abort(llm, kind):
     assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_abort_of_a_request_that_is_not_queued_yet(llm, kind):
+    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True, output_kind=kind)
+
+    async def abort_at_once() -> list:
+        call = asyncio.create_task(read(llm, "Hello", params, "x"))
+        await asyncio.sleep(0)
+        await llm.abort("x")
+        return await call
+
+    ((_, _, _, reason, _),) = whole(asyncio.run(abort_at_once()), kind)
+    assert reason == "abort"
+
+
+def test_an_id_may_be_used_again_at_once(llm):
+    """And nothing of the call that was cancelled reaches the new one."""
+    (want,) = llm.llm.generate([[5, 6]], SHORT, use_tqdm=False)
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, output_kind=kind) for kind in KINDS]
+
+    async def cancel_and_ask_again() -> None:
+        for number in range(60):
+            call = asyncio.create_task(read(llm, [number + 2] * 9, params[number % 3], "x"))
+            await asyncio.sleep(number % 10 * 0.004)
+            call.cancel()
+            await asyncio.wait([call])
+            kind = KINDS[number // 3 % 3]
+            outputs = await read(llm, [5, 6], params[number // 3 % 3], "x")
+            ((text, token_ids, *_),) = whole(outputs, kind)
+            assert (text, token_ids) == (want.text, want.token_ids)
+
+    asyncio.run(cancel_and_ask_again())
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.05, 0.3])
 def test_cancelling_the_task_aborts_the_request(llm, seconds):
     async def cancel() -> None:

@@ -34,6 +34,7 @@ class Stream:
         merges: whether outputs hold what is new, so that an unread one must not be replaced by the next.
         arrival_time: when the call was made, in seconds of `time.time`.
         number: the engine's name of the request; None before it is queued.
+        is_aborted: whether it is to end as soon as it is queued.
     """
 
     def __init__(self, merges: bool) -> None:
@@ -41,6 +42,7 @@ class Stream:
         self.merges = merges
         self.arrival_time = time.time()
         self.number: int | None = None
+        self.is_aborted = False
         self._guard = threading.Lock()
         self._unread: RequestOutput | RuntimeError | None = None
         self._has_unread = asyncio.Event()
@@ -128,7 +130,7 @@ class AsyncLLM:
                 yield output
         finally:
             del self.streams[request_id]
-            self._ask(functools.partial(self._abort, stream))
+            self._ask(functools.partial(self._drop, stream))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request, whose call gets what there is of it, with the `finish_reason` "abort"."""
@@ -191,11 +193,19 @@ class AsyncLLM:
         if self.streams.get(request_id) is stream:
             stream.number = self.llm.submit(checked, self._results, request_id)
             self.llm.requests[stream.number].arrival_time = stream.arrival_time
+            if stream.is_aborted:
+                self._abort(stream)
 
     def _abort(self, stream: Stream) -> None:
         """Ends a call's request if it is unfinished."""
+        stream.is_aborted = True
         if stream.number is not None:
             self.llm.abort_request(stream.number)
+
+    def _drop(self, stream: Stream) -> None:
+        """Ends the request of a call that has ended, so that nothing of it reaches a later one of the same id."""
+        self._abort(stream)
+        self._results.pop(stream.number, None)
 
     def _hand_out(self, items: Iterable[tuple[str, RequestOutput | RuntimeError]]) -> None:
         """Gives outputs, or why there will be no more, to the calls of the requests named."""
@@ -203,7 +213,9 @@ class AsyncLLM:
         woken: dict[asyncio.AbstractEventLoop, list[Stream]] = defaultdict(list)
         for request_id, item in items:
             stream = self.streams.get(request_id)
-            if stream is not None and stream.put(item):
+            if stream is None or (stream.number is None and isinstance(item, RequestOutput)):
+                continue  # its call has ended, though there may be a new one of the same id
+            if stream.put(item):
                 woken[stream.loop].append(stream)
         for loop, streams in woken.items():
             with suppress(RuntimeError):  # the loop has ended, and its calls with it
