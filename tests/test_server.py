@@ -72,6 +72,7 @@ def stream_texts(stream) -> tuple[dict[int, str], dict[int, str], openai.types.C
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
+            assert choice.index not in ends, "a choice ends once"
             texts[choice.index] = texts.get(choice.index, "") + choice.text
             if choice.finish_reason:
                 ends[choice.index] = choice.finish_reason
@@ -118,7 +119,7 @@ def test_prompts_of_token_ids(client, engine):
     "options",
     [
         {"temperature": 0, "max_tokens": 200},
-        {"temperature": 0.9, "seed": 5, "n": 3, "max_tokens": 20},
+        {"temperature": 0.9, "seed": 5, "n": 3, "stop": ["e"], "max_tokens": 40},
         {"temperature": 0, "stop": ["demo", "x"], "max_tokens": 50},
         {"seed": 1, "presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"70": 5}, "max_tokens": 30},
         {"seed": 2, "extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 10}},

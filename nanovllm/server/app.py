@@ -72,17 +72,19 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """An answer as events. An error behind the first one, whose status is sent, is an event too."""
         choices: dict[int, Choice] = {}
+        ended: set[int] = set()
         try:
             async for number, output in outputs:
                 answer.count(number, output)
                 for sample in output.outputs:
                     index = number * body.n + sample.index
-                    is_new = index not in choices
-                    if is_new:
+                    if index in ended or not (sample.token_ids or sample.finish_reason is not None):
+                        continue  # only other samples have something new
+                    if index not in choices:
                         choices[index] = answer.kind(body, index, output.prompt)
-                    part = choices[index].part(sample, is_whole=False)
-                    if is_new or sample.token_ids or sample.finish_reason is not None:
-                        yield event(answer.chunk([part]))
+                    if sample.finish_reason is not None:
+                        ended.add(index)
+                    yield event(answer.chunk([choices[index].part(sample, is_whole=False)]))
             if body.includes_usage:
                 yield event(answer.chunk([]) | {"usage": answer.usage()})
         except (Refused, RuntimeError, TypeError, ValueError) as error:
