@@ -15,7 +15,6 @@ from faults import FaultyRank, wait_until
 
 import nanovllm.demo
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.parallel import ranks
 from nanovllm.sampling_params import RequestOutputKind
 
@@ -58,19 +57,22 @@ async def gather(llm: AsyncLLM, prompts: list, params: SamplingParams) -> list[l
 
 
 def whole(outputs: list, kind: RequestOutputKind) -> list[tuple]:
-    """Each sample's text, tokens, logprobs and end, of what a call has read."""
+    """Each sample's text, tokens and end, of what a call has read."""
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    last = outputs[-1]
-    if kind is not RequestOutputKind.DELTA:
-        return [(s.text, s.token_ids, s.logprobs, s.finish_reason, s.stop_reason) for s in last.outputs]
     samples = []
-    for index, end in enumerate(last.outputs):
-        parts = [output.outputs[index] for output in outputs]
-        logprobs = None if end.logprobs is None else [entry for part in parts for entry in part.logprobs]
-        text = "".join(part.text for part in parts)
+    for index, end in enumerate(outputs[-1].outputs):
+        parts = [output.outputs[index] for output in outputs] if kind is RequestOutputKind.DELTA else [end]
         token_ids = [token_id for part in parts for token_id in part.token_ids]
-        samples.append((text, token_ids, logprobs, end.finish_reason, end.stop_reason))
+        samples.append(("".join(part.text for part in parts), token_ids, end.finish_reason, end.stop_reason))
     return samples
+
+
+def logprobs(outputs: list, kind: RequestOutputKind) -> list[float]:
+    """All logprobs of what a call has read; they depend a little on what is computed beside them."""
+    parts = outputs if kind is RequestOutputKind.DELTA else outputs[-1:]
+    samples = [[part.outputs[index] for part in parts] for index in range(len(outputs[-1].outputs))]
+    entries = [entry for sample in samples for part in sample for entry in part.logprobs or ()]
+    return [entry[token_id].logprob for entry in entries for token_id in sorted(entry)]
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -89,9 +91,12 @@ def whole(outputs: list, kind: RequestOutputKind) -> list[tuple]:
 )
 def test_answers_are_those_of_llm(llm, kind, options):
     params = SamplingParams(max_tokens=40, output_kind=kind, **options)
-    want = [whole([result], RequestOutputKind.FINAL_ONLY) for result in llm.llm.generate(PROMPTS, params, False)]
+    results = llm.llm.generate(PROMPTS, params, False)
     got = asyncio.run(gather(llm, PROMPTS, params))
-    assert [whole(outputs, kind) for outputs in got] == want
+    for outputs, result in zip(got, results, strict=True):
+        assert whole(outputs, kind) == whole([result], RequestOutputKind.FINAL_ONLY)
+        want = logprobs([result], RequestOutputKind.FINAL_ONLY)
+        assert logprobs(outputs, kind) == pytest.approx(want, abs=1e-4)
     if kind is RequestOutputKind.FINAL_ONLY:
         assert [len(outputs) for outputs in got] == [1] * len(PROMPTS)
     else:
@@ -154,7 +159,7 @@ def test_abort(llm, kind):
         await llm.abort("unknown")
         return await call
 
-    ((_, token_ids, _, reason, _),) = whole(asyncio.run(abort_soon()), kind)
+    ((_, token_ids, reason, _),) = whole(asyncio.run(abort_soon()), kind)
     (result,) = llm.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
     assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
 
@@ -169,7 +174,7 @@ def test_abort_of_a_request_that_is_not_queued_yet(llm, kind):
         await llm.abort("x")
         return await call
 
-    ((_, _, _, reason, _),) = whole(asyncio.run(abort_at_once()), kind)
+    ((_, _, reason, _),) = whole(asyncio.run(abort_at_once()), kind)
     assert reason == "abort"
 
 
@@ -265,7 +270,7 @@ def test_a_failing_step_ends_all_calls(monkeypatch):
     llm = start()
 
     def fail() -> None:
-        monkeypatch.setattr(LLMEngine, "_launch", lambda self: 1 / 0)
+        monkeypatch.setattr(llm.llm, "_launch", lambda: 1 / 0)
 
     check_dead(asyncio.run(errors_of(llm, fail)), llm, "division by zero")
 
@@ -317,7 +322,7 @@ async def call_at_random(llm: AsyncLLM, index: int, draw: random.Random) -> str:
         await asyncio.sleep(draw.random() * 2)
         call.cancel()
     try:
-        ((_, token_ids, _, reason, _),) = whole(await call, kind)
+        ((_, token_ids, reason, _),) = whole(await call, kind)
     except asyncio.CancelledError:
         return "cancelled"
     assert reason == "length" and len(token_ids) == params.max_tokens
@@ -356,5 +361,5 @@ def test_a_thousand_slow_readers(llm):
         return await asyncio.gather(*calls)
 
     for parts in asyncio.run(run()):
-        ((_, token_ids, _, reason, _),) = whole(parts, RequestOutputKind.DELTA)
+        ((_, token_ids, reason, _),) = whole(parts, RequestOutputKind.DELTA)
         assert len(parts) <= 2 and len(token_ids) == 8 and reason == "length"
