@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
         if not api_keys and not ipaddress.ip_address(host).is_loopback:
             print("nano-vllm: other machines can reach it, without a key: --api-key asks for one", file=sys.stderr)
         server = uvicorn.Server(config)
-        # uvicorn ends at SIGTERM and Ctrl-C, in order, then raises them again: here they have been heard.
+        # uvicorn ends at SIGTERM and Ctrl-C, in order, then raises them again: then there is nothing left to be done.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         with ThreadPoolExecutor(1) as pool:
             status = pool.submit(supervise, server, engine, args.shutdown_timeout)
             try:
