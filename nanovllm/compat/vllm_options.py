@@ -57,7 +57,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "ignore_patterns": (*EMPTY, "original/**/*", ["original/**/*"])
     },
     "no progress of loading is shown": {"use_tqdm_on_load": FLAG},
-    "there is no server that would show a name": {"served_model_name": (None, str, list)},
+    "an engine shows no name; the server has an option of that name": {"served_model_name": (None, str, list)},
     # Text.
     "text is tokenised by the tokenizers package alone, from tokenizer.json or what converts to it": {
         "tokenizer_mode": (None, "auto", "hf")

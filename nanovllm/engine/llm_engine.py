@@ -21,9 +21,10 @@ from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.requests.admission import Params
+from nanovllm.requests.admission import CheckedRequest, Params
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.requests.intake import Intake
+from nanovllm.requests.metrics import EndedRequests, Metric, read_metrics
 from nanovllm.requests.progress import Progress
 from nanovllm.requests.request import Request
 from nanovllm.sampling.logprobs import take_in_logprobs
@@ -87,6 +88,7 @@ class LLMEngine:
         self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
         self.requests: dict[int, Request] = {}  # unfinished, by the id of their first sequence
         self.numbers: dict[str, int] = {}  # of those that callers gave an id or `add_request` did, by it
+        self.ended = EndedRequests()
         self.results: dict[int, RequestOutput] = {}  # of finished requests that `step` has yet to hand out
         self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
         self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
@@ -137,11 +139,19 @@ class LLMEngine:
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
                 raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
+            number = self.numbers[name] = self.submit(checked, self.results, name)
+        return number if request_id is None else request_id
+
+    def submit(self, checked: CheckedRequest, results: dict[int, RequestOutput], request_id: str) -> int:
+        """Queues a request that `intake` has checked; returns its number, under which `results` will hold its result.
+
+        While it runs, `step` hands out what it has new, by its `output_kind`.
+        """
+        with self._turn():
             reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self.intake.make(checked, self.results, name, reports_progress)
+            request = self.intake.make(checked, results, request_id, reports_progress)
             self._add(request)
-            self.numbers[name] = request.number
-        return request.number if request_id is None else request_id
+        return request.number
 
     def step(self) -> list[RequestOutput]:
         """Runs a step; returns what the added requests have new that was not handed out before.
@@ -243,6 +253,11 @@ class LLMEngine:
         with self._turn():
             self.scheduler.block_manager.reset_prefix_cache()
         return True
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far, see `requests/metrics.py`. Raises RuntimeError if it has failed."""
+        with self._turn():
+            return read_metrics(self.scheduler, self.requests.values(), self.ended)
 
     def exit(self) -> None:
         """Ends the ranks and frees their memory. Can be called again, and from any thread.
@@ -360,7 +375,8 @@ class LLMEngine:
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of the unfinished ones, if it is one of them."""
-        self.requests.pop(request.number, None)
+        if self.requests.pop(request.number, None) is not None:
+            self.ended.count(request)
         self.progressed.pop(request.number, None)
         if self.numbers.get(request.request_id) == request.number:
             del self.numbers[request.request_id]

@@ -63,6 +63,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.free_rows = list(reversed(range(config.max_num_seqs)))
+        self.num_preemptions = 0
 
     def is_finished(self) -> bool:
         """Whether no sequence is left."""
@@ -107,6 +108,7 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Sends a running sequence back to the front of the queue, to be computed anew."""
         self._release(seq)
+        self.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
 
