@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,7 +162,7 @@ class Soak:
         first = llm.num_seqs
         try:
             with self.interrupted(0.5):
-                results = llm.generate(prompts, params, use_tqdm=False)
+                results = self.random.choice([self.complete, self.iterate])(llm, prompts, params)
         except KeyboardInterrupt:
             self.counts["interrupts"] += 1
             self.counts["aborted"] += len(prompts)
@@ -173,6 +173,14 @@ class Soak:
             require(result["finished"] and "error" not in result, f"a result, not {result}")
             self.counts["accepted drafts"] += result["num_accepted_tokens"]
             self.check_samples(prompt, param, result["outputs"])
+
+    def complete(self, llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[dict]:
+        return llm.generate(prompts, params, use_tqdm=False)
+
+    def iterate(self, llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[dict]:
+        with closing(llm.generate_iter(iter(prompts), iter(params))) as pairs:
+            results = dict(pairs)
+        return [results[index] for index in range(len(prompts))]
 
     def refuse(self, llm: LLM) -> None:
         prompts, params = self.draw_requests(most=4)
