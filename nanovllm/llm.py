@@ -69,6 +69,7 @@ class LLM(LLMEngine):
         seed: int | None = 0,
         quantization: str | None = None,
         speculative_config: dict[str, Any] | None = None,
+        scheduling_policy: Literal["fcfs", "priority"] | None = "fcfs",
         **unknown: Any,
     ) -> None:
         """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.

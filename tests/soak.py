@@ -203,7 +203,9 @@ class Soak:
             for _ in range(self.random.choice([0, 0, 1, 3])):
                 if todo:
                     prompt, param = todo.pop()
-                    asked[llm.add_request(prompt, param)] = prompt, param
+                    has_priorities = self.options["scheduling_policy"] == "priority"
+                    priority = self.random.choice([-1, 0, 5]) if has_priorities else 0
+                    asked[llm.add_request(prompt, param, priority=priority)] = prompt, param
             if asked and self.random.random() < 0.1:
                 request_id = self.random.choice(list(asked))
                 if request_id in llm.requests:
@@ -289,6 +291,7 @@ class Soak:
             "max_num_seqs": pick([1, 2, 5, 16]),
             "enable_prefix_caching": pick([True, True, False]),
             "async_scheduling": pick([True, True, False]),
+            "scheduling_policy": pick(["fcfs", "priority"]),
         }
         num_drafts = pick([0, 0, 1, 4, 10])
         if 0 < num_drafts < self.options["max_num_batched_tokens"]:
