@@ -20,7 +20,7 @@ def run_bench(arguments: list[str]) -> int:
     script = ROOT / "bench.py"
     if not (script.is_file() and (ROOT / "tools" / "step_profile.py").is_file()):
         raise RuntimeError(
-            f"bench.py and tools/ are in the sources alone, and {ROOT} has none: clone the repository, or unpack "
-            "the sdist (pip download --no-deps --no-binary :all: nano-vllm), and run `python bench.py` there"
+            f"bench.py and tools/ are in the sources alone, and {ROOT} has none: clone the repository or unpack the "
+            "sdist, and run `python bench.py` there, with the package installed as it is"
         )
     return subprocess.call([sys.executable, str(script), *arguments])
