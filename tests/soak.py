@@ -65,6 +65,7 @@ class Soak:
         self.answers: dict[tuple, list[int]] = {}
         self.bases = [self.tokens(300) for _ in range(4)]
         self.is_armed = False
+        self.timed: set[int] = set()  # of the engine's requests, those that have a deadline
         self.options: dict = {}
         signal.signal(signal.SIGINT, self.on_interrupt)
 
@@ -205,7 +206,11 @@ class Soak:
                     prompt, param = todo.pop()
                     has_priorities = self.options["scheduling_policy"] == "priority"
                     priority = self.random.choice([-1, 0, 5]) if has_priorities else 0
-                    asked[llm.add_request(prompt, param, priority=priority)] = prompt, param
+                    timeout = self.random.choice([None, None, None, 0.0, 0.02])
+                    number = llm.add_request(prompt, param, priority=priority, timeout=timeout)
+                    asked[number] = prompt, param
+                    if timeout is not None:
+                        self.timed.add(number)
             if asked and self.random.random() < 0.1:
                 request_id = self.random.choice(list(asked))
                 if request_id in llm.requests:
@@ -240,7 +245,11 @@ class Soak:
                 require(bool(params.stop) or new["text"].startswith(old["text"]), "text that stays")
             if is_finished:
                 ended.add(request_id)
-                self.check_samples(prompt, params, so_far[request_id])
+                if any(sample["finish_reason"] == "timeout" for sample in so_far[request_id]):
+                    require(request_id in self.timed, f"request {request_id} without a deadline")
+                    self.counts["timed out"] += 1
+                else:
+                    self.check_samples(prompt, params, so_far[request_id])
 
     def stream(self, llm: LLM) -> None:
         """A stream beside queued requests, read to its end, given up or interrupted."""
@@ -299,6 +308,7 @@ class Soak:
             speculation = {"method": "ngram", "num_speculative_tokens": num_drafts} | lookup
             self.options["speculative_config"] = speculation
         self.counts["engines"] += 1
+        self.timed = set()
         with LLM(self.folder, device="cpu", tensor_parallel_size=self.ranks, **self.options) as llm:
             for _ in range(rounds):
                 if time.monotonic() > deadline:
@@ -328,7 +338,7 @@ def main() -> int:
             while (now := time.monotonic()) - start < arguments.seconds:
                 soak.engine(rounds=20 * arguments.ranks, deadline=min(now + 60, start + arguments.seconds))
             counts = soak.counts
-            ended = counts["finished"] + counts["aborted"] + counts["refused"]
+            ended = counts["finished"] + counts["aborted"] + counts["refused"] + counts["timed out"]
             require(ended == counts["requests"], f"{counts['requests']} ends, not {ended}")
         except Exception:
             traceback.print_exc()

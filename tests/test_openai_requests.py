@@ -53,18 +53,18 @@ def test_what_is_not_given():
 
 
 @pytest.mark.parametrize(
-    ("known", "body", "logprobs"),
+    ("is_chat", "body", "logprobs"),
     [
-        (CHAT_FIELDS, {"logprobs": True}, 0),
-        (CHAT_FIELDS, {"logprobs": True, "top_logprobs": 3}, 3),
-        (CHAT_FIELDS, {"logprobs": False}, None),
-        (COMPLETION_FIELDS, {"logprobs": 0}, 0),
-        (COMPLETION_FIELDS, {"logprobs": 2}, 2),
+        (True, {"logprobs": True}, 0),
+        (True, {"logprobs": True, "top_logprobs": 3}, 3),
+        (True, {"logprobs": False}, None),
+        (False, {"logprobs": 0}, 0),
+        (False, {"logprobs": 2}, 2),
     ],
     ids=str,
 )
-def test_logprobs(known, body, logprobs):
-    assert params_of(known, **body).logprobs == logprobs
+def test_logprobs(is_chat, body, logprobs):
+    assert params_of(CHAT_FIELDS if is_chat else COMPLETION_FIELDS, **body).logprobs == logprobs
 
 
 @pytest.mark.parametrize(
