@@ -328,25 +328,25 @@ def check_answers(path: Path, number: int, want: list[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_run_that_is_killed_loses_and_doubles_nothing(files_of, want, number):
-    paths = files_of(*many_chats(150))
+    paths = files_of(*many_chats(80))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command(paths), env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not paths[1].exists() or paths[1].read_bytes().count(b"\n") < 20:
+        deadline = time.monotonic() + 120
+        while not paths[1].exists() or paths[1].read_bytes().count(b"\n") < 10:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     num_before = paths[1].read_bytes().count(b"\n")
-    assert 20 <= num_before < 150
+    assert 10 <= num_before < 80
     if number == signal.SIGINT:
         assert process.returncode == 130 and "the same command with --resume goes on" in stderr
         assert "Traceback" not in stderr
     done = run_command(command(paths, "--resume"))
     assert done.returncode == 0, done.stderr
-    assert f"{150 - num_before} answered, 0 failed, {num_before} by an earlier run" in done.stdout
-    check_answers(paths[1], 150, want)
-    assert "150/150" in done.stderr, "the progress bar counts what was there"
+    assert f"{80 - num_before} answered, 0 failed, {num_before} by an earlier run" in done.stdout
+    check_answers(paths[1], 80, want)
+    assert "80/80" in done.stderr, "the progress bar counts what was there"
 
 
 def test_a_full_disk(files_of, want):

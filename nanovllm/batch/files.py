@@ -151,13 +151,16 @@ def find_todo(path: str | os.PathLike[str], done: np.ndarray) -> Todo:
             gathered.append(custom_name(parse_request(line)["custom_id"]))
         except (TypeError, ValueError):
             gathered.append(line_name(number))
-    names = np.frombuffer(gathered, dtype=np.uint64).copy()
+    names = np.frombuffer(gathered, dtype=np.uint64)
     is_blank = names == BLANK
-    is_repeated = ~is_blank
-    is_repeated[np.unique(names, return_index=True)[1]] = False
+    order = np.argsort(names, kind="stable")  # so that of equal names the first comes first
+    is_repeated = np.zeros(len(names), dtype=bool)
+    is_repeated[order[1:]] = names[order[1:]] == names[order[:-1]]
+    is_repeated &= ~is_blank
     for index in np.flatnonzero(is_repeated).tolist():
         names[index] = line_name(index + 1)
-    is_written = np.isin(names, done) & ~is_blank
+    done = np.append(np.sort(done), np.uint64(BLANK))  # found where a name stands behind all others
+    is_written = (done[np.searchsorted(done[:-1], names)] == names) & ~is_blank
     return Todo(is_written | is_blank, is_repeated, int((~is_blank).sum()), int(is_written.sum()))
 
 
