@@ -125,12 +125,14 @@ class BatchRun:
 
     def _requests(self, path: str | os.PathLike[str], todo: Todo) -> Iterator[tuple[tuple[Line, int], CheckedRequest]]:
         """What is to be computed, each with its line and its place there; bad lines are answered at once."""
-        for number, text in read_requests(path):
-            if todo.is_done[number - 1]:
+        # Lines that were added since the file was first read are for another run.
+        lines = zip(read_requests(path), todo.is_done, todo.is_repeated, strict=False)
+        for (number, text), is_done, is_repeated in lines:
+            if is_done:
                 continue
             line = Line(number)
             try:
-                checked = self._read(line, text, todo.is_repeated[number - 1])
+                checked = self._read(line, text, is_repeated)
             except (TypeError, ValueError, RecursionError) as error:
                 self._fail(line, str(error), 400)
                 continue
