@@ -90,6 +90,8 @@ class Config:
         speculative_config: {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": n,
             "prompt_lookup_min": m} checks up to k drafts of a request's next tokens in a step: what followed its last
             m to n tokens when they occurred before in its text. Without m or n both are the other, without both 5.
+        scheduling_policy: "fcfs": requests are served in the order in which they come; "priority": by their
+            `priority`, the lowest number first, and those of one priority in order.
         speculation: what that says; None: nothing.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
@@ -127,6 +129,7 @@ class Config:
     seed: int | None = 0
     quantization: str | None = None
     speculative_config: dict[str, Any] | None = None
+    scheduling_policy: Literal["fcfs", "priority"] | None = "fcfs"
     model_config: ModelConfig = field(init=False)
     quantization_method: Method | None = field(init=False, default=None)
     speculation: Speculation | None = field(init=False, default=None)

@@ -119,7 +119,6 @@ ASK_FOR_SOMETHING = [
     ("task", "embed", "only text"),
     ("runner", "pooling", "only text"),
     ("logprobs_mode", "processed_logprobs", "model's own logits"),
-    ("scheduling_policy", "priority", "order"),
     ("enable_sleep_mode", True, "stay on their device"),
     ("rope_scaling", {"rope_type": "yarn"}, "hf_overrides"),
     ("override_generation_config", {"temperature": 0.5}, "generation_config"),

@@ -34,7 +34,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-FOLDERS = (".ci", "docs", "nanovllm", "tests", "tools")
+FOLDERS = (".ci", "docs", "examples", "nanovllm", "tests", "tools")
 FILES = (".gitignore", "LICENSE", "MANIFEST.in", "README.md", "bench.py", "example.py", "pyproject.toml")
 
 

@@ -217,7 +217,6 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
     # Steps.
     "a prompt that does not fit into a step is always computed in chunks": {"enable_chunked_prefill": (None, True)},
     "prompts are computed in the order in which they came, at most the last of a step in part": {
-        "scheduling_policy": (None, "fcfs"),
         "scheduler_cls": NONE,
         "scheduler_delay_factor": (None, 0, 0.0),
         "max_num_partial_prefills": (None, 1),

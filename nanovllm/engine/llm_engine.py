@@ -119,10 +119,13 @@ class LLMEngine:
         params: SamplingParams | None = None,
         *,
         sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> int | str:
         """Queues a prompt, as `add_request(prompt, sampling_params)` or `add_request(request_id, prompt, params)`.
 
-        Returns the request's id: the one given, or else a number. `step` hands out the results.
+        Returns the request's id: the one given, or else a number. `step` hands out the results. For `priority` and
+        `timeout`, see `generate`.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter, or an id in use; nothing is queued.
@@ -134,7 +137,7 @@ class LLMEngine:
             raise TypeError(f"request_id must be a string, got {request_id!r}")
         self._check_alive()
         params = sampling_params if params is None else params
-        checked = self.intake.check_one(prompt, params)
+        checked = self.intake.check_one(prompt, params, priority, timeout)
         with self._turn():
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
@@ -209,7 +212,8 @@ class LLMEngine:
         lora_request: None = None,
         *,
         prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
-        priority: None = None,
+        priority: Items[int] | None = None,
+        timeout: float | None = None,
         tokenization_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Completes prompts: strings, lists of token ids, dicts that have one of these, or a single one of all that.
@@ -218,8 +222,12 @@ class LLMEngine:
             prompts: what to complete.
             sampling_params: for all prompts, or a list with one for each; None: the model's defaults.
             use_tqdm: show a progress bar; or what makes one, as `tqdm.tqdm` does.
-            lora_request, priority, tokenization_kwargs: not supported.
+            lora_request, tokenization_kwargs: not supported.
             prompt_token_ids: the ids of the prompts, as older scripts give them.
+            priority: a number for each prompt, with scheduling_policy="priority": lower ones go first, and are
+                preempted last.
+            timeout: seconds after which a request that is unfinished ends with what there is of it, and with the
+                `finish_reason` "timeout".
 
         Returns:
             For each prompt, in order, its result: see `nanovllm.outputs.RequestOutput`.
@@ -230,8 +238,8 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        refuse({"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs})
-        checked = self.intake.check(prompts, sampling_params, prompt_token_ids)
+        refuse({"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs})
+        checked = self.intake.check(prompts, sampling_params, prompt_token_ids, priority, timeout)
         results: dict[int, RequestOutput] = {}
         ids: list[int] = []
         try:
@@ -318,6 +326,9 @@ class LLMEngine:
 
     def _launch(self) -> LaunchedStep | None:
         """Starts the next step on all ranks; None if there is nothing to compute."""
+        for request in self.intake.take_overdue(self.requests):
+            self._drop_now(request.number, "timeout")
+            self._finish(request)
         for request in self.intake.queue_compiled(self.scheduler.is_finished() and self.in_flight is None):
             self._finish(request)
         batch = self.scheduler.schedule()
