@@ -32,6 +32,7 @@ LIMITS = {  # lowest, highest
     "num_kvcache_blocks": (-1, MAX_SLOTS),
     "seed": (0, 2**63 - 1),
     "max_num_batched_tokens": (1, MAX_SLOTS),
+    "long_prefill_token_threshold": (0, MAX_SLOTS),
     "max_num_seqs": (1, MAX_SLOTS),
     "max_model_len": (2,),
     "max_logprobs": (-1,),
@@ -62,6 +63,8 @@ class Config:
             config.json, which tokens end a text: "auto" (the model's), a folder or hub name, or "vllm" or None (the
             model's for the tokens alone). Resolved: "auto", "vllm" or a folder.
         max_num_batched_tokens: most tokens a step computes, decodes and prompt chunks together.
+        long_prefill_token_threshold: most tokens of one prompt that a step computes, so that one that comes among
+            decodes does not keep them waiting for long; 0: what max_num_batched_tokens leaves.
         max_num_seqs: most sequences that run at once.
         max_model_len: most tokens of a request, prompt and output; capped by the model's positions. None, -1 or
             "auto": as many as the model has positions, and the KV cache room for.
@@ -110,6 +113,7 @@ class Config:
     skip_tokenizer_init: bool = False
     generation_config: str | os.PathLike[str] | None = "auto"
     max_num_batched_tokens: int | None = 16384
+    long_prefill_token_threshold: int | None = 0
     max_num_seqs: int | None = 512
     max_model_len: int | Literal["auto"] | None = 4096
     max_logprobs: int = 20

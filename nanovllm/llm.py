@@ -50,6 +50,7 @@ class LLM(LLMEngine):
         skip_tokenizer_init: bool = False,
         generation_config: str | os.PathLike[str] | None = "auto",
         max_num_batched_tokens: int | None = 16384,
+        long_prefill_token_threshold: int | None = 0,
         max_num_seqs: int | None = 512,
         max_model_len: int | Literal["auto"] | None = 4096,
         max_logprobs: int = 20,

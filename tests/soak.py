@@ -297,6 +297,7 @@ class Soak:
             "kvcache_block_size": block_size,
             "num_kvcache_blocks": -(-max_model_len // block_size) + pick([0, 1, 3, 10, 100]),
             "max_num_batched_tokens": pick([1, 7, 16, 50, 4096]),
+            "long_prefill_token_threshold": pick([0, 0, 5, 30]),
             "max_num_seqs": pick([1, 2, 5, 16]),
             "enable_prefix_caching": pick([True, True, False]),
             "async_scheduling": pick([True, True, False]),

@@ -91,6 +91,7 @@ ASK_FOR_NOTHING = {
     "guided_decoding_backend": "xgrammar",
     "ignore_patterns": ["original/**/*"],
     "scheduling_policy": "fcfs",
+    "long_prefill_token_threshold": 0,
     "served_model_name": "model",
 }
 ASK_FOR_SOMETHING = [

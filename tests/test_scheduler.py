@@ -27,6 +27,7 @@ def config(**options) -> SimpleNamespace:
     defaults = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
+        "long_prefill_token_threshold": 0,
         "max_model_len": 32,
         "kvcache_block_size": 4,
         "enable_prefix_caching": True,
@@ -273,6 +274,19 @@ def test_a_prompt_is_computed_in_chunks_of_the_budget():
     driver.check_end()
 
 
+def test_a_long_prompt_leaves_steps_short():
+    """Beside it decodes go on; what comes behind it waits until it is through, so that it ends every batch."""
+    driver = Driver(32, max_num_batched_tokens=20, long_prefill_token_threshold=5)
+    driver.add([1, 2, 3], max_tokens=20, ignore_eos=True)
+    assert driver.step().num_tokens == [3]
+    driver.add(list(range(1, 13)), max_tokens=3, ignore_eos=True)
+    driver.add([4, 5], max_tokens=2, ignore_eos=True)
+    steps = [driver.step() for _ in range(5)]
+    assert [step.num_tokens for step in steps] == [[1, 5], [1, 5], [1, 2, 2], [1, 1, 1], [1, 1]]
+    assert [step.num_samples for step in steps] == [1, 1, 3, 3, 2]
+    driver.run_until_finished()
+
+
 def test_a_long_prompt_is_not_overtaken():
     """The second request would fit into the free blocks, the first one does not yet: both wait."""
     driver = Driver(8, max_model_len=32)
@@ -486,6 +500,7 @@ REQUESTS = st.tuples(
     block_size=st.sampled_from([1, 2, 4, 8]),
     spare_blocks=st.integers(0, 12),
     max_num_batched_tokens=st.integers(1, 40),
+    long_prefill_token_threshold=st.sampled_from([0, 0, 1, 4]),
     max_num_seqs=st.integers(1, 6),
     enable_prefix_caching=st.booleans(),
     reset_at=st.one_of(st.none(), st.integers(0, 20)),
@@ -500,6 +515,7 @@ REQUESTS = st.tuples(
     block_size=2,
     spare_blocks=1,
     max_num_batched_tokens=40,
+    long_prefill_token_threshold=0,
     max_num_seqs=6,
     enable_prefix_caching=True,
     reset_at=4,

@@ -1,13 +1,13 @@
-"""The worst time between tokens when a long prompt arrives among decodes, by max_num_batched_tokens.
+"""The worst time between tokens when a long prompt arrives among decodes, by long_prefill_token_threshold.
 
     python -m tools.worst_gap                          # 64 decodes and 100,000 tokens of Qwen3-8B's shape
-    python -m tools.worst_gap --model demo --max-model-len 2048 --num-decodes 8 --prompt-len 1500 --budgets 64 256
+    python -m tools.worst_gap --model demo --max-model-len 2048 --num-decodes 8 --prompt-len 1500 --thresholds 64 256
 
-A step computes one token of each request that decodes, and fills what is left of max_num_batched_tokens with the
-prompt. So the time between two tokens of a request is a step's, and grows with what the step has of the prompt. For
-each budget an engine is started anew, with random weights. What is printed are times between the tokens that `step`
-hands out: the median before the prompt arrives, and of those from its arrival to its first token the median, the
-second worst and the worst; then the prompt's time to first token.
+A step computes one token of each request that decodes, and a part of the prompt. So the time between two tokens of a
+request is a step's, and grows with that part, and with what of the prompt is before it. For each threshold an engine
+is started anew, with random weights. What is printed are times between the tokens that `step` hands out: the median
+before the prompt arrives, and of those from its arrival to its first token the median, the second worst and the
+worst; then the prompt's time to first token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPT_ID = "long"
 def main() -> None:
     args = parse_args()
     print(f"{args.model or args.shape}: {args.num_decodes} decodes, then a prompt of {args.prompt_len:,} tokens; ms")
-    print(f"{'budget':>8} {'decodes':>8} {'median':>8} {'second':>8} {'worst':>8} {'first token':>12}")
+    print(f"{'parts of':>8} {'decodes':>8} {'median':>8} {'second':>8} {'worst':>8} {'first token':>12}")
     with tempfile.TemporaryDirectory() as folder:
         model, options = args.model, {"max_model_len": args.max_model_len, "enable_prefix_caching": False}
         if model is None:
@@ -43,8 +43,9 @@ def main() -> None:
             overrides = {"max_position_embeddings": args.max_model_len}
             model, dummy = folder, {"load_format": "dummy", "skip_tokenizer_init": True, "hf_overrides": overrides}
             options |= dummy
-        for budget in args.budgets:
-            measure(model, options | {"max_num_batched_tokens": budget, "max_num_seqs": args.num_decodes + 1}, args)
+        for threshold in args.thresholds:
+            bounds = {"long_prefill_token_threshold": threshold, "max_num_seqs": args.num_decodes + 1}
+            measure(model, options | bounds, args)
 
 
 def measure(model: str, options: dict[str, Any], args: argparse.Namespace) -> None:
@@ -57,7 +58,7 @@ def measure(model: str, options: dict[str, Any], args: argparse.Namespace) -> No
     busy.sort()
     times = [statistics.median(quiet), statistics.median(busy), busy[-2], busy[-1]]
     shown = " ".join(f"{1000 * seconds:8.1f}" for seconds in times)
-    print(f"{options['max_num_batched_tokens']:>8} {shown} {1000 * first_token:12.1f}", flush=True)
+    print(f"{options['long_prefill_token_threshold']:>8} {shown} {1000 * first_token:12.1f}", flush=True)
 
 
 def run(llm: LLM, num_decodes: int, prompt_len: int) -> tuple[list[float], list[float], float]:
@@ -106,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-decodes", type=int, default=64)
     parser.add_argument("--prompt-len", type=int, default=100_000)
     parser.add_argument("--max-model-len", type=int, default=131_072)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--thresholds", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 16384])
     args = parser.parse_args()
     if args.prompt_len + 1 >= args.max_model_len:
         parser.error(f"--prompt-len must be less than --max-model-len={args.max_model_len}, got {args.prompt_len}")

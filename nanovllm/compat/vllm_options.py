@@ -221,7 +221,6 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "scheduler_delay_factor": (None, 0, 0.0),
         "max_num_partial_prefills": (None, 1),
         "max_long_partial_prefills": (None, 1),
-        "long_prefill_token_threshold": (None, 0),
     },
     "a step is bounded by max_num_batched_tokens": {"max_num_scheduled_tokens": NONE},
     "a request is admitted when its prompt has blocks, and preempted if they run out": {

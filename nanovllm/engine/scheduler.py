@@ -56,8 +56,8 @@ class Scheduler:
     """Owns the waiting and running sequences and their blocks.
 
     `waiting` is ordered by priority, then by arrival; `running` by priority, then by admission, so that the last one
-    is the one to be preempted. A prompt that is given only a part of its tokens uses up the budget: in a batch, such a
-    sequence is always the last.
+    is the one to be preempted. A prompt that is given only a part of its tokens ends the batch: in it, such a sequence
+    is always the last.
     """
 
     def __init__(self, config: Config, num_blocks: int, eos_token_ids: frozenset[int]) -> None:
@@ -149,9 +149,11 @@ class Scheduler:
     def _compute(self, batch: Batch, seq: Sequence) -> None:
         """Adds to the batch as many of the sequence's tokens as its budget holds."""
         start = seq.num_computed_tokens
-        end = min(seq.num_tokens, start + batch.budget)
+        end = min(seq.num_tokens, start + min(batch.budget, self.config.long_prefill_token_threshold or batch.budget))
         seq.num_computed_tokens = end
         batch.budget -= end - start + batch.num_drafts
+        if end < seq.num_tokens:
+            batch.budget = 0
         batch.seqs.append(seq)
         batch.rows.append(seq.row)
         batch.starts.append(start)
