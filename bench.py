@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tools.command_line import parse_args
 from tools.dummy_model import QUANTIZATIONS, write_dummy_model
 from tools.floor import Floor
-from tools.other_engines import run_hf, run_vllm, start_hf, start_vllm
+from tools.other_engines import run_hf, run_llamacpp, run_vllm, start_hf, start_llamacpp, start_vllm
 from tools.runs import Engine, Request, Run
 from tools.step_profile import profile
 from tools.weight_format import weight_format
@@ -40,7 +40,7 @@ MAX_TOKEN_ID = 10_000  # of the public benchmark's prompts
 
 @dataclass(frozen=True)
 class Result:
-    """All figures of a benchmark; `model` may be a shape's name, `floor` is only known where there is a GPU."""
+    """All figures of a benchmark; `model` may be a shape's name, `floor` is not known of llama.cpp."""
 
     engine: str
     model: str
@@ -113,17 +113,21 @@ def run_nanovllm(llm: LLM, requests: list[Request], sampling: dict[str, Any]) ->
 
 
 ENGINES = {
-    "nanovllm": Engine("nanovllm", start_nanovllm, run_nanovllm),
-    "vllm": Engine("vllm", start_vllm, run_vllm),
-    "hf": Engine("transformers", start_hf, run_hf),
+    "nanovllm": Engine("nanovllm", "nano-vllm", start_nanovllm, run_nanovllm),
+    "vllm": Engine("vllm", "vllm", start_vllm, run_vllm),
+    "hf": Engine("transformers", "transformers", start_hf, run_hf),
+    "llamacpp": Engine("llama_cpp", "llama-cpp-python", start_llamacpp, run_llamacpp),
 }
 
 
 def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Result:
     """Starts the engine, completes the repeats and prints what each took."""
-    module, start_engine, run_engine = ENGINES[args.engine]
+    module, package, start_engine, run_engine = ENGINES[args.engine]
     start = time.perf_counter()
-    importlib.import_module(module)
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        sys.exit(f"--engine {args.engine} needs the package {package}: pip install {package} ({error})")
     imported = time.perf_counter()
     engine = start_engine(model, options)
     started = time.perf_counter()
@@ -150,11 +154,16 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
     if args.profile:
         submit(engine, draw_requests(args, config.vocab_size, args.repeats), sampling)
         profile(engine, first_step=max(request.max_tokens for request in requests) // 2, path=args.profile)
+    on_gpu = torch.cuda.is_available()
+    if args.engine == "nanovllm":
+        dtype = engine.config.dtype
+    else:
+        dtype = options.get("dtype", config.dtype if on_gpu else "float32")
     del engine
     gc.collect()  # what comes next needs memory of its own
     floor = None
-    if torch.cuda.is_available():
-        dtype, num_gpus = options.get("dtype", config.dtype), options["tensor_parallel_size"]
+    if args.engine != "llamacpp":  # whose file has types of its own
+        num_gpus = options["tensor_parallel_size"] if on_gpu else 1
         cache_dtype = options.get("kv_cache_dtype", "auto")
         floor = Floor.measure(config, dtype, requests, args.shared_prefix, num_gpus, cache_dtype, quantized)
     return Result(
@@ -199,6 +208,8 @@ def print_summary(result: Result) -> None:
     if (floor := result.floor) is not None:
         share = floor.seconds * rate / result.runs[0].output_tokens
         units = f"{floor.bandwidth / 1e12:.2f} TB/s and {floor.flops_per_second / 1e12:.0f} TFLOP/s"
+        if floor.bandwidth < 1e12:
+            units = f"{floor.bandwidth / 1e9:.1f} GB/s and {floor.flops_per_second / 1e9:.0f} GFLOP/s"
         if floor.flops_per_second_in_8_bits is not None:
             units += f", in 8 bits {floor.flops_per_second_in_8_bits / 1e12:.0f}"
         print(f"floor at the measured {units}: {floor.seconds:.3f} s; achieved {share:.1%} of its speed")

@@ -8,9 +8,11 @@ from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, RequestError, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.async_llm import AsyncLLM
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",

@@ -15,6 +15,7 @@ from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, ha
 from nanovllm.checkpoint.gguf.files import find_gguf, is_gguf
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
+from nanovllm.kernels.cpu_products import multiplies_bfloat16
 from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.quantization import Method, read_method
 from nanovllm.quantization.gguf import Gguf
@@ -31,6 +32,7 @@ LIMITS = {  # lowest, highest
     "num_kvcache_blocks": (-1, MAX_SLOTS),
     "seed": (0, 2**63 - 1),
     "max_num_batched_tokens": (1, MAX_SLOTS),
+    "long_prefill_token_threshold": (0, MAX_SLOTS),
     "max_num_seqs": (1, MAX_SLOTS),
     "max_model_len": (2,),
     "max_logprobs": (-1,),
@@ -61,6 +63,8 @@ class Config:
             config.json, which tokens end a text: "auto" (the model's), a folder or hub name, or "vllm" or None (the
             model's for the tokens alone). Resolved: "auto", "vllm" or a folder.
         max_num_batched_tokens: most tokens a step computes, decodes and prompt chunks together.
+        long_prefill_token_threshold: most tokens of one prompt that a step computes, so that one that comes among
+            decodes does not keep them waiting for long; 0: what max_num_batched_tokens leaves.
         max_num_seqs: most sequences that run at once.
         max_model_len: most tokens of a request, prompt and output; capped by the model's positions. None, -1 or
             "auto": as many as the model has positions, and the KV cache room for.
@@ -73,8 +77,8 @@ class Config:
         kv_cache_dtype: "auto" (that of the computation, which may be named too) or "fp8", which is "fp8_e4m3": half
             the bytes, on GPUs of compute capability 8.9 and later, with attention_backend "triton". Resolved: one of
             DTYPES or FP8.
-        dtype: "auto" (the checkpoint's, of a GGUF file bfloat16; float32 for half types on a CPU without fast bf16),
-            or one of Dtype's or torch's. Resolved: one of DTYPES.
+        dtype: "auto" (the checkpoint's, of a GGUF file bfloat16; float32 for half types on a CPU, but for bfloat16 on
+            one that multiplies it), or one of Dtype's or torch's. Resolved: one of DTYPES.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
         sampler_backend: "auto" (the faster one), "triton" or "torch" (compiled on CUDA); they make equal draws.
@@ -83,12 +87,14 @@ class Config:
         load_format: "safetensors" and "gguf" read such files, "auto" the latter where a folder has none of the
             former; "dummy" draws random weights and needs no file but config.json.
         seed: of the draws of requests that bring no seed, and of dummy weights.
-        quantization: the method of a quantised checkpoint, which is known without it; "fp8" or "int8" to round a
-            plain one while it is loaded; "gguf" to keep the codes of 4 bits that a GGUF file has, on a CPU (on a GPU
-            it says nothing). Resolved: the name of the method; None: plain weights.
+        quantization: the method of a quantised checkpoint, which is known without it; "fp8", "int8" or, on a CPU,
+            "int4" to round a plain one while it is loaded; "gguf" to keep the codes of 4 bits that a GGUF file has, on
+            a CPU (on a GPU it says nothing). Resolved: the name of the method; None: plain weights.
         speculative_config: {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": n,
             "prompt_lookup_min": m} checks up to k drafts of a request's next tokens in a step: what followed its last
             m to n tokens when they occurred before in its text. Without m or n both are the other, without both 5.
+        scheduling_policy: "fcfs": requests are served in the order in which they come; "priority": by their
+            `priority`, the lowest number first, and those of one priority in order.
         speculation: what that says; None: nothing.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
@@ -107,6 +113,7 @@ class Config:
     skip_tokenizer_init: bool = False
     generation_config: str | os.PathLike[str] | None = "auto"
     max_num_batched_tokens: int | None = 16384
+    long_prefill_token_threshold: int | None = 0
     max_num_seqs: int | None = 512
     max_model_len: int | Literal["auto"] | None = 4096
     max_logprobs: int = 20
@@ -126,9 +133,11 @@ class Config:
     seed: int | None = 0
     quantization: str | None = None
     speculative_config: dict[str, Any] | None = None
+    scheduling_policy: Literal["fcfs", "priority"] | None = "fcfs"
     model_config: ModelConfig = field(init=False)
     quantization_method: Method | None = field(init=False, default=None)
     speculation: Speculation | None = field(init=False, default=None)
+    dtype_reason: str = field(init=False)
     attention_reason: str = field(init=False)
     lowers_max_model_len: bool = field(init=False, default=False)
 
@@ -155,12 +164,9 @@ class Config:
                 f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
             )
         self._resolve_quantization()
+        self.dtype_reason = "as asked for"
         if self.dtype == "auto":
-            self.dtype = self.model_config.dtype
-            if self.dtype not in DTYPES:
-                raise ValueError(f"the checkpoint's dtype {self.dtype!r} is not supported, choose one of {DTYPES}")
-            if self.device == "cpu" and not (self.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
-                self.dtype = "float32"
+            self._choose_dtype()
         self._resolve_backends()
         self._resolve_kv_cache_dtype()
 
@@ -249,6 +255,16 @@ class Config:
         if self.generation_config not in ("auto", "vllm"):
             self.generation_config = find_generation_config(self.generation_config, **hub)
 
+    def _choose_dtype(self) -> None:
+        stored = self.model_config.dtype
+        if stored not in DTYPES:
+            raise ValueError(f"the checkpoint's dtype {stored!r} is not supported, choose one of {DTYPES}")
+        self.dtype, self.dtype_reason = stored, "the checkpoint's"
+        if self.device == "cpu" and stored != "float32":
+            is_native = stored == "bfloat16" and multiplies_bfloat16()
+            self.dtype = stored if is_native else "float32"
+            self.dtype_reason = f"this CPU {'multiplies' if is_native else 'has no fast products of'} {stored}"
+
     def _resolve_quantization(self) -> None:
         """Finds the method by which weights are stored, or are to be."""
         if self.quantization == "gguf":
@@ -258,6 +274,8 @@ class Config:
                 self.quantization_method = Gguf(self.model)
                 return
             self.quantization = None
+        if self.quantization == "int4" and self.device != "cpu":
+            raise ValueError(f"quantization='int4' rounds weights for device='cpu' only, got {self.device!r}")
         stored, path = self.model_config.quantization_config, self.config_folder
         path = path if is_gguf(path) else f"{path}/config.json"
         self.quantization_method = read_method(self.quantization, stored, path)

@@ -4,13 +4,14 @@ Nothing here knows how requests are computed.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import torch
 from tqdm.auto import tqdm
 
+from nanovllm.batch.iterate import generate_iter
 from nanovllm.beam_search import BeamSearchOutput
 from nanovllm.beam_search.params import BeamSearchParams
 from nanovllm.beam_search.search import beam_search
@@ -49,6 +50,7 @@ class LLM(LLMEngine):
         skip_tokenizer_init: bool = False,
         generation_config: str | os.PathLike[str] | None = "auto",
         max_num_batched_tokens: int | None = 16384,
+        long_prefill_token_threshold: int | None = 0,
         max_num_seqs: int | None = 512,
         max_model_len: int | Literal["auto"] | None = 4096,
         max_logprobs: int = 20,
@@ -68,6 +70,7 @@ class LLM(LLMEngine):
         seed: int | None = 0,
         quantization: str | None = None,
         speculative_config: dict[str, Any] | None = None,
+        scheduling_policy: Literal["fcfs", "priority"] | None = "fcfs",
         **unknown: Any,
     ) -> None:
         """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.
@@ -171,6 +174,29 @@ class LLM(LLMEngine):
             chat_template_kwargs=chat_template_kwargs,
         )
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def generate_iter(
+        self, prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Completes prompts from any iterator, also of millions; yields (index, result) as they finish.
+
+        Prompts are drawn as the engine needs them, at most 2 * max_num_seqs ahead of the results, and nothing is kept
+        of those that were yielded. Closing the generator drops what is unfinished.
+
+        Args:
+            prompts: an iterable of what `generate` takes as a prompt.
+            sampling_params: for all prompts, or an iterable with one for each; None: the model's defaults.
+
+        Returns:
+            The results that `generate` would give; one of a request that failed says why under `error`.
+
+        Raises:
+            TypeError, ValueError: arguments of another type, at once. A bad prompt or parameter, named by its index,
+                or what the iterator raises: once all results of the prompts before it have been yielded.
+            RuntimeError: the engine has failed or is closed.
+        """
+        self._check_alive()
+        return generate_iter(self, prompts, sampling_params)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None, **chat_options: Any

@@ -56,7 +56,7 @@ class CompletionOutput(Record):
         token_ids: all of them, one that ended the text included.
         cumulative_logprob: the sum of the tokens' logprobs, None where none were asked for.
         logprobs: for each token those that were asked for, the most likely ones and its own; else None.
-        finish_reason: "stop", "length", "abort", "error", or None while it is unfinished.
+        finish_reason: "stop", "length", "abort", "timeout", "error", or None while it is unfinished.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for the model's own ends.
     """
 

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Soak:
         self.answers: dict[tuple, list[int]] = {}
         self.bases = [self.tokens(300) for _ in range(4)]
         self.is_armed = False
+        self.timed: set[int] = set()  # of the engine's requests, those that have a deadline
         self.options: dict = {}
         signal.signal(signal.SIGINT, self.on_interrupt)
 
@@ -162,7 +163,7 @@ class Soak:
         first = llm.num_seqs
         try:
             with self.interrupted(0.5):
-                results = llm.generate(prompts, params, use_tqdm=False)
+                results = self.random.choice([self.complete, self.iterate])(llm, prompts, params)
         except KeyboardInterrupt:
             self.counts["interrupts"] += 1
             self.counts["aborted"] += len(prompts)
@@ -173,6 +174,14 @@ class Soak:
             require(result["finished"] and "error" not in result, f"a result, not {result}")
             self.counts["accepted drafts"] += result["num_accepted_tokens"]
             self.check_samples(prompt, param, result["outputs"])
+
+    def complete(self, llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[dict]:
+        return llm.generate(prompts, params, use_tqdm=False)
+
+    def iterate(self, llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[dict]:
+        with closing(llm.generate_iter(iter(prompts), iter(params))) as pairs:
+            results = dict(pairs)
+        return [results[index] for index in range(len(prompts))]
 
     def refuse(self, llm: LLM) -> None:
         prompts, params = self.draw_requests(most=4)
@@ -195,7 +204,13 @@ class Soak:
             for _ in range(self.random.choice([0, 0, 1, 3])):
                 if todo:
                     prompt, param = todo.pop()
-                    asked[llm.add_request(prompt, param)] = prompt, param
+                    has_priorities = self.options["scheduling_policy"] == "priority"
+                    priority = self.random.choice([-1, 0, 5]) if has_priorities else 0
+                    timeout = self.random.choice([None, None, None, 0.0, 0.02])
+                    number = llm.add_request(prompt, param, priority=priority, timeout=timeout)
+                    asked[number] = prompt, param
+                    if timeout is not None:
+                        self.timed.add(number)
             if asked and self.random.random() < 0.1:
                 request_id = self.random.choice(list(asked))
                 if request_id in llm.requests:
@@ -230,7 +245,11 @@ class Soak:
                 require(bool(params.stop) or new["text"].startswith(old["text"]), "text that stays")
             if is_finished:
                 ended.add(request_id)
-                self.check_samples(prompt, params, so_far[request_id])
+                if any(sample["finish_reason"] == "timeout" for sample in so_far[request_id]):
+                    require(request_id in self.timed, f"request {request_id} without a deadline")
+                    self.counts["timed out"] += 1
+                else:
+                    self.check_samples(prompt, params, so_far[request_id])
 
     def stream(self, llm: LLM) -> None:
         """A stream beside queued requests, read to its end, given up or interrupted."""
@@ -278,9 +297,11 @@ class Soak:
             "kvcache_block_size": block_size,
             "num_kvcache_blocks": -(-max_model_len // block_size) + pick([0, 1, 3, 10, 100]),
             "max_num_batched_tokens": pick([1, 7, 16, 50, 4096]),
+            "long_prefill_token_threshold": pick([0, 0, 5, 30]),
             "max_num_seqs": pick([1, 2, 5, 16]),
             "enable_prefix_caching": pick([True, True, False]),
             "async_scheduling": pick([True, True, False]),
+            "scheduling_policy": pick(["fcfs", "priority"]),
         }
         num_drafts = pick([0, 0, 1, 4, 10])
         if 0 < num_drafts < self.options["max_num_batched_tokens"]:
@@ -288,6 +309,7 @@ class Soak:
             speculation = {"method": "ngram", "num_speculative_tokens": num_drafts} | lookup
             self.options["speculative_config"] = speculation
         self.counts["engines"] += 1
+        self.timed = set()
         with LLM(self.folder, device="cpu", tensor_parallel_size=self.ranks, **self.options) as llm:
             for _ in range(rounds):
                 if time.monotonic() > deadline:
@@ -317,7 +339,7 @@ def main() -> int:
             while (now := time.monotonic()) - start < arguments.seconds:
                 soak.engine(rounds=20 * arguments.ranks, deadline=min(now + 60, start + arguments.seconds))
             counts = soak.counts
-            ended = counts["finished"] + counts["aborted"] + counts["refused"]
+            ended = counts["finished"] + counts["aborted"] + counts["refused"] + counts["timed out"]
             require(ended == counts["requests"], f"{counts['requests']} ends, not {ended}")
         except Exception:
             traceback.print_exc()

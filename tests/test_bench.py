@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ bench = importlib.import_module("bench")
 command_line = importlib.import_module("tools.command_line")
 dummy_model = importlib.import_module("tools.dummy_model")
 floors = importlib.import_module("tools.floor")
+other_engines = importlib.import_module("tools.other_engines")
 step_profile = importlib.import_module("tools.step_profile")
 weight_format = importlib.import_module("tools.weight_format").weight_format
 
@@ -63,7 +66,8 @@ def test_figures_are_consistent(tmp_path):
         assert 0 < figures["time_per_output_token"] < figures["seconds"] / 20
     rates = [figures["tokens_per_second"] for figures in result["runs"]]
     assert result["median_tokens_per_second"] == pytest.approx(sum(rates) / 2)
-    assert result["floor"] is None
+    floor = result["floor"]
+    assert 1e9 < floor["bandwidth"] < 1e12 and 0 < floor["seconds"] < min(each["seconds"] for each in result["runs"])
     assert result["import_seconds"] > 0
     assert result["start_up_seconds"] > 0
     assert result["peak_memory_bytes"] > 2**27  # torch alone takes more
@@ -83,6 +87,42 @@ def test_hf_generates_as_many_tokens(tmp_path):
     result = run_tiny(tmp_path, "--engine", "hf")
     assert result["engine"] == "hf"
     assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))
+
+
+def test_llamacpp_completes_one_after_the_other(monkeypatch):
+    """Driven as its package is, which is not installed here: the same prompts, as many tokens, text for all."""
+
+    class Llama:
+        def __init__(self, model: str, **options) -> None:
+            self.options, self.prompts, self.texts = options, [], []
+
+        def generate(self, prompt: list[int], **how):
+            self.prompts.append((prompt, how))
+            return iter(range(100))
+
+        def detokenize(self, tokens: list[int]) -> bytes:
+            self.texts.append(tokens)
+            return b""
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    llm = other_engines.start_llamacpp("m.gguf", {"tensor_parallel_size": 1, "max_model_len": 99})
+    assert llm.options["n_ctx"] == 99
+    result = other_engines.run_llamacpp(llm, draw(TINY, 2048), {"temperature": 0, "top_p": 1.0, "top_k": -1})
+    assert [prompt for prompt, _ in llm.prompts] == [request.prompt for request in draw(TINY, 2048)]
+    assert all(how == {"temp": 0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} for _, how in llm.prompts)
+    assert [len(tokens) for tokens in llm.texts] == [request.max_tokens for request in draw(TINY, 2048)]
+    assert result.output_tokens == sum(map(len, llm.texts)) and result.time_to_first_token < result.seconds
+    for model, options in (("folder", {}), ("m.gguf", {"dtype": "float32"}), ("m.gguf", {"tensor_parallel_size": 2})):
+        with pytest.raises(ValueError, match="--engine llamacpp"):
+            other_engines.start_llamacpp(model, {"tensor_parallel_size": 1} | options)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
+def test_an_engine_that_is_not_installed():
+    command = [sys.executable, str(ROOT / "bench.py"), "--engine", "llamacpp", "--model", "demo"]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    assert process.returncode == 1
+    assert "--engine llamacpp needs the package llama-cpp-python: pip install llama-cpp-python" in process.stderr
 
 
 def test_example_gives_the_demos_answers():
@@ -115,7 +155,7 @@ def test_draws_share_a_prefix_and_stay_in_the_vocabulary():
 
 
 def test_floor(tmp_path, monkeypatch):
-    monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4e12, 800e12))
+    monkeypatch.setattr(floors, "measure_device", lambda dtype: (4e12, 800e12))
     dummy_model.write_dummy_model("qwen3-0.6b", str(tmp_path), with_tokenizer=False)
     config = ModelConfig.from_folder(str(tmp_path))
     layers, _, _, head = floors.count_weights(config)
@@ -136,7 +176,7 @@ def test_floor(tmp_path, monkeypatch):
 
 
 def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4.4e12, 790e12))
+    monkeypatch.setattr(floors, "measure_device", lambda dtype: (4.4e12, 790e12))
     dummy_model.write_dummy_model("qwen3-30b-a3b", str(tmp_path), with_tokenizer=False)
     config = ModelConfig.from_folder(str(tmp_path))
     layers, expert, routers, head = floors.count_weights(config)
@@ -158,6 +198,7 @@ def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
         (None, None, 2, 0, 1, False),
         (None, "fp8", 1, 4, None, True),
         (None, "int8", 1, 4, None, False),
+        (None, "int4", 0.5, 4, 32, False),
         ("fp8-block", None, 1, 4, 128**2, True),
         ("int8", None, 1, 4, None, True),
         ("int4", None, 0.5, 2, 128, False),
@@ -165,7 +206,7 @@ def test_floor_of_experts_and_windows(tmp_path, monkeypatch):
     ],
 )
 def test_floor_of_quantised_weights(tmp_path, monkeypatch, name, option, weight_bytes, group_bytes, group, in_8_bits):
-    monkeypatch.setattr(floors, "measure_gpu", lambda dtype: (4.4e12, 790e12))
+    monkeypatch.setattr(floors, "measure_device", lambda dtype: (4.4e12, 790e12))
     monkeypatch.setattr(floors, "measure_8_bit_product", lambda: 1500e12)
     requests = draw(DEFAULT, vocab_size=151936)
     for shape in ("qwen3-8b", "qwen3-30b-a3b"):

@@ -15,6 +15,7 @@ from engines import GREEDY, engine, generate
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import nanovllm.config
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint.model_config import ModelConfig
@@ -90,6 +91,7 @@ ASK_FOR_NOTHING = {
     "guided_decoding_backend": "xgrammar",
     "ignore_patterns": ["original/**/*"],
     "scheduling_policy": "fcfs",
+    "long_prefill_token_threshold": 0,
     "served_model_name": "model",
 }
 ASK_FOR_SOMETHING = [
@@ -118,7 +120,6 @@ ASK_FOR_SOMETHING = [
     ("task", "embed", "only text"),
     ("runner", "pooling", "only text"),
     ("logprobs_mode", "processed_logprobs", "model's own logits"),
-    ("scheduling_policy", "priority", "order"),
     ("enable_sleep_mode", True, "stay on their device"),
     ("rope_scaling", {"rope_type": "yarn"}, "hf_overrides"),
     ("override_generation_config", {"temperature": 0.5}, "generation_config"),
@@ -246,7 +247,7 @@ def test_vllm_names_of_attention_backends(config):
 def test_quantization(config, folder):
     """A method's name, which a quantised checkpoint tells by itself, and which may then be given too."""
     assert config().quantization is None
-    assert [config(quantization=name).quantization for name in ("fp8", "int8")] == ["fp8", "int8"]
+    assert [config(quantization=name).quantization for name in ("fp8", "int8", "int4")] == ["fp8", "int8", "int4"]
     quantised = folder(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     for given in (None, "fp8"):
         made = config(quantised, load_format="dummy", quantization=given)
@@ -263,7 +264,7 @@ def test_quantization(config, folder):
         (
             "int3",
             ValueError,
-            r"quantization='int3'.*only fp8, int8 can be made of a checkpoint without quantization_config",
+            r"quantization='int3'.*only fp8, int8, int4 can be made of a checkpoint without quantization_config",
         ),
     ],
     ids=str,
@@ -286,11 +287,29 @@ def test_what_is_said_at_start_of_weights(checkpoint, capsys, monkeypatch, optio
     with engine(checkpoint("qwen3").path, **options):
         pass
     parts = capsys.readouterr().err.split("; ")
-    assert parts[0] == "nano-vllm: Qwen3ForCausalLM in float32 on 1 x cpu"
+    assert parts[0] == "nano-vllm: Qwen3ForCausalLM in float32 (the checkpoint's) on 1 x cpu"
     assert parts[1 if said is None else 2].startswith("attention by torch")
     if said is not None:
         assert parts[1].startswith(said)
         assert has_e4m3 or parts[1].endswith("weights are read in 8 bits and multiplied in float32)")
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_native", "dtype", "reason"),
+    [
+        ("bfloat16", True, "bfloat16", "this CPU multiplies bfloat16"),
+        ("bfloat16", False, "float32", "this CPU has no fast products of bfloat16"),
+        ("float16", True, "float32", "this CPU has no fast products of float16"),
+        ("float32", True, "float32", "the checkpoint's"),
+    ],
+)
+def test_the_dtype_on_a_cpu(config, folder, monkeypatch, stored, is_native, dtype, reason):
+    monkeypatch.setattr(nanovllm.config, "multiplies_bfloat16", lambda: is_native)
+    path = folder(torch_dtype=stored, dtype=stored)
+    made = config(path, load_format="dummy", skip_tokenizer_init=True)
+    assert (made.dtype, made.dtype_reason) == (dtype, reason)
+    made = config(path, load_format="dummy", skip_tokenizer_init=True, dtype="float16")
+    assert (made.dtype, made.dtype_reason) == ("float16", "as asked for")
 
 
 def test_a_quantization_that_contradicts_the_checkpoint(config, folder):

@@ -48,6 +48,15 @@ def test_greedy_tokens(checkpoint, family, scenario, block_size, async_schedulin
     check_scenario(checkpoint(family), scenario, block_size, async_scheduling=async_scheduling)
 
 
+def test_long_prompts_in_short_steps(checkpoint):
+    checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
+    with engine(checkpoint.path, long_prefill_token_threshold=20, num_kvcache_blocks=30) as llm:
+        trace = Trace(llm)
+        assert tokens(generate(llm, prompts)) == expected(checkpoint, prompts)
+    assert trace.num_chunks > 20
+    assert max(max(batch.num_tokens) for batch in trace.batches) == 20
+
+
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_prefixes_of_earlier_calls(checkpoint, block_size, async_scheduling):

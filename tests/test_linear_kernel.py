@@ -14,7 +14,7 @@ from interpreter import run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, quantized_products, quantized_weight
 from nanovllm.kernels import linear as linear_module
-from nanovllm.kernels.linear import LARGE_WEIGHT_BYTES, linear
+from nanovllm.kernels.linear import LARGE_WEIGHT_BYTES, linear, takes_few_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -166,6 +166,16 @@ def test_any_batch(rows):
         check(arguments)
     else:
         assert linear(**arguments).shape == (0, 24)
+
+
+@kernel_test
+def test_which_rows_are_few():
+    """Of large weights fewer behind a norm, which the library then computes apart."""
+    x = torch.randn(8, 4096, device=DEVICE, dtype=torch.bfloat16)
+    small, large = (torch.empty(rows, 4096, device=DEVICE, dtype=torch.bfloat16) for rows in (2047, 2048))
+    for weight, is_normed, few in ((small, True, 8), (small, False, 8), (large, False, 8), (large, True, 4)):
+        assert takes_few_rows(x[:few], weight, is_normed)
+        assert few == 8 or not takes_few_rows(x[: few + 1], weight, is_normed)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import loader
 from nanovllm.checkpoint.model_config import ModelConfig
+from nanovllm.kernels.cpu_products import multiplies_bfloat16
 from nanovllm.layers.rotary_embedding import inverse_frequencies
 
 PROMPT = random_prompt(1, 20)
@@ -472,8 +473,7 @@ def test_dtypes(folder, stored, dtype):
     qwen2.config["torch_dtype"] = str(stored).removeprefix("torch.")
     qwen2.save_config()
     with qwen2.load(dtype=dtype) as llm:
-        has_fast_bf16 = torch.cpu._is_amx_tile_supported()
-        auto = "bfloat16" if stored == torch.bfloat16 and has_fast_bf16 else "float32"
+        auto = "bfloat16" if stored == torch.bfloat16 and multiplies_bfloat16() else "float32"
         assert llm.config.dtype == (auto if dtype == "auto" else dtype)
         weight = llm.ranks.runner.model.model.layers[0].mlp.down_proj.weight
         assert weight.dtype == llm.config.torch_dtype

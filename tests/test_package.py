@@ -34,7 +34,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-FOLDERS = (".ci", "docs", "nanovllm", "tests", "tools")
+FOLDERS = (".ci", "docs", "examples", "nanovllm", "tests", "tools")
 FILES = (".gitignore", "LICENSE", "MANIFEST.in", "README.md", "bench.py", "example.py", "pyproject.toml")
 
 
@@ -127,11 +127,20 @@ def test_what_is_imported_is_a_dependency():
     packages = {module.split(".")[0] for module in modules - {"__future__"}} - sys.stdlib_module_names
     packages = {package.replace("_", "-") for package in packages}
     extras = PROJECT["optional-dependencies"]
-    optional = extras["cuda"] + extras["gguf"] + extras["structured"]
+    optional = extras["cuda"] + extras["gguf"] + extras["structured"] + extras["server"]
     required = {re.match(r"[\w-]+", requirement).group() for requirement in PROJECT["dependencies"] + optional}
     assert {"torch", "safetensors"} <= packages
     missing = packages - {"nanovllm"} - required
     assert not missing
+
+
+def test_importing_the_package_imports_no_extra():
+    program = "import sys, nanovllm; print(*{name.split('.')[0] for name in sys.modules})"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    imported = set(process.stdout.split())
+    assert "nanovllm" in imported
+    extras = {"fastapi", "starlette", "uvicorn", "prometheus_client", "openai", "xgrammar", "gguf", "transformers"}
+    assert not imported & extras
 
 
 # ---- what help() and an editor show --------------------------------------------------------------------------------

@@ -148,11 +148,30 @@ def test_texts(path):
         assert len(deltas) > 3 and "".join(deltas) == whole["text"]
 
 
+def test_bfloat16(path):
+    """What "auto" takes where the CPU multiplies it: nearly all tokens are those of float32, given the ones before."""
+    firsts = []
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    with start(path) as llm:
+        prompts = prompt_ids(llm)
+        results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], GREEDY, use_tqdm=False)
+        texts = [ids + list(result["token_ids"]) for ids, result in zip(prompts, results, strict=True)]
+    with start(path, dtype="bfloat16") as llm:
+        (result,) = llm.chat([[{"role": "user", "content": QUESTIONS[0]}]], GREEDY, use_tqdm=False)
+        assert "Paris" in result["text"]
+        results = llm.generate([{"prompt_token_ids": ids} for ids in texts], params, use_tqdm=False)
+    for prompt, result in zip(prompts, results, strict=True):
+        told = zip(result.prompt_token_ids, result.prompt_logprobs, strict=True)
+        firsts += [logprobs[token].rank == 1 for token, logprobs in list(told)[len(prompt) :]]
+    assert len(firsts) > 300 and sum(firsts) >= 0.96 * len(firsts), (sum(firsts), len(firsts))
+
+
 @pytest.mark.parametrize(
     ("options", "limit"),
     [
         ({"dtype": "bfloat16"}, 0.01),
         ({"dtype": "bfloat16", "quantization": "int8"}, 0.01),
+        ({"dtype": "bfloat16", "quantization": "int4"}, 0.08),
         ({"dtype": "bfloat16", "quantization": "gguf"}, 0.08),
         ({"quantization": "fp8"}, 0.08),
     ],

@@ -27,6 +27,7 @@ def config(**options) -> SimpleNamespace:
     defaults = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
+        "long_prefill_token_threshold": 0,
         "max_model_len": 32,
         "kvcache_block_size": 4,
         "enable_prefix_caching": True,
@@ -153,8 +154,8 @@ class Driver:
         self.num_preemptions = 0
         self.num_accepted = self.num_refused = 0  # drafts
 
-    def add(self, prompt: list[int], **params) -> Sequence:
-        seq = Sequence(len(self.seqs), prompt, SamplingParams(**params), seed=0)
+    def add(self, prompt: list[int], priority: int = 0, **params) -> Sequence:
+        seq = Sequence(len(self.seqs), prompt, SamplingParams(**params), 0, priority)
         self.seqs.append(seq)
         self.scheduler.add(seq)
         return seq
@@ -169,7 +170,14 @@ class Driver:
         was_running = list(self.scheduler.running)
         num_tokens = {seq.seq_id: seq.num_tokens for seq in self.seqs}
         batch = self.scheduler.schedule()
-        self.num_preemptions += sum(seq.status is SequenceStatus.WAITING for seq in was_running)
+        preempted = [seq for seq in was_running if seq.status is SequenceStatus.WAITING]
+        self.num_preemptions += len(preempted)
+        # Who still runs is at least as urgent as who was preempted, and who was admitted as who waits.
+        least_urgent = max((seq.priority for seq in was_running if seq not in preempted), default=0)
+        assert all(seq.priority >= least_urgent for seq in preempted)
+        admitted = [seq.priority for seq in batch.joined]
+        waiting = [seq.priority for seq in self.scheduler.waiting]
+        assert not admitted or not waiting or max(admitted) <= min(waiting)
         self.check_batch(batch, num_tokens)
         launched = (batch, self.device.run(batch)) if batch.seqs else None
         if self.is_async:
@@ -222,8 +230,11 @@ class Driver:
             most_unseen = 1 + self.in_flight[0].num_drafts if self.in_flight and seq in self.in_flight[0].seqs else 0
             assert len(seq.token_ids) <= seq.num_tokens <= len(seq.token_ids) + most_unseen
             assert seq.num_unseen_drafts == max(most_unseen - 1, 0)
-        # Nobody skips ahead, neither when admitted nor when preempted.
-        order = [seq.seq_id for seq in (*scheduler.running, *scheduler.waiting)]
+        # Nobody skips ahead of others of his priority, neither when admitted nor when preempted.
+        for seqs in (scheduler.running, scheduler.waiting):
+            assert sorted(seqs, key=lambda seq: (seq.priority, seq.seq_id)) == list(seqs)
+        order = [(seq.priority, seq.seq_id) for seq in (*scheduler.running, *scheduler.waiting)]
+        order.sort(key=lambda entry: entry[0])
         assert order == sorted(order)
         assert all(seq.status is SequenceStatus.RUNNING for seq in scheduler.running)
         assert all(seq.status is SequenceStatus.WAITING for seq in scheduler.waiting)
@@ -261,6 +272,19 @@ def test_a_prompt_is_computed_in_chunks_of_the_budget():
     assert [step.num_samples for step in steps] == [0, 0, 0, 1, 1]
     assert seq.is_finished
     driver.check_end()
+
+
+def test_a_long_prompt_leaves_steps_short():
+    """Beside it decodes go on; what comes behind it waits until it is through, so that it ends every batch."""
+    driver = Driver(32, max_num_batched_tokens=20, long_prefill_token_threshold=5)
+    driver.add([1, 2, 3], max_tokens=20, ignore_eos=True)
+    assert driver.step().num_tokens == [3]
+    driver.add(list(range(1, 13)), max_tokens=3, ignore_eos=True)
+    driver.add([4, 5], max_tokens=2, ignore_eos=True)
+    steps = [driver.step() for _ in range(5)]
+    assert [step.num_tokens for step in steps] == [[1, 5], [1, 5], [1, 2, 2], [1, 1, 1], [1, 1]]
+    assert [step.num_samples for step in steps] == [1, 1, 3, 3, 2]
+    driver.run_until_finished()
 
 
 def test_a_long_prompt_is_not_overtaken():
@@ -302,6 +326,46 @@ def test_a_preempted_request_hits_what_it_computed():
     assert old.is_finished and len(starts) > 1 and starts[0] == 0 and starts[1] >= 4
     assert new.num_cached_tokens == 0
     driver.check_end()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_lowest_number_goes_first(is_async):
+    driver = Driver(32, is_async, max_num_seqs=1)
+    priorities = [3, 1, 2, 1, -5, 3]
+    for priority in priorities:
+        driver.add([7, 8], priority, max_tokens=2, ignore_eos=True)
+    driver.run_until_finished()
+    assert [seq.seq_id for seq in driver.ended] == [4, 1, 3, 2, 0, 5]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_least_urgent_is_preempted(is_async):
+    """Though it came first, and though the urgent ones need the blocks."""
+    driver = Driver(6, is_async, max_model_len=16)
+    idle = driver.add([1] * 7, 9, max_tokens=8, ignore_eos=True)
+    driver.step()
+    urgent = [driver.add([token_id] * 7, token_id, max_tokens=8, ignore_eos=True) for token_id in (2, 3)]
+    while idle.status is not SequenceStatus.WAITING:
+        driver.step()
+    assert [seq.status for seq in urgent] == [SequenceStatus.RUNNING] * 2
+    late = driver.add([5] * 7, 9, max_tokens=8, ignore_eos=True)
+    assert list(driver.scheduler.waiting) == [idle, late], "it goes first of its priority"
+    driver.run_until_finished()
+    assert driver.ended == [*urgent, idle, late]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_urgent_request_overtakes_what_waits_and_decodes_first(is_async):
+    """A prompt that is computed in parts goes behind more urgent decodes, and before others."""
+    driver = Driver(32, is_async, max_num_batched_tokens=8)
+    low = driver.add([1, 2], 5, max_tokens=20, ignore_eos=True)
+    driver.step()
+    long = driver.add([3] * 20, 2, max_tokens=2, ignore_eos=True)
+    high = driver.add([4], 0, max_tokens=12, ignore_eos=True)
+    steps = [driver.step() for _ in range(4)]
+    assert [step.seqs for step in steps] == [[low, high, long], [high, long], [high, long], [high, long, low]]
+    assert [step.num_tokens for step in steps] == [[1, 1, 6], [1, 7], [1, 7], [1, 1, 1]]
+    driver.run_until_finished()
 
 
 def test_prefixes_are_shared_in_the_same_step():
@@ -425,6 +489,7 @@ REQUESTS = st.tuples(
     st.integers(1, 14),  # max_tokens
     st.booleans(),  # ignore_eos
     st.one_of(st.none(), st.integers(0, 15)),  # steps after which it is aborted
+    st.sampled_from([0, 0, 1, 2]),  # priority
 )
 
 
@@ -435,27 +500,31 @@ REQUESTS = st.tuples(
     block_size=st.sampled_from([1, 2, 4, 8]),
     spare_blocks=st.integers(0, 12),
     max_num_batched_tokens=st.integers(1, 40),
+    long_prefill_token_threshold=st.sampled_from([0, 0, 1, 4]),
     max_num_seqs=st.integers(1, 6),
     enable_prefix_caching=st.booleans(),
     reset_at=st.one_of(st.none(), st.integers(0, 20)),
     vocab_size=st.sampled_from([3, 20]),
     num_drafts=st.sampled_from([0, 0, 1, 5]),
+    has_priorities=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @example(
-    requests=[(0, [1] * 15, 14, True, None), (0, [1] * 15, 14, True, 6), (0, [2] * 9, 14, True, None)],
+    requests=[(0, [1] * 15, 14, True, None, 0), (0, [1] * 15, 14, True, 6, 0), (0, [2] * 9, 14, True, None, 0)],
     is_async=True,
     block_size=2,
     spare_blocks=1,
     max_num_batched_tokens=40,
+    long_prefill_token_threshold=0,
     max_num_seqs=6,
     enable_prefix_caching=True,
     reset_at=4,
     vocab_size=20,
     num_drafts=0,
+    has_priorities=False,
     seed=0,
 )
-def test_any_traffic(requests, is_async, block_size, spare_blocks, reset_at, **options):
+def test_any_traffic(requests, is_async, block_size, spare_blocks, reset_at, has_priorities, **options):
     max_model_len = 20
     driver = Driver(
         -(-max_model_len // block_size) + spare_blocks,
@@ -468,8 +537,8 @@ def test_any_traffic(requests, is_async, block_size, spare_blocks, reset_at, **o
     abort_at: dict[int, int] = {}
     for step in range(2000):
         while arrivals and arrivals[0][0] <= step:
-            _, prompt, max_tokens, ignore_eos, abort_after = arrivals.pop(0)
-            seq = driver.add(prompt, max_tokens=max_tokens, ignore_eos=ignore_eos)
+            _, prompt, max_tokens, ignore_eos, abort_after, priority = arrivals.pop(0)
+            seq = driver.add(prompt, priority * has_priorities, max_tokens=max_tokens, ignore_eos=ignore_eos)
             if abort_after is not None:
                 abort_at[seq.seq_id] = step + abort_after
         for seq in driver.seqs:

@@ -67,6 +67,7 @@ class Caller:
         self.handed_out: dict[int, dict] = {}
         self.kinds: dict[str, Callable[[Call], Any]] = {
             "generate": self.generate,
+            "iterate": self.iterate,
             "chat": self.chat,
             "stream": self.stream,
             "abandon": self.abandon,
@@ -80,6 +81,10 @@ class Caller:
 
     def generate(self, call: Call) -> Any:
         return [answer(result) for result in self.llm.generate(call.prompts, call.params, use_tqdm=False)]
+
+    def iterate(self, call: Call) -> Any:
+        results = dict(self.llm.generate_iter(iter(call.prompts), iter(call.params)))
+        return [answer(results[index]) for index in range(len(call.prompts))]
 
     def chat(self, call: Call) -> Any:
         conversations = [[{"role": "user", "content": f"{prompt[-5:]}"}] for prompt in call.prompts]
@@ -135,7 +140,7 @@ def draw_call(draw: random.Random, bases: list[list[int]]) -> Call:
         how |= {"stop": draw.choice(STOPS), "output_kind": draw.choice(KINDS)}
         return SamplingParams(max_tokens=draw.randint(1, 20), ignore_eos=True, **how)
 
-    kind = draw.choice(["generate", "generate", "chat", "stream", "abandon", "add", "abort", "refuse"])
+    kind = draw.choice(["generate", "generate", "iterate", "chat", "stream", "abandon", "add", "abort", "refuse"])
     number = draw.randint(1, 4)
     return Call(kind, [draw_prompt() for _ in range(number)], [draw_params() for _ in range(number)])
 

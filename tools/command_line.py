@@ -28,10 +28,12 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
     """The benchmark's options, and those given of the engine's."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help="folder or hub name, or demo: the bundled one (default: random weights)")
+    model.add_argument(
+        "--model", help="folder, GGUF file or hub name, or demo: the bundled one (default: random weights)"
+    )
     model.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="of the random weights")
     parser.add_argument("--no-tokenizer", action="store_true", help="nanovllm, random weights: token ids only")
-    parser.add_argument("--engine", choices=("nanovllm", "vllm", "hf"), default="nanovllm")
+    parser.add_argument("--engine", choices=("nanovllm", "vllm", "hf", "llamacpp"), default="nanovllm")
     parser.add_argument("--num-seqs", type=int, default=256, help="number of requests")
     parser.add_argument("--input-len", type=length_range, default=(100, 1024), metavar="N|LOW-HIGH")
     parser.add_argument("--output-len", type=length_range, default=(100, 1024), metavar="N|LOW-HIGH")
@@ -71,8 +73,8 @@ def parse_args(description: str | None = None) -> tuple[argparse.Namespace, dict
     if min(args.num_seqs, args.repeats, args.params_every) < 1 or args.shared_prefix < 0:
         parser.error("--num-seqs, --repeats and --params-every must be at least 1, --shared-prefix at least 0")
     quantization, known = getattr(args, "quantization", None), (ONLINE, *QUANTIZATIONS)
-    if quantization is not None and args.engine == "hf":
-        parser.error("--quantization is not for --engine hf")
+    if quantization is not None and args.engine in ("hf", "llamacpp"):
+        parser.error(f"--quantization is not for --engine {args.engine}")
     if args.model is None and quantization not in (None, *known):
         parser.error(f"--quantization of random weights must be one of {', '.join(known)}, got {quantization!r}")
     # An option of the engine that was not given has no value: the engine has a default of its own.

@@ -1,4 +1,4 @@
-"""The time that no engine could beat: what must be read and computed, at the speeds that this GPU reaches."""
+"""The time that no engine could beat: what must be read and computed, at the speeds that this GPU or CPU reaches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing the package is among what bench.py measures
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time the requests could take, were the GPU busy with nothing but what cannot be avoided.
+    """The least time the requests could take, were the device busy with nothing but what cannot be avoided.
 
     A decode step reads all weights once (of the input embedding only a row a request, which is not counted) and each
     request's keys and values. Of experts it reads those that its requests are routed to: where all are equally likely,
@@ -42,7 +42,7 @@ class Floor:
     seconds: float
     prefill_seconds: float  # of them, for prompts
     prefill_flops_in_8_bits: int = 0
-    flops_per_second_in_8_bits: float | None = None  # None: nothing is multiplied so, or the GPU does not
+    flops_per_second_in_8_bits: float | None = None  # None: nothing is multiplied so, or the device does not
 
     @classmethod
     def measure(
@@ -73,7 +73,7 @@ class Floor:
         other_flops = (
             2 * weights.routers * num_prompt_tokens + 2 * weights.head * len(lens) + 4 * head_elements * attended
         )
-        bandwidth, flops_per_second = measure_gpu(dtype)
+        bandwidth, flops_per_second = measure_device(dtype)
         in_8_bits = measure_8_bit_product() if quantized is not None and quantized.in_8_bits else None
         prefill_seconds = other_flops / flops_per_second + layer_flops / (in_8_bits or flops_per_second)
         seconds = (kv_bytes + weight_bytes) / bandwidth + prefill_seconds
@@ -157,23 +157,28 @@ def element_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def measure_gpu(dtype: str) -> tuple[float, float]:
-    """Bytes/s of a big read (the sum of 2 GiB) and FLOPs/s of a big matrix product."""
+def measure_device(dtype: str) -> tuple[float, float]:
+    """Bytes/s of a big read (a sum) and FLOPs/s of a big matrix product, on the GPU, or on all cores of the CPU."""
     import torch
     from torch.utils.benchmark import Timer
 
-    data = torch.zeros(2**29, device="cuda")
-    a, b = torch.randn(2, 8192, 8192, device="cuda").to(getattr(torch, dtype))  # zeros would run faster
-    read, product = Timer("x.sum()", globals={"x": data}), Timer("a @ b", globals={"a": a, "b": b})
-    return data.nbytes / read.timeit(100).mean, 2 * 8192**3 / product.timeit(100).mean
+    device, num_bytes, size, repeats = "cpu", 2**29, 2048, 5
+    if torch.cuda.is_available():
+        device, num_bytes, size, repeats = "cuda", 2**31, 8192, 100
+    data = torch.zeros(num_bytes // 4, device=device)
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))  # zeros would run faster
+    options = {"num_threads": torch.get_num_threads()}
+    read = Timer("x.sum()", globals={"x": data}, **options)
+    product = Timer("a @ b", globals={"a": a, "b": b}, **options)
+    return data.nbytes / read.timeit(repeats).mean, 2 * size**3 / product.timeit(repeats).mean
 
 
 def measure_8_bit_product() -> float | None:
-    """FLOPs/s of a big product of e4m3, as fast as int8 on the GPUs that have both; None: this GPU has none."""
+    """FLOPs/s of a big product of e4m3, as fast as int8 where a GPU has both; None: it has none, or is a CPU."""
     import torch
     from torch.utils.benchmark import Timer
 
-    if torch.cuda.get_device_capability() < (8, 9):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         return None
     a, b = torch.randn(2, 8192, 8192, device="cuda").to(torch.float8_e4m3fn)
     names = {"torch": torch, "a": a, "b": b.t(), "one": torch.ones((), device="cuda")}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import draw_requests, submit
 from tools.dummy_model import SHAPES, write_dummy_model
-from tools.floor import cache_bytes, measure_gpu, step_bytes
+from tools.floor import cache_bytes, measure_device, step_bytes
 from tools.runs import Request
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def measure(shape: str) -> dict[str, Any]:
                 args = argparse.Namespace(num_seqs=size, params={}, params_every=1, **lens)
                 seconds.append(measure_step(llm, draw_requests(args, config.vocab_size, index)))
                 print(f"batch {size:3d}: {1000 * seconds[-1]:.3f} ms, {size / seconds[-1]:,.0f} tok/s", flush=True)
-    bandwidth, _ = measure_gpu(dtype)
+    bandwidth, _ = measure_device(dtype)
     kv = cache_bytes(config, dtype, [CONTEXT])
     floor = [(step_bytes(config, dtype, size) + size * kv) / bandwidth for size in BATCH_SIZES]
     return {"shape": shape, "context": CONTEXT, "batch_sizes": BATCH_SIZES, "seconds": seconds, "floor": floor}

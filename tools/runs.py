@@ -34,5 +34,6 @@ class Engine(NamedTuple):
     """How bench.py drives one: the module that it imports, what starts the engine, and what completes requests."""
 
     module: str
+    package: str  # that has the module, as pip calls it
     start: Callable[[str, dict[str, Any]], Any]  # model, options
     run: Callable[[Any, list[Request], dict[str, Any]], Run]  # what `start` gave, requests, sampling parameters

@@ -41,7 +41,7 @@ def weight_format(config: ModelConfig, quantization: str | None) -> WeightFormat
     if method == "fp8":
         group = 128 * 128 if facts.get("weight_block_size") else None
         return WeightFormat(8, group, group_bytes=4, in_8_bits=True)
-    if method == "gguf":  # what of it stays codes
+    if method in ("gguf", "int4"):  # of a file, what stays codes
         return WeightFormat(4, 32, group_bytes=4, in_8_bits=False)
     if method == "int8":
         return WeightFormat(8, None, group_bytes=4, in_8_bits=False)

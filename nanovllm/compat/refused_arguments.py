@@ -12,7 +12,6 @@ REFUSED_ARGUMENTS = {  # of calls and prompts
     "prompt_embeds": "a prompt's embeddings are looked up by its token ids",
     "cache_salt": "all requests share cached prefixes; enable_prefix_caching=False keeps them apart",
     "encoder_prompt": "the models have no encoder",
-    "priority": "requests are served in the order in which they come",
     "tokenization_kwargs": "truncate_prompt_tokens of SamplingParams cuts prompts, and all else is the tokenizer's",
     "decoder_prompt": "the models have no encoder, so that a prompt has one part",
 }

@@ -16,7 +16,6 @@ REFUSED = {
     "wake_up": "an engine never sleeps",
     "start_profile": "`bench.py --profile` makes a trace, as torch.profiler around any calls does",
     "stop_profile": "`bench.py --profile` makes a trace, as torch.profiler around any calls does",
-    "get_metrics": "each result has metrics of its own",
     "collective_rpc": ONE_PROCESS,
     "apply_model": ONE_PROCESS,
 }

@@ -57,7 +57,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "ignore_patterns": (*EMPTY, "original/**/*", ["original/**/*"])
     },
     "no progress of loading is shown": {"use_tqdm_on_load": FLAG},
-    "there is no server that would show a name": {"served_model_name": (None, str, list)},
+    "an engine shows no name; the server has an option of that name": {"served_model_name": (None, str, list)},
     # Text.
     "text is tokenised by the tokenizers package alone, from tokenizer.json or what converts to it": {
         "tokenizer_mode": (None, "auto", "hf")
@@ -217,12 +217,10 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
     # Steps.
     "a prompt that does not fit into a step is always computed in chunks": {"enable_chunked_prefill": (None, True)},
     "prompts are computed in the order in which they came, at most the last of a step in part": {
-        "scheduling_policy": (None, "fcfs"),
         "scheduler_cls": NONE,
         "scheduler_delay_factor": (None, 0, 0.0),
         "max_num_partial_prefills": (None, 1),
         "max_long_partial_prefills": (None, 1),
-        "long_prefill_token_threshold": (None, 0),
     },
     "a step is bounded by max_num_batched_tokens": {"max_num_scheduled_tokens": NONE},
     "a request is admitted when its prompt has blocks, and preempted if they run out": {

@@ -21,9 +21,10 @@ from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.requests.admission import Params
+from nanovllm.requests.admission import CheckedRequest, Params
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.requests.intake import Intake
+from nanovllm.requests.metrics import EndedRequests, Metric, read_metrics
 from nanovllm.requests.progress import Progress
 from nanovllm.requests.request import Request
 from nanovllm.sampling.logprobs import take_in_logprobs
@@ -87,6 +88,7 @@ class LLMEngine:
         self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
         self.requests: dict[int, Request] = {}  # unfinished, by the id of their first sequence
         self.numbers: dict[str, int] = {}  # of those that callers gave an id or `add_request` did, by it
+        self.ended = EndedRequests()
         self.results: dict[int, RequestOutput] = {}  # of finished requests that `step` has yet to hand out
         self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
         self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
@@ -97,8 +99,9 @@ class LLMEngine:
         self.failure = None
         weights = f" weights by {described};" if described else ""
         print(
-            f"nano-vllm: {config.model_config.architecture} in {config.dtype} on {config.tensor_parallel_size} x",
-            f"{config.device};{weights} attention by {config.attention_backend} ({config.attention_reason});",
+            f"nano-vllm: {config.model_config.architecture} in {config.dtype} ({config.dtype_reason})",
+            f"on {config.tensor_parallel_size} x {config.device};{weights}",
+            f"attention by {config.attention_backend} ({config.attention_reason});",
             f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in",
             f"{config.kv_cache_dtype}; max_model_len={config.max_model_len}",
             file=sys.stderr,
@@ -120,10 +123,13 @@ class LLMEngine:
         params: SamplingParams | None = None,
         *,
         sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> int | str:
         """Queues a prompt, as `add_request(prompt, sampling_params)` or `add_request(request_id, prompt, params)`.
 
-        Returns the request's id: the one given, or else a number. `step` hands out the results.
+        Returns the request's id: the one given, or else a number. `step` hands out the results. For `priority` and
+        `timeout`, see `generate`.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter, or an id in use; nothing is queued.
@@ -135,16 +141,24 @@ class LLMEngine:
             raise TypeError(f"request_id must be a string, got {request_id!r}")
         self._check_alive()
         params = sampling_params if params is None else params
-        checked = self.intake.check_one(prompt, params)
+        checked = self.intake.check_one(prompt, params, priority, timeout)
         with self._turn():
             name = str(self.num_seqs) if request_id is None else request_id
             if name in self.numbers:
                 raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
+            number = self.numbers[name] = self.submit(checked, self.results, name)
+        return number if request_id is None else request_id
+
+    def submit(self, checked: CheckedRequest, results: dict[int, RequestOutput], request_id: str) -> int:
+        """Queues a request that `intake` has checked; returns its number, under which `results` will hold its result.
+
+        While it runs, `step` hands out what it has new, by its `output_kind`.
+        """
+        with self._turn():
             reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self.intake.make(checked, self.results, name, reports_progress)
+            request = self.intake.make(checked, results, request_id, reports_progress)
             self._add(request)
-            self.numbers[name] = request.number
-        return request.number if request_id is None else request_id
+        return request.number
 
     def step(self) -> list[RequestOutput]:
         """Runs a step; returns what the added requests have new that was not handed out before.
@@ -202,7 +216,8 @@ class LLMEngine:
         lora_request: None = None,
         *,
         prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
-        priority: None = None,
+        priority: Items[int] | None = None,
+        timeout: float | None = None,
         tokenization_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Completes prompts: strings, lists of token ids, dicts that have one of these, or a single one of all that.
@@ -211,8 +226,12 @@ class LLMEngine:
             prompts: what to complete.
             sampling_params: for all prompts, or a list with one for each; None: the model's defaults.
             use_tqdm: show a progress bar; or what makes one, as `tqdm.tqdm` does.
-            lora_request, priority, tokenization_kwargs: not supported.
+            lora_request, tokenization_kwargs: not supported.
             prompt_token_ids: the ids of the prompts, as older scripts give them.
+            priority: a number for each prompt, with scheduling_policy="priority": lower ones go first, and are
+                preempted last.
+            timeout: seconds after which a request that is unfinished ends with what there is of it, and with the
+                `finish_reason` "timeout".
 
         Returns:
             For each prompt, in order, its result: see `nanovllm.outputs.RequestOutput`.
@@ -223,8 +242,8 @@ class LLMEngine:
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        refuse({"lora_request": lora_request, "priority": priority, "tokenization_kwargs": tokenization_kwargs})
-        checked = self.intake.check(prompts, sampling_params, prompt_token_ids)
+        refuse({"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs})
+        checked = self.intake.check(prompts, sampling_params, prompt_token_ids, priority, timeout)
         results: dict[int, RequestOutput] = {}
         ids: list[int] = []
         try:
@@ -246,6 +265,11 @@ class LLMEngine:
         with self._turn():
             self.scheduler.block_manager.reset_prefix_cache()
         return True
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far, see `requests/metrics.py`. Raises RuntimeError if it has failed."""
+        with self._turn():
+            return read_metrics(self.scheduler, self.requests.values(), self.ended)
 
     def exit(self) -> None:
         """Ends the ranks and frees their memory. Can be called again, and from any thread.
@@ -306,6 +330,9 @@ class LLMEngine:
 
     def _launch(self) -> LaunchedStep | None:
         """Starts the next step on all ranks; None if there is nothing to compute."""
+        for request in self.intake.take_overdue(self.requests):
+            self._drop_now(request.number, "timeout")
+            self._finish(request)
         for request in self.intake.queue_compiled(self.scheduler.is_finished() and self.in_flight is None):
             self._finish(request)
         batch = self.scheduler.schedule()
@@ -363,7 +390,8 @@ class LLMEngine:
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of the unfinished ones, if it is one of them."""
-        self.requests.pop(request.number, None)
+        if self.requests.pop(request.number, None) is not None:
+            self.ended.count(request)
         self.progressed.pop(request.number, None)
         if self.numbers.get(request.request_id) == request.number:
             del self.numbers[request.request_id]

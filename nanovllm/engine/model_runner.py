@@ -265,8 +265,8 @@ class ModelRunner:
         """Frees the rank's memory."""
         self.graphs.clear()
         del self.model, self.sampler, self.adjusted_sampler
-        gc.collect()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # on a CPU nothing has to be found: it was freed by now
+            gc.collect()
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 

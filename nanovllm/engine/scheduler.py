@@ -7,13 +7,17 @@ a step can be scheduled before the tokens of the one before it are known. Nothin
 """
 
 import time
+from bisect import insort_left, insort_right
 from collections import deque
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.speculative.policy import pays
+
+PRIORITY = attrgetter("priority")  # of all sequences the same, unless scheduling_policy="priority"
 
 
 @dataclass(slots=True)
@@ -51,8 +55,9 @@ class Batch:
 class Scheduler:
     """Owns the waiting and running sequences and their blocks.
 
-    `running` is ordered by admission. A prompt that was given only a part of its tokens used up the budget, so
-    nothing was admitted behind it: such a sequence is always the last.
+    `waiting` is ordered by priority, then by arrival; `running` by priority, then by admission, so that the last one
+    is the one to be preempted. A prompt that is given only a part of its tokens ends the batch: in it, such a sequence
+    is always the last.
     """
 
     def __init__(self, config: Config, num_blocks: int, eos_token_ids: frozenset[int]) -> None:
@@ -63,14 +68,15 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.free_rows = list(reversed(range(config.max_num_seqs)))
+        self.num_preemptions = 0
 
     def is_finished(self) -> bool:
         """Whether no sequence is left."""
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        """Queues a sequence behind all others."""
-        self.waiting.append(seq)
+        """Queues a sequence behind all others of its priority."""
+        insort_right(self.waiting, seq, key=PRIORITY)
 
     def schedule(self) -> Batch:
         """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
@@ -98,17 +104,18 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             seq.first_scheduled_time = seq.first_scheduled_time or time.time()
             seq.row = self.free_rows.pop()
-            self.running.append(seq)
+            insort_right(self.running, seq, key=PRIORITY)
             batch.num_joined += 1
             batch.new_blocks += [(seq.row, index, block_id) for index, block_id in enumerate(seq.block_table)]
             self._compute(batch, seq)
         return batch
 
     def preempt(self, seq: Sequence) -> None:
-        """Sends a running sequence back to the front of the queue, to be computed anew."""
+        """Sends a running sequence back to the queue, in front of all of its priority, to be computed anew."""
         self._release(seq)
+        self.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
+        insort_left(self.waiting, seq, key=PRIORITY)
 
     def postprocess(self, batch: Batch, token_ids: list[list[int]]) -> list[Sequence]:
         """Takes in the tokens that a step has sampled for each of its first `num_samples` sequences.
@@ -142,9 +149,11 @@ class Scheduler:
     def _compute(self, batch: Batch, seq: Sequence) -> None:
         """Adds to the batch as many of the sequence's tokens as its budget holds."""
         start = seq.num_computed_tokens
-        end = min(seq.num_tokens, start + batch.budget)
+        end = min(seq.num_tokens, start + min(batch.budget, self.config.long_prefill_token_threshold or batch.budget))
         seq.num_computed_tokens = end
         batch.budget -= end - start + batch.num_drafts
+        if end < seq.num_tokens:
+            batch.budget = 0
         batch.seqs.append(seq)
         batch.rows.append(seq.row)
         batch.starts.append(start)
@@ -225,7 +234,7 @@ class Scheduler:
         return num_tokens >= min(max_tokens, self.config.max_model_len)
 
     def _admits_next(self) -> bool:
-        """Whether the sequence that has waited longest can run."""
+        """Whether the sequence that is to run next can."""
         return bool(self.waiting and self.free_rows) and self.block_manager.can_allocate(self.waiting[0])
 
     def _num_ahead(self, seq: Sequence, num_drafts: int) -> int:

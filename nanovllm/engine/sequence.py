@@ -39,9 +39,12 @@ class Sequence:
     most that there can be, as if all were accepted; `num_unseen_drafts` fewer are certain.
     """
 
-    def __init__(self, seq_id: int, token_ids: list[int], sampling_params: SamplingParams, seed: int) -> None:
-        """`seed` is what the draws of the request depend on, besides positions."""
+    def __init__(
+        self, seq_id: int, token_ids: list[int], sampling_params: SamplingParams, seed: int, priority: int = 0
+    ) -> None:
+        """`seed` is what the draws of the request depend on, besides positions; a lower `priority` goes first."""
         self.seq_id = self.request_id = seq_id  # a request's further samples have the id of its first one
+        self.priority = priority
         self.sampling_params = sampling_params
         self.seed = seed
         self.status = SequenceStatus.WAITING

@@ -1,8 +1,11 @@
-"""Products with a weight in few bits on a CPU, by torch's own operators, which read codes as they are.
+"""Products that are CPUs' own.
 
-They are made for rows in bfloat16: others are multiplied by the dequantised numbers.
+Those with a weight in few bits are by torch's own operators, which read codes as they are. They are made for rows in
+bfloat16: others are multiplied by the dequantised numbers.
 """
 
+import functools
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,7 @@ from nanovllm.kernels.quantized_weight import QuantizedWeight, unpack_int4
 INT4_GROUPS = (32, 64, 128, 256)  # columns of a group that the operator knows
 INT4_ROWS = 16  # that it packs together
 INNER_K_TILES = 1  # without a meaning on CPUs
+NUM_REFINED_LOGITS = 8  # the largest of a row
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,22 @@ def for_cpu(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight | Cp
         scales = torch.stack([scales, offsets], dim=-1).transpose(0, 1).to(dtype).contiguous()
         return CpuWeight(codes, scales, num_features, group, weight.order)
     return weight
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16, AVX512-BF16, AMX or ARM's, and torch uses them."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def half_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits x W^T, float32 [M, V], of x [M, K] and a weight [V, K] in bfloat16 or float16.
+
+    Torch rounds what it sums in float32 to the dtype of x. At 20 bfloat16's steps are 1/8 apart, so that the best
+    tokens often tie; the largest logits, of which one will be drawn, are computed once more without rounding.
+    """
+    logits = torch.mm(x, weight.t()).float()
+    tokens = logits.topk(min(NUM_REFINED_LOGITS, len(weight))).indices
+    return logits.scatter_(1, tokens, torch.einsum("mk,mtk->mt", x.float(), weight[tokens].float()))

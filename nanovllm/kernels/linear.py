@@ -17,7 +17,15 @@ from nanovllm.kernels.quantized_products import linear_quantized
 from nanovllm.kernels.quantized_row import launch_row, takes_row
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.tuning import LARGE_WEIGHT_BYTES, SMALL_BATCH, TILES, fitting_warps, gpu_of, hopper_rows_pay
+from nanovllm.kernels.tuning import (
+    LARGE_WEIGHT_BYTES,
+    SMALL_BATCH,
+    SMALL_NORMED_BATCH,
+    TILES,
+    fitting_warps,
+    gpu_of,
+    hopper_rows_pay,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -140,8 +148,9 @@ def linear(
     rows, num_features = len(x), len(weight)
     if isinstance(weight, QuantizedWeight) and weight.order is not None and use_triton(x):
         weight, x, norm = weight.in_order_of_columns(x, norm)
-    is_hoppers = takes_hopper_rows(x, weight, is_normed=norm is not None)
-    if not is_hoppers and not takes_few_rows(x, weight):
+    is_normed = norm is not None
+    is_hoppers = takes_hopper_rows(x, weight, is_normed)
+    if not is_hoppers and not takes_few_rows(x, weight, is_normed):
         return linear_torch(x, weight, bias, norm, eps, residual, gate)
     y = residual
     if y is None:
@@ -161,12 +170,16 @@ def takes_hopper_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bo
     return is_aligned and gpu_of(x.device).is_hopper and hopper_rows_pay(len(x), weight.nbytes, is_normed)
 
 
-def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bool = False) -> bool:
     """Whether a kernel for few rows can compute x W^T, and is faster than what `linear_torch` does."""
+    if not use_triton(x):
+        return False
     limit = SMALL_BATCH
     if isinstance(weight, QuantizedWeight):
         limit = 0 if not weight.is_readable else 1 if weight.rounds_input else SMALL_BATCH
-    return use_triton(x) and 0 < len(x) <= limit
+    elif is_normed and weight.nbytes >= LARGE_WEIGHT_BYTES:
+        limit = SMALL_NORMED_BATCH
+    return 0 < len(x) <= limit
 
 
 def launch_linear(

@@ -2,10 +2,12 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
+from nanovllm.kernels.cpu_products import half_logits
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.linear import apply_linear, part_of
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -55,7 +57,10 @@ class ParallelLMHead(nn.Module):
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, start, 0, size)]
 
     def forward(self, x: Normalised | Tensor) -> Tensor:
-        logits = apply_linear(x, self.weight)
+        if self.weight.is_cpu and self.weight.dtype != torch.float32:
+            logits = half_logits(x.compute() if isinstance(x, Normalised) else x, self.weight)
+        else:
+            logits = apply_linear(x, self.weight)
         if self.soft_cap is not None:
             logits = logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return F.pad(logits, (0, self.num_missing), value=-math.inf) if self.num_missing else logits

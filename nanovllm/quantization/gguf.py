@@ -8,69 +8,35 @@ block_q4_0 and block_q4_1.)
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovllm.checkpoint.gguf.names import find_gguf_tensors
-from nanovllm.checkpoint.loader import Shard
-from nanovllm.kernels.quantized_weight import QuantizedWeight
-from nanovllm.quantization.groups import DUMMY_SCALES, take
-
-if TYPE_CHECKING:
-    from nanovllm.layers.linear import LinearBase
+from nanovllm.quantization.groups import FilledGroups
 
 KINDS = ("Q4_0", "Q4_1")
 BLOCK = 32  # weights
 CODE_BYTES = 16  # of a block
 
 
-@dataclass(frozen=True)
-class BlockShard(Shard):
-    """Blocks of a file's tensor: codes for the parameter, `scales` and `zeros`; columns are counted in blocks."""
-
-    is_copied: ClassVar[bool] = False
-
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-
-    def copy(self, source: Any, parameter: nn.Parameter) -> None:
-        own = slice(self.start, self.start + self.size)
-        blocks = source.blocks(own) if self.dim == 0 else source.blocks(slice(None))[:, own]
-        codes, scales, zeros = parameter.data, self.scales, self.zeros
-        if self.dim == 0:
-            codes, scales, zeros = (place.narrow(0, self.offset, self.size) for place in (codes, scales, zeros))
-        codes.copy_(blocks[..., -CODE_BYTES:].flatten(1))
-        d = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-        scales.copy_(d)
-        if source.kind.name == "Q4_0":
-            zeros.fill_(8)
-            return
-        m = blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
-        # Where all weights of a block are alike, d and the codes are 0.
-        scales.copy_(torch.where(d == 0, m, d))
-        zeros.copy_(torch.where(d == 0, -1.0, -m.float() / d.float()))
+def read_blocks(source: Any, rows: slice, groups: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    """Takes a part of a file's tensor as it is, see `FilledGroups`."""
+    blocks = source.blocks(rows)[:, groups]
+    codes.copy_(blocks[..., -CODE_BYTES:].flatten(1))
+    d = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    scales.copy_(d)
+    if source.kind.name == "Q4_0":
+        zeros.fill_(8)
+        return
+    m = blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
+    # Where all weights of a block are alike, d and the codes are 0.
+    scales.copy_(torch.where(d == 0, m, d))
+    zeros.copy_(torch.where(d == 0, -1.0, -m.float() / d.float()))
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Codes of 4 bits in blocks."""
-
-    def create(self, layer: LinearBase) -> None:
-        codes = layer.add_parameter("weight", torch.uint8, (1, 2))
-        scales = layer.add_parameter("scales", torch.float16, (1, BLOCK))
-        shards = [replace(shard, full_shape=(shard.full_shape[0], layer.columns.full_size)) for shard in scales.shards]
-        # Neither is a parameter: the tensor that fills the codes fills them too; of dummies they stay as they are.
-        layer.scales = take(layer, "scales").fill_(DUMMY_SCALES[4])
-        layer.zeros = torch.full_like(layer.scales, 8, dtype=torch.float32)
-        codes.shards = [BlockShard(**vars(shard), scales=layer.scales, zeros=layer.zeros) for shard in shards]
-
-    def finish(self, layer: LinearBase) -> None:
-        codes, scales, zeros = take(layer, "weight"), layer.scales, layer.zeros
-        del layer.scales, layer.zeros
-        layer.weight = QuantizedWeight(codes, scales, (1, BLOCK), zeros)
+BLOCKS = FilledGroups(4, BLOCK, read_blocks)
 
 
 class Gguf:
@@ -80,10 +46,10 @@ class Gguf:
         """`path` is the file's, or a folder's that has it."""
         self.path = path
 
-    def scheme_of(self, names: list[str]) -> Blocks | None:
+    def scheme_of(self, names: list[str]) -> FilledGroups | None:
         """As `Method.scheme_of`: what is stored by other types is plain."""
         kinds = _kinds_of(self.path)
-        return Blocks() if any(kinds.get(f"{name}.weight") in KINDS for name in names) else None
+        return BLOCKS if any(kinds.get(f"{name}.weight") in KINDS for name in names) else None
 
 
 @functools.cache

@@ -6,12 +6,14 @@ in common is here: which tensors there are of a layer, how words become codes, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from nanovllm.checkpoint.loader import Shard
 from nanovllm.kernels.quantized_weight import INT4_RUN, QuantizedWeight, pack_int4
 
 if TYPE_CHECKING:
@@ -126,6 +128,52 @@ class Groups:
         columns = layer.columns
         of_all = torch.arange(columns.start, columns.start + columns.size, device=layer.tp.device)
         return (of_all // self.group_of(layer)).int()
+
+
+@dataclass(frozen=True)
+class GroupsShard(Shard):
+    """Groups of a tensor, by which columns are counted: `fill` makes codes of it, `scales` and `zeros`."""
+
+    is_copied: ClassVar[bool] = False
+
+    fill: Callable[[Any, slice, slice, Tensor, Tensor, Tensor], None] | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    def copy(self, source: Any, parameter: nn.Parameter) -> None:
+        own, places = slice(self.start, self.start + self.size), (parameter.data, self.scales, self.zeros)
+        if self.dim == 0:
+            places = [place.narrow(0, self.offset, self.size) for place in places]
+            self.fill(source, own, slice(0, self.scales.size(1)), *places)
+        else:
+            self.fill(source, slice(0, self.full_shape[0]), own, *places)
+
+
+@dataclass(frozen=True)
+class FilledGroups(Groups):
+    """Codes of 4 bits whose scales and zeros are no tensors of a checkpoint, but are made of one with the codes.
+
+    `fill` is given the tensor, which rows and groups of it are wanted, and where packed codes, uint8 [N, K / 2], and
+    float32 scales and zeros, [N, groups], are to be.
+    """
+
+    fill: Callable[[Any, slice, slice, Tensor, Tensor, Tensor], None] = field(repr=False)
+
+    def create(self, layer: LinearBase) -> None:
+        self.check_sizes(layer, are_rows_packed=False)
+        codes = layer.add_parameter("weight", torch.uint8, (1, 2))
+        shards = layer.add_parameter("scales", torch.float32, (1, self.group_size)).shards
+        # Neither is a parameter: the tensor that fills the codes fills them too; of dummies they stay as they are.
+        layer.scales = take(layer, "scales").fill_(DUMMY_SCALES[4])
+        layer.zeros = torch.full_like(layer.scales, self.middle)
+        own = {"fill": self.fill, "scales": layer.scales, "zeros": layer.zeros}
+        shards = [replace(shard, full_shape=(shard.full_shape[0], layer.columns.full_size)) for shard in shards]
+        codes.shards = [GroupsShard(**vars(shard), **own) for shard in shards]
+
+    def finish(self, layer: LinearBase) -> None:
+        codes, scales, zeros = take(layer, "weight"), layer.scales, layer.zeros
+        del layer.scales, layer.zeros
+        layer.weight = QuantizedWeight(codes, half_if_exact(scales), (1, self.group_size), zeros)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:

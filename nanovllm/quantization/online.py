@@ -1,4 +1,4 @@
-"""Plain checkpoints that are rounded to 8 bits while they are loaded, by the option `quantization`.
+"""Plain checkpoints that are rounded while they are loaded, by the option `quantization`; to 4 bits: int4.py.
 
 A matrix is rounded row by row, tensor by tensor, so that no more than one of them is there in 16 bits.
 """
@@ -16,7 +16,8 @@ from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.round_rows import round_rows_torch
 from nanovllm.quantization.fp8 import DUMMY_SCALE
-from nanovllm.quantization.groups import DUMMY_SCALES, take
+from nanovllm.quantization.groups import DUMMY_SCALES, FilledGroups, take
+from nanovllm.quantization.int4 import ROUNDED_INT4
 
 if TYPE_CHECKING:
     from nanovllm.layers.experts import Experts
@@ -99,12 +100,12 @@ class RoundedInt8:
 class Online:
     """`quantization=...` of a plain checkpoint: all layers but the head."""
 
-    def __init__(self, scheme: RoundedFp8 | RoundedInt8) -> None:
+    def __init__(self, scheme: RoundedFp8 | RoundedInt8 | FilledGroups) -> None:
         self.scheme = scheme
 
-    def scheme_of(self, names: list[str]) -> RoundedFp8 | RoundedInt8:
+    def scheme_of(self, names: list[str]) -> RoundedFp8 | RoundedInt8 | FilledGroups:
         """As `Method.scheme_of`."""
         return self.scheme
 
 
-ONLINE_METHODS = {"fp8": Online(RoundedFp8()), "int8": Online(RoundedInt8())}
+ONLINE_METHODS = {"fp8": Online(RoundedFp8()), "int8": Online(RoundedInt8()), "int4": Online(ROUNDED_INT4)}

@@ -15,6 +15,7 @@ from nanovllm.config import Config
 from nanovllm.inputs import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.utils.checks import check
 
 Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
 LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids
@@ -28,11 +29,15 @@ class CheckedRequest(NamedTuple):
         prompt: the text, None if token ids were given without one.
         token_ids: what is computed, within the vocabulary, and fewer than max_model_len.
         params: a checked copy that the caller cannot change, but that requests may share; its max_tokens is an int.
+        priority: lower ones go first.
+        timeout: seconds that it may take, from now on.
     """
 
     prompt: str | None
     token_ids: list[int]
     params: SamplingParams
+    priority: int = 0
+    timeout: float | None = None
 
 
 def check_requests(
@@ -77,6 +82,34 @@ def check_request(
     """The request of a call that takes one prompt; the arguments and errors are those of `check_requests`."""
     params = _check_params(defaults if sampling_params is None else sampling_params, config, tokenizer)
     return _check_prompt(prompt, params, config, tokenizer)
+
+
+def with_urgency(
+    requests: list[CheckedRequest], priority: Items[int] | None, timeout: float | None, config: Config
+) -> list[CheckedRequest]:
+    """The requests of a call with a priority each, and the seconds that they may take.
+
+    Raises:
+        TypeError, ValueError: naming what is wrong, its value and the limit.
+    """
+    if timeout is not None:
+        check("timeout", timeout, float, 0)
+    priorities = [0] * len(requests) if priority is None else priority
+    if not isinstance(priorities, LISTS):
+        raise TypeError(f"priority must be a list with a number for each prompt, got {priority!r}")
+    if len(priorities) != len(requests):
+        raise ValueError(f"priority has {len(priorities)} entries for {len(requests)} prompts")
+    for number in priorities:
+        check("priority", number, int)
+        if number and config.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority={number} needs LLM(..., scheduling_policy='priority'): by 'fcfs', requests are served in "
+                "the order in which they come"
+            )
+    return [
+        request._replace(priority=number, timeout=timeout)
+        for request, number in zip(requests, priorities, strict=True)
+    ]
 
 
 def _list_prompts(

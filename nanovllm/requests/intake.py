@@ -4,6 +4,9 @@ Nothing here knows of steps; a request that is handed to the scheduler is its bu
 """
 
 import functools
+import heapq
+import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
@@ -13,7 +16,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests.admission import CheckedRequest, Params, check_request, check_requests
+from nanovllm.requests.admission import CheckedRequest, Params, check_request, check_requests, with_urgency
 from nanovllm.requests.request import Request
 from nanovllm.sampling.adjustments import Adjustment, bad_word_tokens
 from nanovllm.sampling.constraints import make_constraint
@@ -33,6 +36,7 @@ class Intake:
     Attributes:
         num_seqs: samples made so far, each of which has its number for an id.
         compiling: requests whose grammar is yet to be compiled.
+        deadlines: a heap of the times, as of time.monotonic, at which requests are to end, with their numbers.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Intake:
         self.scheduler = scheduler
         self.num_seqs = 0
         self.compiling: dict[Request, Future[Any]] = {}
+        self.deadlines: list[tuple[float, int]] = []
 
     @functools.cached_property
     def grammars(self) -> GrammarCompiler:
@@ -57,6 +62,8 @@ class Intake:
         prompts: Prompt | Items[Prompt] | None,
         sampling_params: Params,
         prompt_token_ids: Items[int] | Items[Items[int]] | None = None,
+        priority: Items[int] | None = None,
+        timeout: float | None = None,
     ) -> list[CheckedRequest]:
         """The requests of a call, see `admission.check_requests`. Whoever asks needs no turn with the engine.
 
@@ -66,12 +73,16 @@ class Intake:
         checked = check_requests(
             prompts, sampling_params, self.config, self.tokenizer, self.defaults, prompt_token_ids
         )
+        checked = with_urgency(checked, priority, timeout, self.config)
         self._check_structures(checked)
         return checked
 
-    def check_one(self, prompt: Prompt, sampling_params: SamplingParams | None) -> CheckedRequest:
+    def check_one(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, priority: int = 0, timeout: float | None = None
+    ) -> CheckedRequest:
         """`check` of a call that takes one prompt."""
         checked = check_request(prompt, sampling_params, self.config, self.tokenizer, self.defaults)
+        (checked,) = with_urgency([checked], [priority], timeout, self.config)
         self._check_structures([checked])
         return checked
 
@@ -91,7 +102,7 @@ class Intake:
         for index in range(params.n):
             default_seed = self.config.seed * SEED_STRIDE + number + index
             seed = default_seed if params.seed is None else params.seed + index
-            seq = Sequence(number + index, checked.token_ids, params, seed)
+            seq = Sequence(number + index, checked.token_ids, params, seed, checked.priority)
             seq.request_id = number
             if params.n > 1 and not self.config.enable_prefix_caching:
                 seq.cache_salt = number
@@ -105,6 +116,8 @@ class Intake:
                 )
             request.seqs.append(seq)
         self.num_seqs += params.n
+        if checked.timeout is not None:
+            heapq.heappush(self.deadlines, (time.monotonic() + checked.timeout, number))
         return request
 
     def queue(self, request: Request) -> None:
@@ -114,6 +127,15 @@ class Intake:
             self._hand_on(request, None)
         else:
             self.compiling[request] = self.grammars.compile(structure)
+
+    def take_overdue(self, requests: Mapping[int, Request]) -> list[Request]:
+        """Those of the unfinished requests whose time is over; each is told of once."""
+        overdue = []
+        while self.deadlines and self.deadlines[0][0] <= time.monotonic():
+            _, number = heapq.heappop(self.deadlines)
+            if number in requests:
+                overdue.append(requests[number])
+        return overdue
 
     def queue_compiled(self, may_wait: bool) -> list[Request]:
         """Hands on the requests whose grammars are compiled; returns those whose grammars failed.

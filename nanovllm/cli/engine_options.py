@@ -1,0 +1,65 @@
+"""The options of `LLM(...)` on the command line: each under its name, --max-model-len for max_model_len."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import nanovllm.demo
+from nanovllm.config import Config
+from nanovllm.llm import LLM
+
+ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)  # of Config's docstring
+DEMO = "demo"
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds all options but the model. One that is not given is no attribute of what is parsed."""
+    group = parser.add_argument_group("engine options", "as LLM(...) takes them")
+    hints, texts = get_type_hints(Config), dict(ATTRIBUTE.findall(inspect.getdoc(Config)))
+    for option in fields(Config):
+        if option.init and option.name != "model":
+            text = " ".join(texts[option.name].split()).partition(" Resolved:")[0].replace("%", "%%")
+            flag = "--" + option.name.replace("_", "-")
+            group.add_argument(flag, help=text, default=argparse.SUPPRESS, **_kind(hints[option.name]))
+
+
+def start_engine(model: str, args: argparse.Namespace) -> LLM:
+    """An engine with the options that were given; the model `demo` is the bundled one."""
+    options = {option.name for option in fields(Config) if option.init and option.name != "model"}
+    if model == DEMO and not os.path.exists(DEMO):
+        model = str(Path(nanovllm.demo.__file__).parent)
+    return LLM(model, **{name: value for name, value in vars(args).items() if name in options})
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """How argparse reads an option of a type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if bool in kinds and str not in kinds:
+        return {"action": argparse.BooleanOptionalAction}
+    if int in kinds or float in kinds:
+        return {"type": _number(int if int in kinds else float, words)}
+    if words:
+        return {"choices": words}
+    if any(get_origin(kind) is dict for kind in kinds):
+        return {"type": json.loads, "metavar": "JSON"}
+    return {}
+
+
+def _number(kind: type, words: list[str]) -> Callable[[str], Any]:
+    """What reads a number, or one of some words."""
+
+    def number(text: str) -> Any:
+        return text if text in words else kind(text)
+
+    number.__name__ = kind.__name__  # which argparse names in its errors
+    return number

@@ -1,0 +1,7 @@
+"""`python -m nanovllm.server MODEL`."""
+
+import sys
+
+from nanovllm.server.serve import main
+
+sys.exit(main())

@@ -1,0 +1,55 @@
+"""What stands before all routes: the API key, and the bound on the size of a body. Plain ASGI, so that nothing is
+buffered and a client's going away is seen behind it."""
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from nanovllm.server.errors import Refused
+
+OPEN_PATHS = ("/", "/health")  # which show nothing that a key would have to protect
+
+
+class Gate:
+    """Lets through what may pass."""
+
+    def __init__(self, app: Any, api_keys: Sequence[str], max_body_bytes: int) -> None:
+        """Before `app`; without keys, everyone may pass."""
+        self.app = app
+        self.api_keys = [key.encode() for key in api_keys]
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """A request, as ASGI has it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
+            refused = Refused(401, "the API key is missing or wrong", None, "invalid_api_key")
+            return await refused.response()(scope, receive, send)
+        if length.isdigit() and int(length) > self.max_body_bytes:
+            too_large = Refused(413, self._limit(), headers={"Connection": "close"})
+            return await too_large.response()(scope, receive, send)
+        num_bytes = 0
+
+        async def counted_receive() -> dict[str, Any]:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_body_bytes:  # of a body that did not say its length
+                raise HTTPException(413, self._limit(), {"Connection": "close"})
+            return message
+
+        return await self.app(scope, counted_receive, send)
+
+    def _limit(self) -> str:
+        return f"a body must have at most {self.max_body_bytes} bytes"
+
+    def _knows(self, authorization: bytes) -> bool:
+        """Whether a header has one of the keys; all are compared, in a time that tells nothing of them."""
+        scheme, _, given = authorization.partition(b" ")
+        is_known = [secrets.compare_digest(given.strip(), key) for key in self.api_keys]
+        return not self.api_keys or (scheme.lower() == b"bearer" and any(is_known))

@@ -1,0 +1,153 @@
+"""Outputs of an engine, as OpenAI's API spells them. Nothing here knows of engines or HTTP.
+
+A choice is one sample of one prompt. Its parts are built alike, whether one holds all of it or a stream brings many.
+"""
+
+import time
+import uuid
+from itertools import accumulate
+from typing import Any
+
+from nanovllm.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
+from nanovllm.server.openai.parsing import THINK, AnswerParser
+from nanovllm.server.openai.protocol import ChatRequest, CompletionRequest
+
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class CompletionChoice:
+    """A choice of a completion."""
+
+    whole_object = part_object = "text_completion"
+    id_prefix = "cmpl-"
+
+    def __init__(self, body: CompletionRequest, index: int, prompt: str | None) -> None:
+        """The choice `index` of an answer."""
+        self.body = body
+        self.index = index
+        self.num_chars = 0  # of the tokens so far, for the offsets of the next ones
+
+    def part(self, sample: CompletionOutput, is_whole: bool) -> dict[str, Any]:
+        """What a sample's output says."""
+        logprobs = None
+        if sample.logprobs is not None:
+            logprobs = self._logprobs(sample.logprobs)
+        choice = {"index": self.index, "text": sample.text, "logprobs": logprobs}
+        return choice | ending(sample, sample.finish_reason) | token_ids(sample, self.body)
+
+    def _logprobs(self, entries: list[Logprobs]) -> dict[str, Any]:
+        own = [next(iter(entry.items())) for entry in entries]
+        texts = [token_text(*item) for item in own]
+        ends = list(accumulate(map(len, texts), initial=self.num_chars))
+        self.num_chars = ends[-1]
+        return {
+            "tokens": texts,
+            "token_logprobs": [finite(logprob) for _, logprob in own],
+            # Texts may be equal, as those of single bytes are: the token's own is the last to be put down.
+            "top_logprobs": [
+                {token_text(*item): finite(item[1]) for item in reversed(entry.items())} for entry in entries
+            ],
+            "text_offset": ends[:-1],
+        }
+
+
+class ChatChoice:
+    """A choice of a chat: reasoning, content and calls of tools."""
+
+    whole_object, part_object = "chat.completion", "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def __init__(self, body: ChatRequest, index: int, prompt: str | None) -> None:
+        """The choice `index` of an answer to the rendered `prompt`, which may have opened a <think>."""
+        self.body = body
+        self.index = index
+        self.parser = AnswerParser(body.offered_tools is not None, (prompt or "").rstrip().endswith(THINK))
+        self.has_begun = False
+
+    def part(self, sample: CompletionOutput, is_whole: bool) -> dict[str, Any]:
+        """What a sample's output says."""
+        reasoning, content, calls = self.parser.push(sample.text, sample.finish_reason is not None)
+        message: dict[str, Any] = {}
+        if not self.has_begun:
+            message["role"], self.has_begun = "assistant", True
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if content or "role" in message:
+            message["content"] = content or (None if is_whole and (calls or reasoning) else "")
+        if calls:
+            message["tool_calls"] = calls
+        logprobs = None
+        if sample.logprobs is not None:
+            logprobs = {"content": [self._logprob(entry) for entry in sample.logprobs]}
+        choice = {"index": self.index, "message" if is_whole else "delta": message, "logprobs": logprobs}
+        calls_tools = self.parser.num_calls and sample.finish_reason == "stop"
+        reason = "tool_calls" if calls_tools else sample.finish_reason
+        return choice | ending(sample, reason) | token_ids(sample, self.body)
+
+    def _logprob(self, entry: Logprobs) -> dict[str, Any]:
+        own_id = next(iter(entry))
+        best = [item for item in entry.items() if item[1].rank <= (self.body.top_logprobs or 0)]
+        best.sort(key=lambda item: item[1].rank)
+        return spelled(own_id, entry[own_id]) | {"top_logprobs": [spelled(*item) for item in best]}
+
+
+Choice = CompletionChoice | ChatChoice
+
+
+class Answer:
+    """What all parts of an answer share: its id, time, model and usage."""
+
+    def __init__(self, kind: type[Choice], model: str) -> None:
+        self.kind = kind
+        self.head = {"id": f"{kind.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._counts: dict[int, tuple[int, int]] = {}  # by prompt: its tokens, and those of them that were cached
+        self._num_completion_tokens = 0
+
+    def count(self, number: int, output: RequestOutput) -> None:
+        """Takes the tokens of a prompt's output into the usage."""
+        self._counts[number] = len(output.prompt_token_ids), output.num_cached_tokens
+        self._num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+
+    def usage(self) -> dict[str, Any]:
+        """The tokens of all that was counted."""
+        num_prompt_tokens = sum(num_tokens for num_tokens, _ in self._counts.values())
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": self._num_completion_tokens,
+            "total_tokens": num_prompt_tokens + self._num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(num_cached for _, num_cached in self._counts.values())},
+        }
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The answer in one."""
+        return {**self.head, "object": self.kind.whole_object, "choices": choices, "usage": self.usage()}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A part of a stream."""
+        return {**self.head, "object": self.kind.part_object, "choices": choices}
+
+
+def ending(sample: CompletionOutput, reason: str | None) -> dict[str, Any]:
+    """How a choice ends, if it does."""
+    return {"finish_reason": reason, "stop_reason": sample.stop_reason}
+
+
+def token_ids(sample: CompletionOutput, body: CompletionRequest | ChatRequest) -> dict[str, Any]:
+    """The ids of a sample's tokens, if they are asked for."""
+    return {"token_ids": sample.token_ids} if body.return_token_ids else {}
+
+
+def token_text(token_id: int, logprob: Logprob) -> str:
+    """The text of a token; a name if the engine has no tokenizer."""
+    return f"token_id:{token_id}" if logprob.decoded_token is None else logprob.decoded_token
+
+
+def finite(logprob: Logprob) -> float:
+    """The number, as JSON can hold it."""
+    return max(logprob.logprob, LOWEST_LOGPROB)
+
+
+def spelled(token_id: int, logprob: Logprob) -> dict[str, Any]:
+    """A token's logprob as chats have it."""
+    text = token_text(token_id, logprob)
+    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}

@@ -1,0 +1,365 @@
+"""AsyncLLM: coroutines get what `LLM` gives, in whole or in parts, and leave nothing behind however they end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from engines import check_idle
+from faults import FaultyRank, wait_until
+
+import nanovllm.demo
+from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.parallel import ranks
+from nanovllm.sampling_params import RequestOutputKind
+
+pytestmark = pytest.mark.timeout(120)
+
+DEMO = str(Path(nanovllm.demo.__file__).parent)
+PROMPTS = ["introduce yourself", "What is a block table?", "list all prime numbers within 100", "Hello"]
+SHORT = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
+KINDS = list(RequestOutputKind)
+
+
+def start(**options) -> AsyncLLM:
+    options = {"device": "cpu", "kvcache_block_size": 16, "num_kvcache_blocks": 400, "max_num_seqs": 16} | options
+    return AsyncLLM(DEMO, **options)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = start()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def llm(engine):
+    """An engine that must have nothing left after the test."""
+    yield engine
+    assert wait_until(engine.llm.is_finished, 10) and not engine.streams
+    engine.llm.step()  # its own turn, behind the engine's thread
+    check_idle(engine.llm)
+
+
+async def read(llm: AsyncLLM, prompt, params: SamplingParams, request_id: str | None = None) -> list:
+    return [output async for output in llm.generate(prompt, params, request_id)]
+
+
+async def gather(llm: AsyncLLM, prompts: list, params: SamplingParams) -> list[list]:
+    return await asyncio.gather(*(read(llm, prompt, params) for prompt in prompts))
+
+
+def whole(outputs: list, kind: RequestOutputKind) -> list[tuple]:
+    """Each sample's text, tokens and end, of what a call has read."""
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    samples = []
+    for index, end in enumerate(outputs[-1].outputs):
+        parts = [output.outputs[index] for output in outputs] if kind is RequestOutputKind.DELTA else [end]
+        token_ids = [token_id for part in parts for token_id in part.token_ids]
+        samples.append(("".join(part.text for part in parts), token_ids, end.finish_reason, end.stop_reason))
+    return samples
+
+
+def logprobs(outputs: list, kind: RequestOutputKind) -> list[float]:
+    """All logprobs of what a call has read; they depend a little on what is computed beside them."""
+    parts = outputs if kind is RequestOutputKind.DELTA else outputs[-1:]
+    samples = [[part.outputs[index] for part in parts] for index in range(len(outputs[-1].outputs))]
+    entries = [entry for sample in samples for part in sample for entry in part.logprobs or ()]
+    return [entry[token_id].logprob for entry in entries for token_id in sorted(entry)]
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"seed": 3, "n": 3, "logprobs": 2},
+        {"temperature": 0, "stop": ["a"], "ignore_eos": True},
+        {"seed": 1, "presence_penalty": 1.0, "top_k": 20},
+    ],
+    ids=str,
+)
+def test_answers_are_those_of_llm(llm, kind, options):
+    params = SamplingParams(max_tokens=40, output_kind=kind, **options)
+    results = llm.llm.generate(PROMPTS, params, False)
+    got = asyncio.run(gather(llm, PROMPTS, params))
+    for outputs, result in zip(got, results, strict=True):
+        assert whole(outputs, kind) == whole([result], RequestOutputKind.FINAL_ONLY)
+        want = logprobs([result], RequestOutputKind.FINAL_ONLY)
+        assert logprobs(outputs, kind) == pytest.approx(want, abs=1e-4)
+    if kind is RequestOutputKind.FINAL_ONLY:
+        assert [len(outputs) for outputs in got] == [1] * len(PROMPTS)
+    else:
+        assert max(map(len, got)) > 3, "parts come while the request runs"
+
+
+def test_more_callers_than_rows(llm):
+    want = [result["token_ids"] for result in llm.llm.generate([[i, 5, 6] for i in range(60)], SHORT, False)]
+    got = asyncio.run(gather(llm, [[i, 5, 6] for i in range(60)], SHORT))
+    assert [outputs[-1].token_ids for outputs in got] == want
+
+
+def test_several_event_loops_and_threads_share_an_engine(llm):
+    want = llm.llm.generate(PROMPTS, SHORT, use_tqdm=False)
+
+    async def in_threads() -> list:
+        calls = [asyncio.to_thread(lambda: asyncio.run(gather(llm, PROMPTS, SHORT))) for _ in range(3)]
+        calls.append(asyncio.to_thread(llm.llm.generate, PROMPTS, SHORT, False))
+        return await asyncio.gather(*calls)
+
+    *got, plain = asyncio.run(in_threads())
+    texts = [result.text for result in want]
+    assert [[outputs[-1].text for outputs in answers] for answers in got] == [texts] * 3
+    assert [result.text for result in plain] == texts
+
+
+def test_structured_outputs(llm):
+    params = SamplingParams(max_tokens=20, structured_outputs={"choice": ["yes", "no"]})
+    (output,) = asyncio.run(read(llm, "well?", params))[-1:]
+    assert output.text in ("yes", "no")
+
+
+def test_mistakes_are_refused(llm):
+    async def read_twice():
+        async with aclosing(llm.generate("a", ENDLESS, "x")) as outputs:
+            await anext(outputs)
+            await read(llm, "a", SHORT, "x")
+
+    for prompt, params in [("", SHORT), ([1, -3], SHORT), ("a", SamplingParams(logprobs=500)), ([5] * 9999, SHORT)]:
+        with pytest.raises(ValueError):
+            asyncio.run(read(llm, prompt, params))
+    with pytest.raises(TypeError):
+        asyncio.run(read(llm, "a", {"temperature": 0}))
+    with pytest.raises(ValueError, match="of no unfinished request"):
+        asyncio.run(read_twice())
+
+
+# ---- ends ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_abort(llm, kind):
+    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True, output_kind=kind)
+
+    async def abort_soon() -> list:
+        call = asyncio.create_task(read(llm, "Hello", params, "x"))
+        await asyncio.sleep(0.1)
+        await llm.abort("x")
+        await llm.abort("x")
+        await llm.abort("unknown")
+        return await call
+
+    ((_, token_ids, reason, _),) = whole(asyncio.run(abort_soon()), kind)
+    (result,) = llm.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
+    assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_abort_of_a_request_that_is_not_queued_yet(llm, kind):
+    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True, output_kind=kind)
+
+    async def abort_at_once() -> list:
+        call = asyncio.create_task(read(llm, "Hello", params, "x"))
+        await asyncio.sleep(0)
+        await llm.abort("x")
+        return await call
+
+    ((_, _, reason, _),) = whole(asyncio.run(abort_at_once()), kind)
+    assert reason == "abort"
+
+
+def test_an_id_may_be_used_again_at_once(llm):
+    """And nothing of the call that was cancelled reaches the new one."""
+    (want,) = llm.llm.generate([[5, 6]], SHORT, use_tqdm=False)
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, output_kind=kind) for kind in KINDS]
+
+    async def cancel_and_ask_again() -> None:
+        for number in range(60):
+            call = asyncio.create_task(read(llm, [number + 2] * 9, params[number % 3], "x"))
+            await asyncio.sleep(number % 10 * 0.004)
+            call.cancel()
+            await asyncio.wait([call])
+            kind = KINDS[number // 3 % 3]
+            outputs = await read(llm, [5, 6], params[number // 3 % 3], "x")
+            ((text, token_ids, *_),) = whole(outputs, kind)
+            assert (text, token_ids) == (want.text, want.token_ids)
+
+    asyncio.run(cancel_and_ask_again())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.05, 0.3])
+def test_cancelling_the_task_aborts_the_request(llm, seconds):
+    async def cancel() -> None:
+        calls = [asyncio.create_task(read(llm, prompt, ENDLESS)) for prompt in PROMPTS]
+        other = asyncio.create_task(read(llm, "Hello", SHORT))
+        await asyncio.sleep(seconds)
+        for call in calls:
+            call.cancel()
+        assert len((await other)[-1].token_ids) == 12
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(error, asyncio.CancelledError) for error in done)
+
+    asyncio.run(cancel())
+
+
+def test_breaking_off_aborts_the_request(llm):
+    async def break_off() -> None:
+        async for output in llm.generate("Hello", ENDLESS):
+            assert output.token_ids
+            break
+
+    asyncio.run(break_off())
+
+
+def test_a_slow_reader_delays_nobody_and_loses_nothing(llm):
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+
+    async def race() -> list:
+        parts = []
+        async with aclosing(llm.generate("Hello", params)) as slow:
+            parts.append(await anext(slow))
+            await read(llm, "Hello", params)
+            while not all(request.is_finished for request in llm.llm.requests.values()):
+                await asyncio.sleep(0.01)
+            parts += [part async for part in slow]
+        return parts
+
+    parts = asyncio.run(race())
+    assert len(parts) <= 3, "what was not read is merged"
+    (result,) = llm.llm.generate("Hello", params, False)
+    assert whole(parts, RequestOutputKind.DELTA) == whole([result], RequestOutputKind.FINAL_ONLY)
+
+
+# ---- failures ------------------------------------------------------------------------------------------------------
+
+
+async def errors_of(llm: AsyncLLM, then) -> list[BaseException]:
+    calls = [asyncio.create_task(read(llm, prompt, ENDLESS)) for prompt in PROMPTS]
+    await asyncio.sleep(0.2)
+    await asyncio.to_thread(then)
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    return [*errors, *await asyncio.gather(read(llm, "Hello", SHORT), return_exceptions=True)]
+
+
+def check_dead(errors: list[BaseException], llm: AsyncLLM, cause: str) -> None:
+    assert [type(error) for error in errors] == [RuntimeError] * 5
+    assert all(cause in str(error) for error in errors)
+    with pytest.raises(RuntimeError, match=cause):
+        llm.check_health()
+    llm.thread.join(10)
+    assert not llm.thread.is_alive() and not llm.streams
+    llm.close()
+
+
+def test_closing_ends_all_calls():
+    llm = start()
+    check_dead(asyncio.run(errors_of(llm, llm.close)), llm, "it was closed")
+
+
+def test_a_failing_step_ends_all_calls(monkeypatch):
+    llm = start()
+
+    def fail() -> None:
+        monkeypatch.setattr(llm.llm, "_launch", lambda: 1 / 0)
+
+    check_dead(asyncio.run(errors_of(llm, fail)), llm, "division by zero")
+
+
+def test_a_killed_rank_ends_all_calls(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "run_rank", FaultyRank("decode", "kill", tmp_path))
+    llm = start(tensor_parallel_size=2)
+    check_dead(asyncio.run(errors_of(llm, lambda: None)), llm, "exit code -9")
+
+
+def test_a_rank_killed_while_idle_is_noticed():
+    llm = start(tensor_parallel_size=2)
+    llm.llm.ranks.processes[0].kill()
+    assert wait_until(lambda: llm.llm.failure is not None, 10)
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        asyncio.run(read(llm, "Hello", SHORT))
+    llm.close()
+
+
+UNCLOSED = """
+import asyncio, time
+from nanovllm import AsyncLLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = AsyncLLM({model!r}, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=20)
+    asyncio.run(anext(llm.generate("Hello")))
+    llm.llm.add_request("Hello", SamplingParams(max_tokens=2000, ignore_eos=True))
+    time.sleep(0.3)
+    print(llm.llm.get_num_unfinished_requests())
+"""
+
+
+def test_a_program_that_ends_in_the_middle_of_a_step(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNCLOSED.format(model=DEMO))
+    process = subprocess.run([sys.executable, script], capture_output=True, encoding="utf-8", timeout=60)
+    assert (process.returncode, process.stdout) == (0, "1\n"), process.stderr
+
+
+# ---- many ----------------------------------------------------------------------------------------------------------
+
+
+async def call_at_random(llm: AsyncLLM, index: int, draw: random.Random) -> str:
+    """One call, cancelled at a random moment or not; returns how it ended."""
+    kind = draw.choice(KINDS)
+    params = SamplingParams(temperature=0, max_tokens=draw.randint(1, 40), ignore_eos=True, output_kind=kind)
+    call = asyncio.create_task(read(llm, [index % 7 + 2] * draw.randint(1, 40), params))
+    if draw.random() < 0.5:
+        await asyncio.sleep(draw.random() * 2)
+        call.cancel()
+    try:
+        ((_, token_ids, reason, _),) = whole(await call, kind)
+    except asyncio.CancelledError:
+        return "cancelled"
+    assert reason == "length" and len(token_ids) == params.max_tokens
+    return "finished"
+
+
+async def call_many(llm: AsyncLLM, number: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return await asyncio.gather(*(call_at_random(llm, index, draw) for index in range(number)))
+
+
+@pytest.mark.parametrize("number", [200, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_many_requests_half_of_them_cancelled(llm, number):
+    ends = asyncio.run(call_many(llm, number, seed=0))
+    assert len(ends) == number and ends.count("finished") >= number // 3 and ends.count("cancelled") > 0
+
+
+@pytest.mark.slow
+def test_a_thousand_slow_readers(llm):
+    """Who reads on when all have ended finds everything, in one part; others were served meanwhile."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    readers_go_on = asyncio.Event()
+
+    async def read_slowly(index: int) -> list:
+        async with aclosing(llm.generate([index % 100 + 2, 5], params)) as outputs:
+            parts = [await anext(outputs)]
+            await readers_go_on.wait()
+            return parts + [part async for part in outputs]
+
+    async def run() -> list:
+        calls = [asyncio.create_task(read_slowly(index)) for index in range(1000)]
+        assert len((await read(llm, "Hello", SHORT))[-1].token_ids) == 12
+        while llm.llm.requests or len(llm.streams) < 1000:
+            await asyncio.sleep(0.05)
+        readers_go_on.set()
+        return await asyncio.gather(*calls)
+
+    for parts in asyncio.run(run()):
+        ((_, token_ids, reason, _),) = whole(parts, RequestOutputKind.DELTA)
+        assert len(parts) <= 2 and len(token_ids) == 8 and reason == "length"

@@ -1,0 +1,658 @@
+"""The server, as the official client of OpenAI sees it: the engine's results, in that API's words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+from contextlib import contextmanager
+from typing import Literal
+
+import pytest
+from engines import check_idle
+from faults import wait_until
+
+import nanovllm
+from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.requests.metrics import HELP, PREFIX
+
+for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
+    pytest.importorskip(package, reason=f"needs {package}, which the extra [test] brings")
+import httpx  # noqa: E402 (needs the packages, as those below)
+import openai  # noqa: E402
+import pydantic  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+from servers import OPTIONS, make_folder, serving  # noqa: E402
+
+pytestmark = pytest.mark.timeout(120)
+
+PROMPT = "introduce yourself"
+CHAT = [{"role": "user", "content": PROMPT}]
+ENDLESS = {"temperature": 0, "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    engine = AsyncLLM(make_folder(tmp_path_factory.mktemp("demo")), **OPTIONS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with serving(engine) as url:
+        yield url
+
+
+@pytest.fixture
+def client(engine, url):
+    """A client, behind which the engine must have nothing left."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+    check_nothing_left(engine)
+
+
+def check_nothing_left(engine: AsyncLLM) -> None:
+    assert wait_until(lambda: engine.llm.is_finished() and not engine.streams, 20)
+    engine.llm.step()
+    check_idle(engine.llm)
+
+
+def plain(engine: AsyncLLM, prompts, **params) -> list:
+    return engine.llm.generate(prompts, SamplingParams(**params), use_tqdm=False)
+
+
+def stream_texts(stream) -> tuple[dict[int, str], dict[int, str], openai.types.CompletionUsage | None]:
+    """Each choice's text and end, and the usage, of a stream of completions."""
+    texts, ends, usage = {}, {}, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            assert choice.index not in ends, "a choice ends once"
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            if choice.finish_reason:
+                ends[choice.index] = choice.finish_reason
+    return texts, ends, usage
+
+
+def stream_chat(stream) -> dict[str, object]:
+    """What the parts of a stream of one chat make up."""
+    whole = {"content": "", "reasoning_content": "", "tool_calls": [], "finish_reason": None, "parts": 0}
+    for chunk in stream:
+        for choice in chunk.choices:
+            whole["parts"] += 1
+            whole["content"] += choice.delta.content or ""
+            whole["reasoning_content"] += getattr(choice.delta, "reasoning_content", None) or ""
+            whole["tool_calls"] += choice.delta.tool_calls or []
+            whole["finish_reason"] = choice.finish_reason or whole["finish_reason"]
+    return whole
+
+
+# ---- completions ---------------------------------------------------------------------------------------------------
+
+
+def test_completions_are_those_of_llm(client, engine):
+    prompts = [PROMPT, "What is a block table?", "Hello"]
+    want = plain(engine, prompts, temperature=0, max_tokens=30)
+    got = client.completions.create(model="demo", prompt=prompts, temperature=0, max_tokens=30)
+    assert [choice.text for choice in got.choices] == [result.text for result in want]
+    assert [choice.finish_reason for choice in got.choices] == [result.finish_reason for result in want]
+    assert [choice.index for choice in got.choices] == [0, 1, 2]
+    assert got.usage.prompt_tokens == sum(len(result.prompt_token_ids) for result in want)
+    assert got.usage.completion_tokens == sum(len(result.token_ids) for result in want)
+    assert got.usage.total_tokens == got.usage.prompt_tokens + got.usage.completion_tokens
+
+
+def test_prompts_of_token_ids(client, engine):
+    want = plain(engine, [[5, 6, 7], [8, 9]], temperature=0, max_tokens=8)
+    for prompt, number in [([[5, 6, 7], [8, 9]], 2), ([5, 6, 7], 1)]:
+        extra = {"return_token_ids": True}
+        got = client.completions.create(model="demo", prompt=prompt, temperature=0, max_tokens=8, extra_body=extra)
+        assert [choice.token_ids for choice in got.choices] == [result.token_ids for result in want[:number]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0, "max_tokens": 200},
+        {"temperature": 0.9, "seed": 5, "n": 3, "stop": ["e"], "max_tokens": 40},
+        {"temperature": 0, "stop": ["demo", "x"], "max_tokens": 50},
+        {"seed": 1, "presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"70": 5}, "max_tokens": 30},
+        {"seed": 2, "extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 10}},
+    ],
+    ids=str,
+)
+def test_parameters_reach_the_engine_streamed_or_not(client, engine, options):
+    params = {"max_tokens": 16} | options | options.get("extra_body", {})
+    params.pop("extra_body", None)
+    (want,) = plain(engine, PROMPT, **params)
+    texts = {sample.index: sample.text for sample in want.outputs}
+    ends = {sample.index: sample.finish_reason for sample in want.outputs}
+    got = client.completions.create(model="demo", prompt=PROMPT, **options)
+    assert {choice.index: choice.text for choice in got.choices} == texts
+    stream = client.completions.create(
+        model="demo", prompt=PROMPT, stream=True, stream_options={"include_usage": True}, **options
+    )
+    assert stream_texts(stream) == (
+        texts,
+        ends,
+        got.usage.model_copy(update={"prompt_tokens_details": stream_details(got)}),
+    )
+
+
+def stream_details(completion):
+    """Details of the usage, but for the tokens that the first call left in the cache for the second."""
+    return completion.usage.prompt_tokens_details
+
+
+def test_streams_of_several_prompts(client, engine):
+    prompts = [PROMPT, "Hello", "What is a block table?"]
+    want = plain(engine, prompts, temperature=0, max_tokens=12)
+    stream = client.completions.create(model="demo", prompt=prompts, temperature=0, max_tokens=12, stream=True)
+    texts, ends, usage = stream_texts(stream)
+    assert [texts[index] for index in range(3)] == [result.text for result in want]
+    assert len(ends) == 3 and usage is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_completions(client, engine, stream):
+    (want,) = plain(engine, PROMPT, temperature=0, max_tokens=6, logprobs=2)
+    got = client.completions.create(
+        model="demo", prompt=PROMPT, temperature=0, max_tokens=6, logprobs=2, stream=stream
+    )
+    parts = [chunk.choices[0].logprobs for chunk in got] if stream else [got.choices[0].logprobs]
+    entries = want.outputs[0].logprobs
+    own = [next(iter(entry.values())) for entry in entries]
+    assert [token for part in parts for token in part.tokens] == [logprob.decoded_token for logprob in own]
+    assert [value for part in parts for value in part.token_logprobs] == pytest.approx([o.logprob for o in own])
+    tops = [{logprob.decoded_token: pytest.approx(logprob.logprob) for logprob in e.values()} for e in entries]
+    assert [top for part in parts for top in part.top_logprobs] == tops
+    offsets = [offset for part in parts for offset in part.text_offset]
+    assert [want.text[offset:].startswith(o.decoded_token) for offset, o in zip(offsets, own, strict=True)] == [
+        True
+    ] * 6
+
+
+# ---- chats ---------------------------------------------------------------------------------------------------------
+
+
+def test_chats_are_those_of_llm(client, engine):
+    (want,) = engine.llm.chat(CHAT, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
+    got = client.chat.completions.create(model="demo", messages=CHAT, temperature=0)
+    assert got.choices[0].message.content == want.text and got.choices[0].message.role == "assistant"
+    assert got.choices[0].finish_reason == want.finish_reason == "stop"
+    assert got.usage.prompt_tokens == len(want.prompt_token_ids)
+    parts = [{"type": "text", "text": PROMPT}]
+    stream = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": parts}], temperature=0, stream=True
+    )
+    streamed = stream_chat(stream)
+    assert streamed["content"] == want.text and streamed["finish_reason"] == "stop" and streamed["parts"] > 5
+    again = client.chat.completions.create(model="demo", messages=CHAT, temperature=0, max_completion_tokens=3)
+    assert again.usage.completion_tokens == 3 and again.usage.prompt_tokens_details.cached_tokens >= 16
+
+
+def test_logprobs_of_chats(client, engine):
+    (want,) = engine.llm.chat(CHAT, SamplingParams(temperature=0, max_tokens=5, logprobs=3), use_tqdm=False)
+    options = {"model": "demo", "messages": CHAT, "temperature": 0, "max_tokens": 5, "logprobs": True}
+    got = client.chat.completions.create(**options, top_logprobs=3).choices[0].logprobs.content
+    for entry, logprobs in zip(got, want.outputs[0].logprobs, strict=True):
+        own = next(iter(logprobs.values()))
+        assert entry.token == own.decoded_token and bytes(entry.bytes).decode() == entry.token
+        assert entry.logprob == pytest.approx(own.logprob)
+        best = sorted(logprobs.values(), key=lambda logprob: logprob.rank)[:3]
+        assert [top.token for top in entry.top_logprobs] == [logprob.decoded_token for logprob in best]
+    stream = client.chat.completions.create(**options, stream=True)
+    streamed = [entry for chunk in stream for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in got]
+    assert all(entry.top_logprobs == [] for entry in streamed)
+
+
+def test_answers_of_a_form(client, engine):
+    texts = map(engine.llm.tokenizer.token_text, range(2048))
+    whitespace = [token_id for token_id, text in enumerate(texts) if text.isspace()]
+
+    class Answer(pydantic.BaseModel):
+        city: Literal["Rome", "Paris"]
+        days: Literal[1, 2, 3]
+
+    bias = {token_id: -100 for token_id in whitespace}  # which the demo, that knows no JSON, would write without end
+    got = client.chat.completions.parse(
+        model="demo", messages=CHAT, response_format=Answer, temperature=0, logit_bias=bias
+    )
+    assert isinstance(got.choices[0].message.parsed, Answer)
+    for extra, pattern in [
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_regex": "[a-c]{3}"}, "[a-c]{3}"),
+        ({"structured_outputs": {"choice": ["maybe"]}}, "maybe"),
+        ({"guided_grammar": 'root ::= "x" | "y"'}, "x|y"),
+    ]:
+        got = client.chat.completions.create(model="demo", messages=CHAT, extra_body=extra)
+        assert re.fullmatch(pattern, got.choices[0].message.content)
+        got = client.completions.create(model="demo", prompt="a", extra_body=extra)
+        assert re.fullmatch(pattern, got.choices[0].text)
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
+    extra = {"guided_json": schema}
+    got = client.completions.create(model="demo", prompt="a", max_tokens=60, logit_bias=bias, extra_body=extra)
+    assert json.loads(got.choices[0].text) == {"a": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools(client, stream):
+    def ask(text: str, **options):
+        extra = {"guided_choice": [text]}
+        got = client.chat.completions.create(
+            model="demo", messages=CHAT, temperature=0, stream=stream, extra_body=extra, **options
+        )
+        if stream:
+            whole = stream_chat(got)
+            return whole["content"] or None, whole["tool_calls"], whole["finish_reason"]
+        choice = got.choices[0]
+        return choice.message.content, choice.message.tool_calls or [], choice.finish_reason
+
+    content, calls, reason = ask(f"Let me see. {CALL}\n{CALL}", tools=TOOLS)
+    assert content == "Let me see." and reason == "tool_calls" and len({call.id for call in calls}) == 2
+    for call in calls:
+        assert call.type == "function" and call.function.name == "weather"
+        assert json.loads(call.function.arguments) == {"city": "Paris", "days": 2}
+    assert ask(CALL, tools=TOOLS)[0] is None
+    assert ask(CALL, tools=TOOLS, tool_choice="none") == (CALL, [], "stop")
+    assert ask(CALL) == (CALL, [], "stop")
+
+
+def test_the_template_tells_of_tools(client):
+    def num_prompt_tokens(**options) -> int:
+        got = client.chat.completions.create(model="demo", messages=CHAT, max_tokens=1, **options)
+        return got.usage.prompt_tokens
+
+    assert num_prompt_tokens(tools=TOOLS) > num_prompt_tokens() == num_prompt_tokens(tools=TOOLS, tool_choice="none")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_reasoning_is_split_off(client, stream, is_opened):
+    text = "let me think\n</think>\n\nparis" if is_opened else "<think>\nlet me think\n</think>\n\nparis"
+    extra = {"guided_choice": [text], "chat_template_kwargs": {"enable_thinking": is_opened}}
+    got = client.chat.completions.create(model="demo", messages=CHAT, stream=stream, extra_body=extra)
+    if stream:
+        whole = stream_chat(got)
+        reasoning, content = whole["reasoning_content"], whole["content"]
+    else:
+        reasoning, content = got.choices[0].message.reasoning_content, got.choices[0].message.content
+    assert (reasoning, content) == ("let me think", "paris")
+
+
+def test_the_asynchronous_client(url, engine):
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            calls = [client.completions.create(model="demo", prompt=[i, 5, 6], temperature=0) for i in range(40)]
+            return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
+
+    want = plain(engine, [[i, 5, 6] for i in range(40)], temperature=0, max_tokens=16)
+    assert asyncio.run(ask()) == [result.text for result in want]
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+BAD_COMPLETIONS = [
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"n": 200}, "n"),
+    ({"logprobs": 100}, "logprobs"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [["a"]]}, "prompt"),
+    ({"prompt": [3000]}, "token ids"),
+    ({"prompt": [5] * 3000}, "max_model_len"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "end"}, "suffix is not supported"),
+    ({"best_of": 3}, "best_of"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
+    ({"stream_options": {"foo": 1}}, "stream_options.foo is not supported"),
+    ({"guided_regex": "["}, "regex"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex, guided_choice"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"structured_outputs": {"foo": 1}}, "foo"),
+    ({"stop": [""]}, "stop"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias"),
+]
+BAD_CHATS = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"content": "a"}]}, "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}]}, "text"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"chat_template": "{{ 7 * 7 }}"}, "chat_template is not supported"),
+    ({"chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}, "chat_template"),
+    ({"functions": []}, "functions is not supported"),
+    ({"top_logprobs": 2}, "logprobs"),
+    ({"modalities": ["audio"]}, "modalities is not supported"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        *(("completions", fields, words) for fields, words in BAD_COMPLETIONS),
+        *(("chat/completions", fields, words) for fields, words in BAD_CHATS),
+    ],
+)
+def test_mistakes_are_named(client, url, engine, path, fields, words, stream):
+    body = {"stream": stream} | ({"prompt": "a"} if path == "completions" else {"messages": CHAT}) | fields
+    response = httpx.post(f"{url}/v1/{path}", json=body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert words in error["message"] and error["type"] == "invalid_request_error" and set(error) == ERROR_KEYS
+    check_shows_no_path(response.text, engine)
+
+
+ERROR_KEYS = {"message", "type", "param", "code"}
+
+
+def check_shows_no_path(text: str, engine: AsyncLLM) -> None:
+    for path in (engine.llm.config.model, nanovllm.__path__[0], "site-packages"):
+        assert path not in text
+
+
+def test_errors_of_the_client(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="demo", prompt="a", temperature=-1)
+    assert "temperature" in str(caught.value) and caught.value.status_code == 400
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="other", prompt="a")
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="demo", input="a")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b'{"prompt": "a', {}),
+        (b"", {}),
+        (b"[1]", {}),
+        (b"\xff\xfe", {}),
+        (b'{"prompt": "a"}', {"content-type": "text/plain"}),
+        (b'{"prompt":' + b"[" * 100_000, {}),
+        (b'{"prompt": "a", "temperature": NaN}', {}),
+        (b'{"prompt": "\\ud800"}', {}),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_malformed_bodies(client, url, content, headers):
+    headers = {"content-type": "application/json"} | headers
+    response = httpx.post(f"{url}/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400 and set(response.json()["error"]) == ERROR_KEYS
+
+
+def test_huge_bodies(client, url):
+    def chunks():
+        for _ in range(40):
+            yield b" " * 65536
+
+    headers = {"content-type": "application/json"}
+    for content in (b" " * (2**20 + 1), chunks()):
+        response = httpx.post(f"{url}/v1/completions", content=content, headers=headers)
+        assert response.status_code == 413 and "1048576 bytes" in response.json()["error"]["message"]
+    response = httpx.post(f"{url}/v1/completions", json={"prompt": "many words " * 50_000})
+    assert response.status_code == 400 and "max_model_len" in response.json()["error"]["message"]
+    assert client.completions.create(model="demo", prompt="a").choices
+
+
+def test_unknown_paths_and_methods(url):
+    for response, status in [
+        (httpx.get(f"{url}/v1/files"), 404),
+        (httpx.get(f"{url}/v1/completions"), 405),
+        (httpx.get(f"{url}/docs"), 404),
+        (httpx.get(f"{url}/static/../../config.py"), 404),
+    ]:
+        assert response.status_code == status and set(response.json()["error"]) == ERROR_KEYS
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_request_that_fails_while_it_runs(client, engine, url, monkeypatch):
+    """As one whose logits are not finite does."""
+    append = type(engine.llm.scheduler)._take_in
+
+    def take_in(self, seq, token_id):
+        append(self, seq, -1 if len(seq.completion_token_ids) == 3 else token_id)
+
+    monkeypatch.setattr(type(engine.llm.scheduler), "_take_in", take_in)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model="demo", prompt="a", **ENDLESS)
+    assert "no finite maximum" in str(caught.value)
+    check_shows_no_path(str(caught.value), engine)
+    with pytest.raises(openai.APIError, match="no finite maximum"):
+        list(client.completions.create(model="demo", prompt="a", stream=True, **ENDLESS))
+
+
+def test_a_bad_prompt_among_several_ends_a_stream_by_an_error(client):
+    with pytest.raises(openai.APIError, match="max_model_len"):
+        list(client.completions.create(model="demo", prompt=["a", "b" * 9000], stream=True, **ENDLESS))
+
+
+# ---- keys and bounds -----------------------------------------------------------------------------------------------
+
+
+def test_api_keys(engine):
+    with serving(engine, api_keys=["one", "zwö"]) as url:
+        for key, status in [("one", 200), ("zwö", 200), ("on", 401), ("onee", 401)]:
+            headers = {"authorization": f"Bearer {key}".encode()}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+        for path in ("/v1/models", "/metrics", "/version", "/tokenize", "/unknown"):
+            response = httpx.get(f"{url}{path}")
+            assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Basic one"}).status_code == 401
+        assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/").status_code == 200
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="two", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.completions.create(model="demo", prompt="a")
+
+
+def test_more_requests_than_may_wait(engine):
+    with (
+        serving(engine, max_waiting_requests=2) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        streams = [client.completions.create(model="demo", prompt=[5] * 16, stream=True, **ENDLESS)]
+        next(iter(streams[0]))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(model="demo", prompt=["a"] * 18)
+        assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "rate_limit_exceeded"
+        assert len(client.completions.create(model="demo", prompt=["a"] * 17).choices) == 17
+        streams[0].close()
+    check_nothing_left(engine)
+
+
+# ---- clients that leave, or are slow -------------------------------------------------------------------------------
+
+
+def test_a_client_that_gives_up_waiting(client, engine):
+    before = count_aborts(engine)
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(model="demo", prompt=["a"] * 40, timeout=0.3, **ENDLESS)
+    check_nothing_left(engine)
+    assert count_aborts(engine) == before + 40
+
+
+def count_aborts(engine: AsyncLLM) -> int:
+    return engine.llm.ended.reasons["abort"]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 5])
+def test_a_client_that_vanishes_in_mid_stream(client, engine, num_chunks):
+    before = count_aborts(engine)
+    stream = client.chat.completions.create(model="demo", messages=CHAT, stream=True, **ENDLESS)
+    for _ in range(num_chunks):
+        next(iter(stream))
+    assert engine.llm.requests
+    stream.close()
+    check_nothing_left(engine)
+    assert count_aborts(engine) == before + 1
+
+
+@contextmanager
+def unread_stream(url: str, max_tokens: int):
+    """The socket of a client that asks for a stream and does not read it."""
+    address = url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": [5], "temperature": 0, "ignore_eos": True, "stream": True, "max_tokens": max_tokens})
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(60)
+        client.connect((address[0], int(address[1])))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        yield client
+
+
+def read_all(client: socket.socket) -> str:
+    received = b""
+    while data := client.recv(65536):
+        received += data
+    texts = re.findall(r'"text":("(?:[^"\\]|\\.)*")', received.decode())
+    assert received.decode().count("data: [DONE]") == 1
+    return "".join(map(json.loads, texts))
+
+
+def test_a_slow_reader_delays_nobody_and_loses_nothing(client, engine, url):
+    with unread_stream(url, 1500) as slow:
+        assert wait_until(lambda: len(engine.streams) == 1, 10)
+        for _ in range(3):
+            client.completions.create(model="demo", prompt="a", temperature=0)
+        assert wait_until(engine.llm.is_finished, 60)
+        (want,) = plain(engine, [[5]], temperature=0, ignore_eos=True, max_tokens=1500)
+        assert read_all(slow) == want.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_slow_readers(client, engine, url):
+    (want,) = plain(engine, [[5]], temperature=0, ignore_eos=True, max_tokens=20)
+    texts = []
+
+    def read_slowly() -> None:
+        with unread_stream(url, 20) as slow:
+            assert readers_go_on.wait(500)
+            texts.append(read_all(slow))
+
+    readers_go_on = threading.Event()
+    readers = [threading.Thread(target=read_slowly) for _ in range(1000)]
+    for reader in readers:
+        reader.start()
+    assert client.completions.create(model="demo", prompt="a", temperature=0).choices
+    assert wait_until(lambda: engine.llm.is_finished() and not engine.streams, 400)
+    readers_go_on.set()
+    for reader in readers:
+        reader.join()
+    assert texts == [want.text] * 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_thousand_requests_half_of_them_cancelled(client, engine, url):
+    async def ask(http: httpx.AsyncClient, slots: asyncio.Semaphore, index: int, want: list[str]) -> str:
+        body = {"prompt": [index % 50 + 2, 5], "temperature": 0, "ignore_eos": True, "max_tokens": 30}
+        async with slots:  # httpx itself is slow with many requests at once
+            call = asyncio.create_task(http.post("/v1/completions", json=body))
+            if index % 2:
+                await asyncio.sleep(index % 97 / 50)
+                call.cancel()
+            try:
+                response = await call
+            except asyncio.CancelledError:
+                return "cancelled"
+        assert response.status_code == 200 and response.json()["choices"][0]["text"] == want[index % 50]
+        return "finished"
+
+    async def ask_all(want: list[str]) -> list[str]:
+        slots = asyncio.Semaphore(100)
+        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+            return await asyncio.gather(*(ask(http, slots, index, want) for index in range(2000)))
+
+    results = plain(engine, [[i + 2, 5] for i in range(50)], temperature=0, ignore_eos=True, max_tokens=30)
+    ends = asyncio.run(ask_all([result.text for result in results]))
+    assert ends.count("finished") >= 1000 and ends.count("cancelled") > 100
+
+
+# ---- other routes --------------------------------------------------------------------------------------------------
+
+
+def test_models_version_and_health(client, url, engine):
+    (model,) = client.models.list().data
+    assert model.id == "demo" and model.max_model_len == engine.llm.config.max_model_len
+    assert client.models.retrieve("demo").id == "demo"
+    assert httpx.get(f"{url}/version").json() == {"version": nanovllm.__version__}
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_tokens(url, engine):
+    tokenizer = engine.llm.tokenizer
+    got = httpx.post(f"{url}/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).json()
+    assert got["tokens"] == tokenizer.encode(PROMPT) and got["count"] == len(got["tokens"])
+    assert "".join(got["token_strs"]) == PROMPT and got["max_model_len"] == engine.llm.config.max_model_len
+    assert httpx.post(f"{url}/detokenize", json={"tokens": got["tokens"]}).json() == {"prompt": PROMPT}
+    chat = httpx.post(f"{url}/tokenize", json={"messages": CHAT}).json()["tokens"]
+    (result,) = engine.llm.chat(CHAT, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert chat == result.prompt_token_ids
+    for body in ({}, {"prompt": "a", "messages": CHAT}, {"prompt": 5}):
+        assert httpx.post(f"{url}/tokenize", json=body).status_code == 400
+    assert httpx.post(f"{url}/detokenize", json={"tokens": [-1]}).status_code == 400
+
+
+def test_metrics(client, url, engine):
+    def read() -> dict[tuple, float]:
+        families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        assert all(sample.labels.pop("model_name") == "demo" for sample in samples)
+        return {(sample.name.removeprefix(PREFIX), *sample.labels.values()): sample.value for sample in samples}
+
+    before = read()
+    client.completions.create(model="demo", prompt=[5, 6, 7], max_tokens=9, extra_body={"ignore_eos": True})
+    after = read()
+    grown = {name: value - before[name] for name, value in after.items()}
+    assert grown["generation_tokens_total",] == 9 and grown["prompt_tokens_total",] == 3
+    assert grown["request_success_total", "length"] == 1
+    assert grown["time_to_first_token_seconds_count",] == grown["e2e_request_latency_seconds_bucket", "+Inf"] == 1
+    names = {name.removesuffix("_total").removesuffix("_bucket") for name, *_ in after}
+    assert set(HELP) <= names
+
+
+def test_a_model_without_a_tokenizer():
+    llm = AsyncLLM(nanovllm.demo.__path__[0], skip_tokenizer_init=True, **OPTIONS)
+    with serving(llm) as url:
+        (want,) = plain(llm, [[5, 6]], temperature=0, max_tokens=7, ignore_eos=True)
+        body = {"prompt": [5, 6], "temperature": 0, "max_tokens": 7, "ignore_eos": True, "return_token_ids": True}
+        (choice,) = httpx.post(f"{url}/v1/completions", json=body | {"logprobs": 1}).json()["choices"]
+        assert choice["token_ids"] == want.token_ids and choice["text"] == ""
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in want.token_ids]
+        for path, wrong in [
+            ("v1/completions", {"prompt": "a"}),
+            ("v1/chat/completions", {"messages": CHAT}),
+            ("tokenize", {"prompt": "a"}),
+            ("detokenize", {"tokens": [1]}),
+        ]:
+            response = httpx.post(f"{url}/{path}", json=wrong)
+            assert response.status_code == 400 and "tokenizer" in response.json()["error"]["message"]
+    llm.close()
+
+
+def test_a_dead_engine(tmp_path):
+    llm = AsyncLLM(make_folder(tmp_path), **OPTIONS)
+    with serving(llm) as url:
+        llm.close()
+        for response in (
+            httpx.get(f"{url}/health"),
+            httpx.get(f"{url}/metrics"),
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a"}),
+        ):
+            assert response.status_code == 503 and response.json()["error"]["type"] == "server_error"
