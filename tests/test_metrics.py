@@ -90,9 +90,8 @@ def test_requests_that_reach_their_deadline(llm):
     (result,) = llm.generate([PROMPTS[0]], params, False, timeout=0)
     assert [sample.finish_reason for sample in result.outputs] == ["timeout"] * 2
     metrics = read(llm)
-    assert (
-        metrics["timeout"].value == 2 and "abort" not in metrics and metrics["e2e_request_latency_seconds"].count == 0
-    )
+    assert metrics["timeout"].value == 2 and "abort" not in metrics
+    assert metrics["e2e_request_latency_seconds"].count == 0
 
 
 def test_every_end_is_shown_before_there_is_one(llm):
