@@ -60,12 +60,12 @@ def serving(engine: AsyncLLM, **limits) -> Iterator[str]:
 
 
 class ServerProcess:
-    """`python -m nanovllm.server`, whose output goes to a file."""
+    """`nanovllm serve`, whose output goes to a file."""
 
     def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.log = folder / "server.log"
         options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-        command = [sys.executable, "-m", "nanovllm.server", str(DEMO), "--port=0", *options, *arguments]
+        command = [sys.executable, "-m", "nanovllm", "serve", str(DEMO), "--port=0", *options, *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
 

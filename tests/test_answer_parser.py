@@ -8,7 +8,7 @@ import random
 import pytest
 
 pytest.importorskip("pydantic", reason="needs pydantic, which the extra [test] brings")
-from nanovllm.server.openai.parsing import AnswerParser
+from nanovllm.openai_api.parsing import AnswerParser
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 WEATHER = ("weather", {"city": "Paris"})

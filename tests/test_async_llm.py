@@ -6,7 +6,8 @@ import asyncio
 import random
 import subprocess
 import sys
-from contextlib import aclosing
+from contextlib import aclosing, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,8 @@ def llm(engine):
     check_idle(engine.llm)
 
 
-async def read(llm: AsyncLLM, prompt, params: SamplingParams, request_id: str | None = None) -> list:
-    return [output async for output in llm.generate(prompt, params, request_id)]
+async def read(llm: AsyncLLM, prompt, params: SamplingParams, request_id: str | None = None, **urgency) -> list:
+    return [output async for output in llm.generate(prompt, params, request_id, **urgency)]
 
 
 async def gather(llm: AsyncLLM, prompts: list, params: SamplingParams) -> list[list]:
@@ -144,6 +145,39 @@ def test_mistakes_are_refused(llm):
         asyncio.run(read_twice())
 
 
+def test_mistaken_urgency_is_refused(llm):
+    async def ask(**options):
+        await anext(llm.generate("a", SHORT, **options))
+
+    for options, error in [
+        ({"priority": 1}, ValueError),
+        ({"priority": "1"}, TypeError),
+        ({"timeout": -1}, ValueError),
+    ]:
+        with pytest.raises(error, match=next(iter(options))):
+            asyncio.run(ask(**options))
+
+
+def test_urgent_requests_go_first():
+    ended = []
+
+    async def ask(llm: AsyncLLM, priority: int) -> None:
+        await read(llm, [5, 6], SHORT, priority=priority)
+        ended.append(priority)
+
+    async def ask_all(llm: AsyncLLM) -> None:
+        first = asyncio.create_task(read(llm, [5, 6], ENDLESS, "first"))
+        calls = [asyncio.create_task(ask(llm, priority)) for priority in (3, 1, 2)]
+        while len(llm.llm.requests) < 4:
+            await asyncio.sleep(0.01)
+        await llm.abort("first")
+        await asyncio.gather(first, *calls)
+
+    with closing(start(max_num_seqs=1, scheduling_policy="priority")) as llm:
+        asyncio.run(ask_all(llm))
+    assert ended == [1, 2, 3]
+
+
 # ---- ends ----------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +196,12 @@ def test_abort(llm, kind):
     ((_, token_ids, reason, _),) = whole(asyncio.run(abort_soon()), kind)
     (result,) = llm.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
     assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_deadline(llm, kind):
+    outputs = asyncio.run(read(llm, "a", replace(ENDLESS, output_kind=kind), timeout=0.2))
+    assert outputs[-1].finished and outputs[-1].finish_reason == "timeout"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -82,17 +82,29 @@ def test_mistakes_are_told_in_a_line(arguments, match, capsys):
     assert match in text and text.splitlines()[-1].startswith("nanovllm chat: ")
 
 
-def test_a_command_that_needs_an_extra(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "nanovllm.server", None)
-    assert main(["serve", "demo"]) == 1
-    assert 'pip install "nano-vllm[server]"' in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "package", "extra"), [("serve", "fastapi", "server"), ("run-batch", "pydantic", "batch")]
+)
+def test_a_command_that_needs_an_extra(command, package, extra):
+    """Others do without."""
+    program = f"import sys; sys.modules['{package}'] = None; from nanovllm.cli.main import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program} sys.exit(main(['{command}', '--help']))"], capture_output=True, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 1 and f'pip install "nano-vllm[{extra}]"' in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program} sys.exit(main(['chat', '--help']))"], capture_output=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0
 
 
 def test_importing_the_package_imports_no_command():
     program = "import sys, nanovllm; print([name for name in sys.modules if name.startswith('nanovllm.')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
     assert "nanovllm.engine.scheduler" in done.stdout
-    assert not any(name in done.stdout for name in ("nanovllm.cli", "run_batch", "nanovllm.server", "nanovllm.ray"))
+    others = ("nanovllm.cli", "run_batch", "nanovllm.server.app", "nanovllm.openai_api", "nanovllm.ray")
+    assert not any(name in done.stdout for name in others)
 
 
 # ---- options of the engine -----------------------------------------------------------------------------------------
@@ -134,9 +146,22 @@ def test_options(arguments, options):
 
 def test_options_reach_the_engine():
     args = argparse.Namespace(model="demo", system=None, device="cpu", max_num_seqs=3, dtype="float32")
-    with engine_options.start_engine("demo", args) as llm:
+    with LLM(**engine_options.read_options(args)) as llm:
         assert llm.config.max_num_seqs == 3 and llm.config.torch_dtype == torch.float32
         assert os.path.samefile(llm.config.model, DEMO)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "name"),
+    [
+        ("demo", None, "demo"),
+        (DEMO + "/", None, "demo"),
+        ("Qwen/Qwen3-0.6B", None, "Qwen/Qwen3-0.6B"),
+        (DEMO, "a", "a"),
+    ],
+)
+def test_the_name_that_requests_call_the_model(model, given, name):
+    assert engine_options.served_name(argparse.Namespace(model=model, served_model_name=given)) == name
 
 
 # ---- chats ---------------------------------------------------------------------------------------------------------

@@ -85,6 +85,20 @@ def test_unfinished_and_aborted_requests(llm):
     assert metrics["e2e_request_latency_seconds"].count == 0 and metrics["time_to_first_token_seconds"].count == 4
 
 
+def test_requests_that_reach_their_deadline(llm):
+    params = SamplingParams(n=2, max_tokens=50, ignore_eos=True)
+    (result,) = llm.generate([PROMPTS[0]], params, False, timeout=0)
+    assert [sample.finish_reason for sample in result.outputs] == ["timeout"] * 2
+    metrics = read(llm)
+    assert metrics["timeout"].value == 2 and "abort" not in metrics
+    assert metrics["e2e_request_latency_seconds"].count == 0
+
+
+def test_every_end_is_shown_before_there_is_one(llm):
+    ends = {metric.labels["finished_reason"] for metric in llm.get_metrics() if metric.labels}
+    assert ends == {"stop", "length", "abort", "timeout", "error"}
+
+
 def test_preemptions(llm):
     llm.generate([[index + 5] * 300 for index in range(4)], SamplingParams(max_tokens=200, ignore_eos=True), False)
     metrics = read(llm)

@@ -8,36 +8,47 @@ import math
 import pytest
 
 from nanovllm import SamplingParams
-from nanovllm.batch.openai_requests import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
-    checked_body,
-    completion_prompts,
-    sampling_params,
-)
-from nanovllm.batch.openai_results import chat_body, completion_body, error_body
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+
+pytest.importorskip("pydantic", reason="needs pydantic, which the extra [batch] brings")
+from pydantic import ValidationError
+
+from nanovllm.openai_api.answers import Answer
+from nanovllm.openai_api.errors import Refused, from_validation
+from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest
 
 DEFAULTS = SamplingParams(temperature=0.6, top_k=20, max_tokens=99)
 MESSAGES = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
-def params_of(known: frozenset[str] = CHAT_FIELDS, **body) -> SamplingParams:
-    if known is CHAT_FIELDS:
-        body["messages"] = MESSAGES
-    return sampling_params(checked_body(body, known), DEFAULTS)
+def request(is_chat: bool = True, **body) -> ChatRequest | CompletionRequest:
+    if is_chat:
+        return ChatRequest.model_validate({"messages": MESSAGES} | body)
+    return CompletionRequest.model_validate({"prompt": "a"} | body)
+
+
+def params_of(is_chat: bool = True, **body) -> SamplingParams:
+    params = request(is_chat, **body).sampling_params(DEFAULTS)
+    params.check()
+    return params
+
+
+def final(**fields) -> SamplingParams:
+    params = SamplingParams(**fields)
+    params.output_kind = request().sampling_params(DEFAULTS).output_kind
+    return params
 
 
 def test_every_field():
     params = params_of(
         model="m", temperature=0.5, top_p=0.9, n=2, seed=3, stop=["a", "b"], presence_penalty=1, frequency_penalty=-1,
-        logit_bias={"5": 7}, max_completion_tokens=8, logprobs=True, top_logprobs=4, user="me", metadata={}, top_k=5,
+        logit_bias={"5": 7}, max_completion_tokens=8, logprobs=True, top_logprobs=4, top_k=5,
         min_p=0.1, repetition_penalty=1.1, min_tokens=1, stop_token_ids=[7], ignore_eos=True, bad_words=["x"],
         allowed_token_ids=[5, 6], skip_special_tokens=False, spaces_between_special_tokens=False,
-        include_stop_str_in_output=True, truncate_prompt_tokens=4, priority=0, store=True, stream=False, tools=[],
+        include_stop_str_in_output=True, truncate_prompt_tokens=4,
     )  # fmt: skip
-    assert params == SamplingParams(
+    assert params == final(
         temperature=0.5, top_p=0.9, n=2, seed=3, stop=["a", "b"], presence_penalty=1, frequency_penalty=-1,
         logit_bias={5: 7.0}, max_tokens=8, logprobs=4, top_k=5, min_p=0.1, repetition_penalty=1.1, min_tokens=1,
         stop_token_ids=[7], ignore_eos=True, bad_words=["x"], allowed_token_ids=[5, 6], skip_special_tokens=False,
@@ -45,11 +56,23 @@ def test_every_field():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_fields_that_change_nothing(is_chat):
+    """As OpenAI's clients put them into bodies."""
+    body = {
+        "user": "me", "metadata": {"job": "nightly"}, "store": True, "service_tier": "auto", "safety_identifier": "a",
+        "prompt_cache_key": "b", "prompt_cache_retention": "24h", "priority": 0, "stream": False, "best_of": None,
+    }  # fmt: skip
+    if is_chat:
+        body |= {"tools": [], "parallel_tool_calls": True, "modalities": ["text"], "tool_choice": "none"}
+    assert params_of(is_chat, **body) == params_of(is_chat)
+
+
 def test_what_is_not_given():
     """The model's defaults, but for the number of tokens."""
     chat = params_of(temperature=None, n=None, logprobs=None, response_format=None, stream_options=None)
-    assert chat == SamplingParams(temperature=0.6, top_k=20, max_tokens=None)
-    assert params_of(COMPLETION_FIELDS, prompt="a") == SamplingParams(temperature=0.6, top_k=20, max_tokens=16)
+    assert chat == final(temperature=0.6, top_k=20, max_tokens=None)
+    assert params_of(False) == final(temperature=0.6, top_k=20, max_tokens=16)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +87,7 @@ def test_what_is_not_given():
     ids=str,
 )
 def test_logprobs(is_chat, body, logprobs):
-    assert params_of(CHAT_FIELDS if is_chat else COMPLETION_FIELDS, **body).logprobs == logprobs
+    assert params_of(is_chat, **body).logprobs == logprobs
 
 
 @pytest.mark.parametrize(
@@ -96,65 +119,80 @@ def test_structures(body, structure):
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "match"),
+    ("is_chat", "body", "match"),
     [
-        ({"temprature": 1}, ValueError, "unknown field 'temprature'"),
-        ({"prompt": "a"}, ValueError, "unknown field 'prompt'"),
-        ({"stream": True}, ValueError, "stream is not served: an answer comes whole; got True"),
-        ({"tools": [{"type": "function"}]}, ValueError, "tools is not served"),
-        ({"tool_choice": "auto"}, ValueError, "tool_choice is not served"),
-        ({"echo": True}, ValueError, "echo is not served"),
-        ({"best_of": 2}, ValueError, "best_of is not served"),
-        ({"chat_template": "{{ 1 }}"}, ValueError, "chat_template is not served"),
-        ({"modalities": ["audio"]}, ValueError, "modalities is not served"),
-        ({"temperature": -1}, ValueError, "temperature must be"),
-        ({"temperature": "hot"}, TypeError, "temperature must be"),
-        ({"max_tokens": 0}, ValueError, "max_tokens must be"),
-        ({"n": 0}, ValueError, "n must be"),
-        ({"logprobs": 5}, TypeError, "logprobs must be of type bool, got 5"),
-        ({"top_logprobs": 5}, ValueError, "top_logprobs=5 needs logprobs=true"),
-        ({"logprobs": True, "top_logprobs": -1}, ValueError, "top_logprobs must be"),
-        ({"response_format": {"type": "xml"}}, ValueError, "response_format must have the type"),
-        ({"response_format": "json"}, ValueError, "response_format must have the type"),
-        ({"response_format": {"type": "json_schema"}}, ValueError, "response_format must have the type"),
-        ({"guided_regex": "a", "guided_choice": ["a"]}, ValueError, "may be given, got several"),
-        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, ValueError, "may be given, got several"),
-        ({"guided_regex": 5}, TypeError, "regex must"),
+        (True, {"temprature": 1}, "temprature is not supported"),
+        (True, {"prompt": "a"}, "prompt is not supported"),
+        (True, {"messages": "Hello"}, "messages: "),
+        (True, {"tools": {"type": "function"}}, "tools: "),
+        (True, {"temperature": "hot"}, "temperature: "),
+        (True, {"logprobs": 5}, "logprobs: "),
+        (True, {"metadata": "text"}, "metadata: "),
+        (True, {"stream_options": {"x": 1}}, "stream_options.x is not supported"),
+        (True, {"top_logprobs": 5}, "top_logprobs needs logprobs=true"),
+        (True, {"guided_regex": 5}, "guided_regex: "),
+        (False, {"prompt": 5}, "prompt: "),
+        (False, {"prompt": None}, "prompt: Field required"),
+        (False, {"stop": 5}, "stop: "),
+        (False, {"logprobs": True}, "logprobs: "),
+        (False, {"echo": True}, "echo: "),
+        (False, {"best_of": 2}, "best_of: "),
+        (False, {"tools": []}, "tools is not supported"),
     ],
     ids=str,
 )
-def test_what_is_refused(body, error, match):
-    with pytest.raises(error, match=match):
+def test_what_no_request_may_hold(is_chat, body, match):
+    """The error names the field."""
+    with pytest.raises(ValidationError) as caught:
+        request(is_chat, **body)
+    refused = from_validation(caught.value.errors()[0])
+    assert str(refused).startswith(match) and refused.status == 400
+    assert refused.param == (None if " needs " in match else match.split(" is ")[0].split(":")[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        ({"temperature": -1}, "temperature must be"),
+        ({"max_tokens": 0}, "max_tokens must be"),
+        ({"n": 0}, "n must be"),
+        ({"response_format": {"type": "xml"}}, "response_format must be of type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format must be of type"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "by one of guided_regex, guided_choice, got several"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "got several"),
+    ],
+    ids=str,
+)
+def test_parameters_that_make_no_sense(body, match):
+    with pytest.raises(ValueError, match=match):
         params_of(**body)
 
 
 @pytest.mark.parametrize("body", [None, [], "text", 5], ids=str)
 def test_a_body_that_is_no_object(body):
-    with pytest.raises(TypeError, match="the body must be an object"):
-        checked_body(body, CHAT_FIELDS)
-
-
-def test_a_completion_asks_for_a_number_of_logprobs():
-    with pytest.raises(TypeError, match="logprobs must be a number, got True"):
-        params_of(COMPLETION_FIELDS, logprobs=True)
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(body)
+    assert str(from_validation(caught.value.errors()[0])) == "the body must be an object"
 
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", ["a"]), ([5, 6], [[5, 6]]), (["a", "b"], ["a", "b"]), ([[5], [6, 7]], [[5], [6, 7]])],
+    [
+        ("a", ["a"]),
+        ([5, 6], [[5, 6]]),
+        (["a", "b"], ["a", "b"]),
+        ([[5], [6, 7]], [[5], [6, 7]]),
+        (["a", [5]], ["a", [5]]),
+    ],
     ids=str,
 )
 def test_prompts_of_a_completion(prompt, prompts):
-    assert completion_prompts({"prompt": prompt}) == prompts
+    assert request(False, prompt=prompt).prompts() == prompts
 
 
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [({}, TypeError), ({"prompt": 5}, TypeError), ({"prompt": ""}, ValueError), ({"prompt": []}, ValueError)],
-)
-def test_no_prompt(body, error):
-    with pytest.raises(error, match="prompt must"):
-        completion_prompts(body)
+def test_no_prompt():
+    with pytest.raises(ValueError, match="prompt must"):
+        request(False, prompt=[]).prompts()
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -166,7 +204,15 @@ def result(*samples: dict) -> RequestOutput:
     for index, sample in enumerate(samples):
         other = {"index": index, "logprobs": None, "stop_reason": None, "finish_reason": "stop"}
         outputs.append(CompletionOutput(other | sample))
-    return RequestOutput(prompt_token_ids=[1, 2, 3], num_cached_tokens=2, outputs=outputs)
+    return RequestOutput(prompt="p", prompt_token_ids=[1, 2, 3], num_cached_tokens=2, outputs=outputs)
+
+
+def answer(body: ChatRequest | CompletionRequest, *results: RequestOutput) -> dict:
+    """The answer to a body whose last prompt has its result first."""
+    answer = Answer(body, "m")
+    for number in reversed(range(len(results))):
+        answer.add(number, results[number])
+    return answer.whole()
 
 
 LOGPROBS = [
@@ -177,7 +223,7 @@ WITH_LOGPROBS = {"text": "aé", "token_ids": [5, 7], "logprobs": LOGPROBS, "fini
 
 
 def test_the_answer_of_a_chat():
-    body = chat_body("m", result({"text": "x", "token_ids": [5]}, {"text": "yz", "token_ids": [6, 7]}), None)
+    body = answer(request(n=2), result({"text": "x", "token_ids": [5]}, {"text": "yz", "token_ids": [6, 7]}))
     assert body["object"] == "chat.completion" and body["model"] == "m" and body["id"].startswith("chatcmpl-")
     assert [choice["message"]["content"] for choice in body["choices"]] == ["x", "yz"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
@@ -188,7 +234,8 @@ def test_the_answer_of_a_chat():
 
 @pytest.mark.parametrize("num_top", [0, 1, 2])
 def test_logprobs_of_a_chat(num_top):
-    (choice,) = chat_body("m", result(WITH_LOGPROBS), num_top)["choices"]
+    body = request(logprobs=True, top_logprobs=num_top)
+    (choice,) = answer(body, result(WITH_LOGPROBS))["choices"]
     first, second = choice["logprobs"]["content"]
     a, b = ({"token": text, "logprob": p, "bytes": [ord(text)]} for text, p in (("a", -0.5), ("b", -1.5)))
     assert first == a | {"top_logprobs": [a, b][:num_top]}
@@ -198,22 +245,22 @@ def test_logprobs_of_a_chat(num_top):
 
 
 def test_the_answer_of_a_completion():
-    """The prompts' samples one behind the other."""
+    """The prompts' samples one behind the other, whichever is there first."""
     results = [result({"text": "x", "token_ids": [5]}), result(WITH_LOGPROBS)]
-    body = completion_body("m", results)
+    body = answer(request(False, prompt=["p", "p"]), *results)
     assert body["object"] == "text_completion" and body["id"].startswith("cmpl-")
     assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "x"), (1, "aé")]
     assert [choice["finish_reason"] for choice in body["choices"]] == ["stop", "length"]
     assert body["choices"][0]["logprobs"] is None
-    assert body["choices"][1]["logprobs"] == {
-        "tokens": ["a", "é"],
-        "token_logprobs": [-0.5, -9999.0],
-        "top_logprobs": [{"a": -0.5, "b": -1.5}, {"é": -9999.0, "a": -0.1, "b": -2.0}],
-        "text_offset": [0, 1],
-    }
+    logprobs = body["choices"][1]["logprobs"]
+    assert logprobs["tokens"] == ["a", "é"] and logprobs["text_offset"] == [0, 1]
+    assert logprobs["token_logprobs"] == [-0.5, -9999.0]
+    assert logprobs["top_logprobs"] == [{"a": -0.5, "b": -1.5}, {"é": -9999.0, "a": -0.1, "b": -2.0}]
     assert body["usage"]["prompt_tokens"] == 6 and body["usage"]["completion_tokens"] == 3
 
 
-@pytest.mark.parametrize(("status_code", "kind"), [(400, "invalid_request_error"), (500, "server_error")])
-def test_errors(status_code, kind):
-    assert error_body("bad", status_code)["error"] == {"message": "bad", "type": kind, "param": None, "code": None}
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, "invalid_request_error"), (404, "not_found_error"), (500, "server_error")]
+)
+def test_errors(status, kind):
+    assert Refused(status, "bad").body()["error"] == {"message": "bad", "type": kind, "param": None, "code": None}

@@ -127,7 +127,7 @@ def test_what_is_imported_is_a_dependency():
     packages = {module.split(".")[0] for module in modules - {"__future__"}} - sys.stdlib_module_names
     packages = {package.replace("_", "-") for package in packages}
     extras = PROJECT["optional-dependencies"]
-    optional = extras["cuda"] + extras["gguf"] + extras["structured"] + extras["server"]
+    optional = extras["cuda"] + extras["gguf"] + extras["structured"] + extras["server"] + extras["batch"]
     required = {re.match(r"[\w-]+", requirement).group() for requirement in PROJECT["dependencies"] + optional}
     assert {"torch", "safetensors"} <= packages
     missing = packages - {"nanovllm"} - required

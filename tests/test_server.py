@@ -7,7 +7,7 @@ import json
 import re
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Literal
 
 import pytest
@@ -25,6 +25,8 @@ import openai  # noqa: E402
 import pydantic  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from servers import OPTIONS, make_folder, serving  # noqa: E402
+
+from nanovllm.batch.run_batch import run_batch  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -296,6 +298,43 @@ def test_the_asynchronous_client(url, engine):
     assert asyncio.run(ask()) == [result.text for result in want]
 
 
+def test_batches_are_answered_alike(client, engine, url, tmp_path):
+    """Tools, reasoning and logprobs are those of the same requests to the server."""
+    thinking = {"guided_choice": ["<think>\nlet me think\n</think>\n\nparis"]}
+    bodies = [
+        {"messages": CHAT, "guided_choice": [f"Let me see. {CALL}"], "top_k": 1, "tools": TOOLS},
+        {"messages": CHAT, "guided_choice": [CALL], "top_k": 1, "tools": TOOLS, "tool_choice": "none"},
+        {"messages": CHAT, "n": 2, "top_k": 1, "max_tokens": 30, "logprobs": True, "top_logprobs": 2} | thinking,
+        {"prompt": ["a", [5, 6]], "n": 2, "top_k": 1, "max_tokens": 9, "logprobs": 3, "return_token_ids": True},
+        {"prompt": "a", "tools": TOOLS},
+        {"messages": CHAT, "tool_choice": "required", "tools": TOOLS},
+        {"messages": CHAT, "model": "other"},
+        {"prompt": "a", "priority": 3},
+    ]
+    urls = ["/v1/chat/completions" if "messages" in body else "/v1/completions" for body in bodies]
+    want = [httpx.post(url + path, json=body).json() for path, body in zip(urls, bodies, strict=True)]
+    lines = [{"custom_id": str(index), "url": urls[index], "body": body} for index, body in enumerate(bodies)]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
+    run_batch(engine.llm, tmp_path / "in", tmp_path / "out", "demo", use_tqdm=False)
+    records = sorted(map(json.loads, (tmp_path / "out").read_text().splitlines()), key=lambda each: each["custom_id"])
+    got = [record["response"]["body"] for record in records]
+    for index, body in enumerate(got):
+        if "error" in body:
+            body["error"]["message"] = body["error"]["message"].removeprefix(f"line {index + 1}: ")
+    assert [plainly(body) for body in got] == [plainly(body) for body in want]
+    assert got[0]["choices"][0]["message"]["tool_calls"] and got[2]["choices"][1]["message"]["reasoning_content"]
+
+
+def plainly(body: object) -> object:
+    """An answer without what is random, or depends on the time or on earlier requests."""
+    if isinstance(body, list):
+        return list(map(plainly, body))
+    if not isinstance(body, dict):
+        return pytest.approx(body, abs=1e-2) if isinstance(body, float) else body
+    hidden = ("id", "created", "prompt_tokens_details")
+    return {name: plainly(value) for name, value in body.items() if name not in hidden}
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +360,8 @@ BAD_COMPLETIONS = [
     ({"structured_outputs": {"foo": 1}}, "foo"),
     ({"stop": [""]}, "stop"),
     ({"logit_bias": {"9999": 1}}, "logit_bias"),
+    ({"priority": 1}, "priority=1 needs"),
+    ({"priority": "high"}, "priority: "),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages"),
@@ -333,7 +374,7 @@ BAD_CHATS = [
     ({"chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}, "chat_template"),
     ({"functions": []}, "functions is not supported"),
     ({"top_logprobs": 2}, "logprobs"),
-    ({"modalities": ["audio"]}, "modalities is not supported"),
+    ({"modalities": ["audio"]}, "modalities"),
 ]
 
 
@@ -625,6 +666,24 @@ def test_metrics(client, url, engine):
     assert grown["time_to_first_token_seconds_count",] == grown["e2e_request_latency_seconds_bucket", "+Inf"] == 1
     names = {name.removesuffix("_total").removesuffix("_bucket") for name, *_ in after}
     assert set(HELP) <= names
+
+
+def test_urgent_requests_go_first(tmp_path):
+    engine = AsyncLLM(make_folder(tmp_path), **OPTIONS | {"max_num_seqs": 1, "scheduling_policy": "priority"})
+    ended, body = [], {"prompt": "a", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+    with closing(engine), serving(engine) as url:
+
+        def ask(priority: int) -> None:
+            httpx.post(f"{url}/v1/completions", json=body | {"priority": priority}, timeout=60).raise_for_status()
+            ended.append(priority)
+
+        threads = [threading.Thread(target=ask, args=(priority,)) for priority in (2, 3, 1)]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            assert wait_until(lambda number=number: len(engine.llm.requests) == number, 20)
+        for thread in threads:
+            thread.join()
+    assert ended == [2, 1, 3], "the first has the only row"
 
 
 def test_a_model_without_a_tokenizer():

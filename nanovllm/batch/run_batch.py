@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,10 @@ from tqdm.auto import tqdm
 
 from nanovllm.batch.files import ID_PREFIX, ResultFile, Todo, find_todo, parse_request, read_requests
 from nanovllm.batch.iterate import complete
-from nanovllm.batch.openai_requests import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
-    chat_prompt,
-    checked_body,
-    completion_prompts,
-    sampling_params,
-)
-from nanovllm.batch.openai_results import chat_body, completion_body, error_body
+from nanovllm.openai_api.answers import Answer
+from nanovllm.openai_api.errors import Refused
+from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest
+from nanovllm.openai_api.served_model import ServedModel
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.admission import CheckedRequest
 from nanovllm.requests.progress import Progress
@@ -30,7 +25,7 @@ from nanovllm.requests.progress import Progress
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
 
-FIELDS = {"/v1/completions": COMPLETION_FIELDS, "/v1/chat/completions": CHAT_FIELDS}
+BODIES = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 LINE_FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -50,17 +45,16 @@ class Line:
     Attributes:
         number: counted from 1 on.
         custom_id: None if it has none of its own.
-        num_top: of how many most likely tokens the logprobs are asked for.
-        results: of its prompts, by their place, as far as they are there.
-        num_prompts: how many there will be.
+        answer: to what it asks, as far as results of its prompts are there.
+        num_left: prompts whose results are not there.
+        failure: what one of them has failed for.
     """
 
     number: int
     custom_id: str | None = None
-    is_chat: bool = False
-    num_top: int | None = None
-    results: dict[int, RequestOutput] = field(default_factory=dict)
-    num_prompts: int = 0
+    answer: Answer | None = None
+    num_left: int = 0
+    failure: Refused | None = None
 
 
 def run_batch(
@@ -104,7 +98,7 @@ class BatchRun:
     def __init__(self, llm: LLM, model: str, results: ResultFile, counts: Counts) -> None:
         """Lines are written to `results` and counted in `counts`; the requests call the model `model`."""
         self.llm = llm
-        self.model = model
+        self.model = ServedModel(llm, model)
         self.results = results
         self.counts = counts
 
@@ -117,9 +111,7 @@ class BatchRun:
             closing(complete(llm, self._requests(path, todo))) as results,
         ):
             for (line, index), result in results:
-                line.results[index] = result
-                if len(line.results) == line.num_prompts:
-                    self._take_in(line)
+                self._take_in(line, index, result)
                 progress.show(counts.num_answered + counts.num_failed, llm.num_prefilled, llm.num_decoded)
             progress.show(counts.num_answered + counts.num_failed, llm.num_prefilled, llm.num_decoded)
 
@@ -133,10 +125,10 @@ class BatchRun:
             line = Line(number)
             try:
                 checked = self._read(line, text, is_repeated)
-            except (TypeError, ValueError, RecursionError) as error:
-                self._fail(line, str(error), 400)
+            except (Refused, TypeError, ValueError, RecursionError) as error:
+                self._fail(line, self.model.refusal(error))
                 continue
-            line.num_prompts = len(checked)
+            line.num_left = len(checked)
             for index, request in enumerate(checked):
                 yield (line, index), request
 
@@ -144,7 +136,7 @@ class BatchRun:
         """What a line asks for, which also says what the line is.
 
         Raises:
-            TypeError, ValueError: it is no request, or asks for what is not served.
+            Refused, TypeError, ValueError: it is no request, or asks for what is not served.
         """
         request = parse_request(text)
         if is_repeated:
@@ -156,38 +148,36 @@ class BatchRun:
         if request.get("method", "POST") != "POST":
             raise ValueError(f"method must be POST, got {request['method']!r:.200}")
         url = request.get("url")
-        if url not in tuple(FIELDS):
-            raise ValueError(f"url must be one of {', '.join(FIELDS)}, got {url!r:.200}")
-        body = checked_body(request.get("body"), FIELDS[url])
-        if body.get("model", self.model) != self.model:
-            raise ValueError(f"model must be {self.model!r}, got {body['model']!r:.200}")
-        params = sampling_params(body, self.llm.default_sampling_params)
-        line.is_chat, line.num_top = url == "/v1/chat/completions", params.logprobs
-        if line.is_chat:
-            prompts = [chat_prompt(body, self.llm.chat_template, self.llm.tokenizer)]
-        else:
-            prompts = completion_prompts(body)
-        return [self.llm.intake.check_one(prompt, params, body.get("priority", 0)) for prompt in prompts]
+        if url not in tuple(BODIES):
+            raise ValueError(f"url must be one of {', '.join(BODIES)}, got {url!r:.200}")
+        body = BODIES[url].model_validate(request.get("body"))
+        self.model.check_name(body.model)
+        if body.stream:
+            raise ValueError("stream=true is not served in a batch, whose answers are written whole")
+        line.answer = Answer(body, self.model.name)
+        prompts = self.model.prompts(body)
+        params = body.sampling_params(self.llm.default_sampling_params)
+        return [self.llm.intake.check_one(prompt, params, body.priority) for prompt in prompts]
 
-    def _take_in(self, line: Line) -> None:
-        """Writes the answer to a line, all of whose results are there."""
-        results = [line.results[index] for index in range(line.num_prompts)]
-        errors = [result["error"] for result in results if "error" in result]
-        if errors:
-            self._fail(line, errors[0], 500)
-            return
-        if line.is_chat:
-            body = chat_body(self.model, results[0], line.num_top)
+    def _take_in(self, line: Line, index: int, result: RequestOutput) -> None:
+        """Adds the result of a line's prompt to its answer, which is written with the last one."""
+        line.num_left -= 1
+        if "error" in result:
+            line.failure = self.model.failure(result["error"], line.answer.body)
         else:
-            body = completion_body(self.model, results)
-        self._write(line, 200, body, None)
-        self.counts.num_answered += 1
+            line.answer.add(index, result)
+        if line.num_left == 0 and line.failure is not None:
+            self._fail(line, line.failure)
+        elif line.num_left == 0:
+            self._write(line, 200, line.answer.whole(), None)
+            self.counts.num_answered += 1
 
-    def _fail(self, line: Line, message: str, status_code: int) -> None:
+    def _fail(self, line: Line, refused: Refused) -> None:
         """Writes what is wrong with a line."""
-        body = error_body(f"line {line.number}: {message}", status_code)
+        body = refused.body()
         error = body["error"]
-        self._write(line, status_code, body, {"code": error["type"], "message": error["message"]})
+        error["message"] = f"line {line.number}: {error['message']}"
+        self._write(line, refused.status, body, {"code": error["type"], "message": error["message"]})
         self.counts.num_failed += 1
 
     def _write(self, line: Line, status_code: int, body: dict[str, Any], error: dict[str, Any] | None) -> None:

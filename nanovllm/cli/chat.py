@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 
 from nanovllm.chat.template import Message
-from nanovllm.cli.engine_options import add_engine_arguments, start_engine
+from nanovllm.cli.engine_options import MODEL_HELP, add_engine_arguments, read_options
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestError
 from nanovllm.sampling_params import SamplingParams
@@ -20,7 +20,7 @@ HELP = "/reset begins anew, /exit or Ctrl-D ends; Ctrl-C ends an answer"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("model", help="folder, GGUF file or hub name; demo: the bundled one")
+    parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--system", help="the system's message, with which a conversation begins")
     parser.add_argument("--params", type=json.loads, default={}, metavar="JSON", help="SamplingParams of the answers")
     add_engine_arguments(parser)
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a history and keys to edit a line
     beginning = [{"role": "system", "content": args.system}] if args.system else []
-    with start_engine(args.model, args) as llm:
+    with LLM(**read_options(args)) as llm:
         params = replace(llm.default_sampling_params, **{"max_tokens": None} | args.params)
         print(HELP)
         messages = list(beginning)

@@ -1,4 +1,4 @@
-"""The options of `LLM(...)` on the command line: each under its name, --max-model-len for max_model_len."""
+"""The model and the options of `LLM(...)` on the command line: --max-model-len for max_model_len."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import nanovllm.demo
 from nanovllm.config import Config
-from nanovllm.llm import LLM
 
 ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)  # of Config's docstring
 DEMO = "demo"
+MODEL_HELP = "folder, GGUF file or hub name; demo: the bundled one"
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +32,25 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, help=text, default=argparse.SUPPRESS, **_kind(hints[option.name]))
 
 
-def start_engine(model: str, args: argparse.Namespace) -> LLM:
-    """An engine with the options that were given; the model `demo` is the bundled one."""
-    options = {option.name for option in fields(Config) if option.init and option.name != "model"}
-    if model == DEMO and not os.path.exists(DEMO):
-        model = str(Path(nanovllm.demo.__file__).parent)
-    return LLM(model, **{name: value for name, value in vars(args).items() if name in options})
+def add_name_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names the model for requests."""
+    parser.add_argument("--served-model-name", help="what requests call the model (default: it, without folders)")
+
+
+def read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of LLM that were given; the model `demo` is the bundled one."""
+    names = {option.name for option in fields(Config) if option.init}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if args.model == DEMO and not os.path.exists(DEMO):
+        options["model"] = str(Path(nanovllm.demo.__file__).parent)
+    return options
+
+
+def served_name(args: argparse.Namespace) -> str:
+    """What requests call the model: of a folder or file the last part, as clients need not know where it is."""
+    if args.served_model_name:
+        return args.served_model_name
+    return os.path.basename(os.path.abspath(args.model)) if os.path.exists(args.model) else args.model
 
 
 def _kind(hint: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import nanovllm
 from nanovllm.cli.bench import run_bench
 
 COMMANDS = {  # with the module, and what needs an extra with its name
-    "serve": ("nanovllm.server.serve", "server", "an HTTP server that OpenAI's clients can use"),
-    "run-batch": ("nanovllm.cli.run_batch", None, "answer a file of requests in OpenAI's batch format"),
+    "serve": ("nanovllm.cli.serve", "server", "an HTTP server that OpenAI's clients can use"),
+    "run-batch": ("nanovllm.cli.run_batch", "batch", "answer a file of requests in OpenAI's batch format"),
     "chat": ("nanovllm.cli.chat", None, "chat in the terminal"),
     "bench": (None, None, "measure speed: bench.py of the sources, which has options of its own"),
 }
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(command, arguments[1:])
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"nanovllm {command}: {error}", file=sys.stderr)
         return 1
 

@@ -7,15 +7,16 @@ import os
 import sys
 
 from nanovllm.batch.run_batch import run_batch
-from nanovllm.cli.engine_options import add_engine_arguments, start_engine
+from nanovllm.cli.engine_options import MODEL_HELP, add_engine_arguments, add_name_argument, read_options, served_name
+from nanovllm.llm import LLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("-i", "--input-file", required=True, help="requests: JSON Lines in OpenAI's batch format")
     parser.add_argument("-o", "--output-file", required=True, help="results, as they finish")
-    parser.add_argument("--model", required=True, help="folder, GGUF file or hub name; demo: the bundled one")
-    parser.add_argument("--served-model-name", help="what the requests call the model, if not that")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    add_name_argument(parser)
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run stopped")
     add_engine_arguments(parser)
 
@@ -24,10 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Answers the file."""
     if os.path.realpath(args.input_file) == os.path.realpath(args.output_file):
         raise ValueError(f"--input-file and --output-file must be two files, got {args.input_file!r} for both")
-    name = args.served_model_name or args.model
-    with start_engine(args.model, args) as llm:
+    with LLM(**read_options(args)) as llm:
         try:
-            counts = run_batch(llm, args.input_file, args.output_file, name, resumes=args.resume)
+            counts = run_batch(llm, args.input_file, args.output_file, served_name(args), args.resume)
         except KeyboardInterrupt:
             print("interrupted: the same command with --resume goes on", file=sys.stderr)
             raise

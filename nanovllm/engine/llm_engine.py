@@ -416,8 +416,8 @@ class LLMEngine:
         """Ends a request without a result if it has not finished."""
         request = self.requests.get(number)
         if request is not None and self.failure is None:
-            self._forget(request)
             self.intake.withdraw(request, finish_reason)
+            self._forget(request)
 
     def _eos_token_ids(self) -> frozenset[int]:
         """What ends a text by the model's files or by the tokenizer's: fine-tunes may change the latter alone."""

@@ -95,7 +95,7 @@ class EndedRequests:
 
     def __init__(self) -> None:
         self.tokens: Counts[str] = Counts()
-        self.reasons: Counts[str] = Counts({"stop": 0, "length": 0, "abort": 0, "error": 0})
+        self.reasons: Counts[str] = Counts({"stop": 0, "length": 0, "abort": 0, "timeout": 0, "error": 0})
         self.distributions = {name: Distribution() for name in HISTOGRAMS}
 
     def count(self, request: Request) -> None:
@@ -111,7 +111,7 @@ class EndedRequests:
                 times["request_time_per_output_token_seconds"].observe(
                     seq.first_token_time, seq.finished_time, num_gaps
                 )
-        if request.is_finished and first.finish_reason in ("stop", "length"):
+        if all(seq.finish_reason in ("stop", "length") for seq in request.seqs):
             end = max(seq.finished_time for seq in request.seqs)
             times["e2e_request_latency_seconds"].observe(request.arrival_time, end)
 

@@ -14,15 +14,16 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 import nanovllm
-from nanovllm.chat.prompts import render_conversations
 from nanovllm.inputs import Prompt
+from nanovllm.openai_api.answers import Answer
+from nanovllm.openai_api.errors import Refused
+from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from nanovllm.openai_api.served_model import ServedModel
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.async_llm import AsyncLLM
-from nanovllm.server.errors import Refused, from_http, from_validation
+from nanovllm.server.errors import from_body, from_http, respond
 from nanovllm.server.gate import Gate
-from nanovllm.server.openai.answers import Answer, ChatChoice, Choice, CompletionChoice
-from nanovllm.server.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from nanovllm.server.prometheus import exposition
 from nanovllm.server.streams import DONE, ClientGone, EventStream, event, merge, while_connected
 
@@ -31,75 +32,59 @@ CLIENT_GONE = 499  # nginx's status for it, which nobody receives
 
 
 class Service:
-    """What is behind the routes: an engine, the name of its model, and the bound on what may wait."""
+    """What is behind the routes: an engine, its model as requests see it, and the bound on what may wait."""
 
     def __init__(self, engine: AsyncLLM, name: str, max_waiting_requests: int) -> None:
         self.engine = engine
         self.llm = engine.llm
-        self.name = name
+        self.model = ServedModel(engine.llm, name)
         self.max_waiting_requests = max_waiting_requests
-        self.template = self.llm.chat_template if self.llm.tokenizer is not None else None
 
-    async def answer(
-        self, request: Request, body: CompletionRequest | ChatRequest, kind: type[Choice], prompts: list[Prompt]
-    ) -> Response:
-        """Completes prompts as a request asks: in one, or as a stream.
+    async def answer(self, request: Request, body: CompletionRequest | ChatRequest) -> Response:
+        """Answers a request: in one, or as a stream.
 
         Raises:
             Refused, TypeError, ValueError: it cannot be served.
             RuntimeError: the engine has failed.
         """
+        self.model.check_name(body.model)
+        prompts = await asyncio.to_thread(self.model.prompts, body)
         params = body.sampling_params(self.llm.default_sampling_params)
         self._admit(len(prompts))
-        answer, outputs = Answer(kind, self.name), self._outputs(prompts, params)
+        answer, outputs = Answer(body, self.model.name), self._outputs(body, prompts, params)
         if body.stream:
-            chunks = self._chunks(body, answer, outputs)
+            chunks = self._chunks(answer, outputs)
             return EventStream(await while_connected(request, anext(chunks)), chunks)
-        return JSONResponse(await while_connected(request, self._whole(body, answer, outputs)))
+        return JSONResponse(await while_connected(request, self._whole(answer, outputs)))
 
-    async def _whole(self, body: CompletionRequest | ChatRequest, answer: Answer, outputs: AsyncIterator) -> dict:
+    async def _whole(self, answer: Answer, outputs: AsyncIterator) -> dict[str, Any]:
         """An answer in one."""
-        choices: dict[int, dict[str, Any]] = {}
         async for number, output in outputs:
-            answer.count(number, output)
-            for sample in output.outputs:
-                index = number * body.n + sample.index
-                choices[index] = answer.kind(body, index, output.prompt).part(sample, is_whole=True)
-        return answer.whole([choices[index] for index in sorted(choices)])
+            answer.add(number, output)
+        return answer.whole()
 
-    async def _chunks(
-        self, body: CompletionRequest | ChatRequest, answer: Answer, outputs: AsyncIterator
-    ) -> AsyncGenerator[bytes, None]:
+    async def _chunks(self, answer: Answer, outputs: AsyncIterator) -> AsyncGenerator[bytes, None]:
         """An answer as events. An error behind the first one, whose status is sent, is an event too."""
-        choices: dict[int, Choice] = {}
-        ended: set[int] = set()
         try:
             async for number, output in outputs:
-                answer.count(number, output)
-                for sample in output.outputs:
-                    index = number * body.n + sample.index
-                    if index in ended or not (sample.token_ids or sample.finish_reason is not None):
-                        continue  # only other samples have something new
-                    if index not in choices:
-                        choices[index] = answer.kind(body, index, output.prompt)
-                    if sample.finish_reason is not None:
-                        ended.add(index)
-                    yield event(answer.chunk([choices[index].part(sample, is_whole=False)]))
-            if body.includes_usage:
-                yield event(answer.chunk([]) | {"usage": answer.usage()})
+                for chunk in answer.chunks(number, output):
+                    yield event(chunk)
+            if answer.body.includes_usage:
+                yield event(answer.usage_chunk())
         except (Refused, RuntimeError, TypeError, ValueError) as error:
-            if not choices:
+            if not answer.streamed:
                 raise
             yield event(self.explain(error).body())
         yield DONE
 
     async def _outputs(
-        self, prompts: list[Prompt], params: SamplingParams
+        self, body: CompletionRequest | ChatRequest, prompts: list[Prompt], params: SamplingParams
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """The outputs of all prompts, as they come, each with its prompt's number."""
-        async for number, output in merge([self.engine.generate(prompt, params) for prompt in prompts]):
+        calls = [self.engine.generate(prompt, params, priority=body.priority) for prompt in prompts]
+        async for number, output in merge(calls):
             if "error" in output:
-                raise Refused(500 if params.structured_outputs is None else 400, self.without_paths(output["error"]))
+                raise self.model.failure(output["error"], body)
             yield number, output
 
     def _admit(self, number: int) -> None:
@@ -114,38 +99,15 @@ class Service:
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
 
-    def check_model(self, model: str | None) -> None:
-        """Raises Refused if a request is for another model."""
-        if model not in (None, self.name):
-            raise Refused(404, f"the model {model!r} does not exist, only {self.name!r}", "model", "model_not_found")
-
-    async def render(self, body: ChatRequest | TokenizeRequest) -> Prompt:
-        """The prompt of a conversation. Raises TypeError or ValueError if there is none."""
-        if self.template is None:
-            raise ValueError("the model has no tokenizer: there are no chats, and prompts must be token ids")
-        (prompt,) = await asyncio.to_thread(
-            render_conversations, self.template, self.llm.tokenizer, [body.messages], **body.template_options()
-        )
-        return prompt
-
     def describe_model(self) -> dict[str, Any]:
         """The model, as OpenAI's API lists it."""
-        fields = {"id": self.name, "object": "model", "created": int(time.time()), "owned_by": "nanovllm"}
+        fields = {"id": self.model.name, "object": "model", "created": int(time.time()), "owned_by": "nanovllm"}
         return fields | {"max_model_len": self.llm.config.max_model_len}
-
-    def without_paths(self, message: str) -> str:
-        """A message of the engine's without the folders that it was started with."""
-        config = self.llm.config
-        for path in filter(None, (config.model, config.tokenizer, config.hf_config_path)):
-            message = message.replace(str(path), self.name)
-        return message
 
     def explain(self, error: Exception) -> Refused:
         """What a client is told of an error; of those of the server, little."""
-        if isinstance(error, Refused):
-            return error
-        if isinstance(error, (TypeError, ValueError)):
-            return Refused(400, self.without_paths(str(error)))
+        if isinstance(error, (Refused, TypeError, ValueError)):
+            return self.model.refusal(error)
         if self.llm.failure is not None:
             return Refused(503, "the engine has failed, or is closed")
         return Refused(500, "the server has made a mistake")
@@ -156,7 +118,7 @@ def build_app(
 ) -> FastAPI:
     """The application that serves an engine under a model's name; without keys, to everyone."""
     service = Service(engine, name, max_waiting_requests)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, api_keys=api_keys, max_body_bytes=max_body_bytes)
     add_error_handlers(app, service)
     add_generation_routes(app, service)
@@ -171,18 +133,18 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
         refused = service.explain(error)
         if refused.status == 500 and isinstance(error, RuntimeError):  # others are shown by the framework
             traceback.print_exception(error, file=sys.stderr)
-        return refused.response()
+        return respond(refused)
 
     for kind in (Refused, TypeError, ValueError, RuntimeError, Exception):
         app.add_exception_handler(kind, refuse)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
-        return from_validation(error).response()
+        return respond(from_body(error))
 
     @app.exception_handler(HTTPException)
     async def refuse_request(request: Request, error: HTTPException) -> Response:
-        return from_http(error).response()
+        return respond(from_http(error))
 
     @app.exception_handler(ClientGone)
     async def give_up(request: Request, error: ClientGone) -> Response:
@@ -194,13 +156,11 @@ def add_generation_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        return await service.answer(request, body, CompletionChoice, body.prompts())
+        return await service.answer(request, body)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        return await service.answer(request, body, ChatChoice, [await service.render(body)])
+        return await service.answer(request, body)
 
 
 def add_other_routes(app: FastAPI, service: Service) -> None:
@@ -222,7 +182,7 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:  # in a thread, as it waits for the end of a step
-        return Response(exposition(llm.get_metrics(), service.name), media_type="text/plain; version=0.0.4")
+        return Response(exposition(llm.get_metrics(), service.model.name), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -230,15 +190,15 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{model:path}")
     async def describe_model(model: str) -> dict[str, Any]:
-        service.check_model(model)
+        service.model.check_name(model)
         return service.describe_model()
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        service.check_model(body.model)
+        service.model.check_name(body.model)
         tokenizer = require_tokenizer(service)
         if body.messages is not None:
-            token_ids = (await service.render(body))["prompt_token_ids"]
+            token_ids = (await asyncio.to_thread(service.model.render, body))["prompt_token_ids"]
         else:
             token_ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
         texts = {"token_strs": list(map(tokenizer.token_text, token_ids))} if body.return_token_strs else {}
@@ -246,7 +206,7 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        service.check_model(body.model)
+        service.model.check_name(body.model)
         return {"prompt": await asyncio.to_thread(require_tokenizer(service).decode, body.tokens, False)}
 
 

@@ -95,7 +95,13 @@ class AsyncLLM:
         atexit.register(self.close)  # a thread that the interpreter's end finds in a step would crash it
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt; yields outputs, as the parameters' `output_kind` says.
 
@@ -106,6 +112,7 @@ class AsyncLLM:
             prompt: as for `LLM.generate`.
             sampling_params: the model's defaults if None.
             request_id: what `abort` calls it; of no unfinished request. A random one if None.
+            priority, timeout: as for `LLM.add_request`.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter, or an id in use.
@@ -122,7 +129,7 @@ class AsyncLLM:
         try:
             self.check_health()
             # In a thread of its own, as a long prompt takes long to tokenise.
-            checked = await asyncio.to_thread(self.llm.intake.check_one, prompt, params)
+            checked = await asyncio.to_thread(self.llm.intake.check_one, prompt, params, priority, timeout)
             self._ask(functools.partial(self._submit, request_id, stream, checked))
             output = None
             while output is None or not output.finished:

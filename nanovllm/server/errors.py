@@ -1,54 +1,21 @@
-"""Errors in the form that OpenAI's API has. What a client is told names no path of this machine."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Errors as responses."""
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+from nanovllm.openai_api.errors import Refused, from_validation
 
 
-class Refused(Exception):
-    """What a client is told in place of an answer."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers
-
-    def body(self) -> dict[str, Any]:
-        """The JSON of it."""
-        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        """The response of it."""
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+def respond(refused: Refused) -> JSONResponse:
+    """The response that tells of an error."""
+    return JSONResponse(refused.body(), refused.status, headers=refused.headers)
 
 
-def from_validation(error: RequestValidationError) -> Refused:
-    """What is wrong with a body: the first thing that pydantic found, by the name of the field."""
+def from_body(error: RequestValidationError) -> Refused:
+    """What is wrong with a body: the first thing that was found, whose place begins with "body"."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str) and "[" not in part)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = f"{field} is not supported"
-    elif first["type"] == "json_invalid":
-        field, message = "", f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}"
-    elif field:
-        message = f"{field}: {message}"
-    return Refused(400, message, field or None)
+    return from_validation(first | {"loc": first["loc"][1:]})
 
 
 def from_http(error: HTTPException) -> Refused:

@@ -7,7 +7,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from nanovllm.server.errors import Refused
+from nanovllm.openai_api.errors import Refused
+from nanovllm.server.errors import respond
 
 OPEN_PATHS = ("/", "/health")  # which show nothing that a key would have to protect
 
@@ -29,10 +30,10 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
             refused = Refused(401, "the API key is missing or wrong", None, "invalid_api_key")
-            return await refused.response()(scope, receive, send)
+            return await respond(refused)(scope, receive, send)
         if length.isdigit() and int(length) > self.max_body_bytes:
             too_large = Refused(413, self._limit(), headers={"Connection": "close"})
-            return await too_large.response()(scope, receive, send)
+            return await respond(too_large)(scope, receive, send)
         num_bytes = 0
 
         async def counted_receive() -> dict[str, Any]:

@@ -66,7 +66,8 @@ class GenerationRequest(Draw):
         return_token_ids: tell the ids of the tokens too.
         response_format, structured_outputs, guided_json, guided_regex, guided_choice, guided_grammar: the form that
             the text must have, by one of these.
-        user: passed over, as it changes nothing.
+        priority: lower ones go first, where the engine schedules by priority.
+        user and those behind it: passed over, as they change nothing.
     """
 
     model: str | None = None
@@ -80,7 +81,14 @@ class GenerationRequest(Draw):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    priority: int = 0
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @property
     def includes_usage(self) -> bool:
@@ -99,11 +107,12 @@ class GenerationRequest(Draw):
                 setattr(params, name, getattr(self, name))
         params.max_tokens = self.most_tokens()
         params.logprobs = self.num_logprobs()
-        params.structured_outputs = self._structure()
+        params.structured_outputs = self.structure()
         params.output_kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return params
 
-    def _structure(self) -> dict[str, Any] | None:
+    def structure(self) -> dict[str, Any] | None:
+        """The form that the text must have, as `structured_outputs` says it. Raises ValueError if it has several."""
         forms = {
             f"guided_{name}": {name: value}
             for name in ("json", "regex", "choice", "grammar")
@@ -124,7 +133,7 @@ class CompletionRequest(GenerationRequest):
     `logprobs` is the number of most likely tokens to tell.
     """
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int] | list[str | list[int]]
     logprobs: int | None = None
     echo: Literal[False] = False
     best_of: Literal[1] = 1
@@ -160,6 +169,7 @@ class ChatRequest(GenerationRequest):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | dict[str, Any] | str = "auto"
     parallel_tool_calls: Literal[True] = True
+    modalities: list[Literal["text"]] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None

@@ -5,13 +5,15 @@ A choice is one sample of one prompt. Its parts are built alike, whether one hol
 
 import time
 import uuid
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
+from nanovllm.openai_api.parsing import THINK, AnswerParser
+from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest
 from nanovllm.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
-from nanovllm.server.openai.parsing import THINK, AnswerParser
-from nanovllm.server.openai.protocol import ChatRequest, CompletionRequest
 
+GenerationBody = CompletionRequest | ChatRequest
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -95,21 +97,50 @@ Choice = CompletionChoice | ChatChoice
 
 
 class Answer:
-    """What all parts of an answer share: its id, time, model and usage."""
+    """What a request is answered, from the outputs of its prompts: all in one, or chunk by chunk."""
 
-    def __init__(self, kind: type[Choice], model: str) -> None:
-        self.kind = kind
-        self.head = {"id": f"{kind.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    def __init__(self, body: GenerationBody, model: str) -> None:
+        """The answer to a request, by a model of this name; nothing of it is there yet."""
+        self.body = body
+        self.kind: type[Choice] = ChatChoice if isinstance(body, ChatRequest) else CompletionChoice
+        self.head = {"id": f"{self.kind.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.choices: dict[int, dict[str, Any]] = {}  # whole ones, by index
+        self.streamed: dict[int, Choice] = {}  # those of which a stream has told something, by index
+        self.ended: set[int] = set()  # those of them of which it has told the end
         self._counts: dict[int, tuple[int, int]] = {}  # by prompt: its tokens, and those of them that were cached
         self._num_completion_tokens = 0
 
-    def count(self, number: int, output: RequestOutput) -> None:
-        """Takes the tokens of a prompt's output into the usage."""
-        self._counts[number] = len(output.prompt_token_ids), output.num_cached_tokens
-        self._num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+    def add(self, number: int, output: RequestOutput) -> None:
+        """Takes in the finished output of the prompt `number`."""
+        self._count(number, output)
+        for sample in output.outputs:
+            index = number * self.body.n + sample.index
+            self.choices[index] = self.kind(self.body, index, output.prompt).part(sample, is_whole=True)
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one, once the outputs of all prompts are in."""
+        choices = [choice for _, choice in sorted(self.choices.items())]
+        return {**self.head, "object": self.kind.whole_object, "choices": choices, "usage": self.usage()}
+
+    def chunks(self, number: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """The parts of a stream that tell what an output of the prompt `number` has new."""
+        self._count(number, output)
+        for sample in output.outputs:
+            index = number * self.body.n + sample.index
+            if index in self.ended or not (sample.token_ids or sample.finish_reason is not None):
+                continue  # only other samples have something new
+            if index not in self.streamed:
+                self.streamed[index] = self.kind(self.body, index, output.prompt)
+            if sample.finish_reason is not None:
+                self.ended.add(index)
+            yield self._chunk([self.streamed[index].part(sample, is_whole=False)])
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last part of a stream, if its usage is asked for."""
+        return self._chunk([]) | {"usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """The tokens of all that was counted."""
+        """The tokens of all outputs that are in."""
         num_prompt_tokens = sum(num_tokens for num_tokens, _ in self._counts.values())
         return {
             "prompt_tokens": num_prompt_tokens,
@@ -118,13 +149,12 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": sum(num_cached for _, num_cached in self._counts.values())},
         }
 
-    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer in one."""
-        return {**self.head, "object": self.kind.whole_object, "choices": choices, "usage": self.usage()}
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """A part of a stream."""
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": self.kind.part_object, "choices": choices}
+
+    def _count(self, number: int, output: RequestOutput) -> None:
+        self._counts[number] = len(output.prompt_token_ids), output.num_cached_tokens
+        self._num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
 
 
 def ending(sample: CompletionOutput, reason: str | None) -> dict[str, Any]:
@@ -132,7 +162,7 @@ def ending(sample: CompletionOutput, reason: str | None) -> dict[str, Any]:
     return {"finish_reason": reason, "stop_reason": sample.stop_reason}
 
 
-def token_ids(sample: CompletionOutput, body: CompletionRequest | ChatRequest) -> dict[str, Any]:
+def token_ids(sample: CompletionOutput, body: GenerationBody) -> dict[str, Any]:
     """The ids of a sample's tokens, if they are asked for."""
     return {"token_ids": sample.token_ids} if body.return_token_ids else {}
 
