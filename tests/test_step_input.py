@@ -29,6 +29,7 @@ def config():
     return SimpleNamespace(
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=BUDGET,
+        long_prefill_token_threshold=0,
         max_model_len=4 * MAX_BLOCKS,
         max_blocks_per_seq=MAX_BLOCKS,
         kvcache_block_size=4,
