@@ -8,6 +8,8 @@ from torch import Tensor
 
 from nanovllm.kernels.e4m3 import E4M3
 
+QUERIES_AT_ONCE = 256  # of a prompt: what the mask hides is then mostly not computed; 128 were slower
+
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, soft_cap: float | None
@@ -101,7 +103,13 @@ def paged_attention_torch(
             seen &= keys > positions - window
         # As a batch of one: of three dimensions torch makes all scores, in three times as long.
         queries = q[begin:end].transpose(0, 1)[None]
-        o[begin:end] = softmax_attention(queries, k[None], v[None], seen, scale, soft_cap)[0].transpose(0, 1)
+        for first in range(0, end - begin, QUERIES_AT_ONCE):  # without the keys behind the last of them
+            last = min(first + QUERIES_AT_ONCE, end - begin)
+            num_keys = past + last - oldest
+            keys_and_values = k[None, :, :num_keys], v[None, :, :num_keys]
+            mask = seen[first:last, :num_keys]
+            part = softmax_attention(queries[:, :, first:last], *keys_and_values, mask, scale, soft_cap)
+            o[begin + first : begin + last] = part[0].transpose(0, 1)
     return o
 
 
