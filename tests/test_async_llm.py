@@ -181,19 +181,24 @@ def test_urgent_requests_go_first():
 # ---- ends ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_abort(llm, kind):
+def read_aborted(llm: AsyncLLM, kind: RequestOutputKind, seconds: float) -> tuple:
+    """The only choice of a request that is aborted after some time, more than once, and others that are not there."""
     params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True, output_kind=kind)
 
-    async def abort_soon() -> list:
+    async def abort() -> list:
         call = asyncio.create_task(read(llm, "Hello", params, "x"))
-        await asyncio.sleep(0.1)
-        await llm.abort("x")
-        await llm.abort("x")
-        await llm.abort("unknown")
+        await asyncio.sleep(seconds)
+        for request_id in ("x", "x", "unknown"):
+            await llm.abort(request_id)
         return await call
 
-    ((_, token_ids, reason, _),) = whole(asyncio.run(abort_soon()), kind)
+    (choice,) = whole(asyncio.run(abort()), kind)
+    return choice
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_abort(llm, kind):
+    _, token_ids, reason, _ = read_aborted(llm, kind, 0.1)
     (result,) = llm.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
     assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
 
@@ -206,15 +211,7 @@ def test_a_deadline(llm, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_abort_of_a_request_that_is_not_queued_yet(llm, kind):
-    params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True, output_kind=kind)
-
-    async def abort_at_once() -> list:
-        call = asyncio.create_task(read(llm, "Hello", params, "x"))
-        await asyncio.sleep(0)
-        await llm.abort("x")
-        return await call
-
-    ((_, _, reason, _),) = whole(asyncio.run(abort_at_once()), kind)
+    _, _, reason, _ = read_aborted(llm, kind, 0)
     assert reason == "abort"
 
 

@@ -20,7 +20,7 @@ from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.tuning import (
     LARGE_WEIGHT_BYTES,
     SMALL_BATCH,
-    SMALL_NORMED_BATCH,
+    SMALL_BATCH_OF_LARGE,
     TILES,
     fitting_warps,
     gpu_of,
@@ -178,7 +178,7 @@ def takes_few_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bool 
     if isinstance(weight, QuantizedWeight):
         limit = 0 if not weight.is_readable else 1 if weight.rounds_input else SMALL_BATCH
     elif is_normed and weight.nbytes >= LARGE_WEIGHT_BYTES:
-        limit = SMALL_NORMED_BATCH
+        limit = SMALL_BATCH_OF_LARGE
     return 0 < len(x) <= limit
 
 

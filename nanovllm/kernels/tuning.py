@@ -38,9 +38,10 @@ def gpu_of(device: torch.device) -> Gpu:
 # Rows up to which the kernel beats the matrix product of the library; 0 turns it off.
 SMALL_BATCH = 8
 
-# Of large weights behind a norm. 8 rows of Qwen3-8B in us, in brackets the library with its norm and gate: q, k and v
-# 21.8 (18.3), gates and ups 61.8 (54.3), the head 330 (307). 4 rows: 15.8, 52 and 289.
-SMALL_NORMED_BATCH = 4
+# The same of large weights, where Hopper's own kernel does the rest, or behind a norm the library. 8 rows of Qwen3-8B
+# in us, in brackets the library with its norm and gate: q, k and v 21.8 (18.3), gates and ups 61.8 (54.3), the head
+# 330 (307). 4 rows: 15.8, 52 and 289.
+SMALL_BATCH_OF_LARGE = 4
 
 # From this many bytes of a weight on, programs of the next kernel are in the way of this one's loads: they start when
 # those are done. One request on Qwen3-8B: 238 tok/s, else 221. If all started late, one on 0.6B: 1,360, else 1,532. It
@@ -81,7 +82,7 @@ def hopper_rows_pay(rows: int, nbytes: int, is_normed: bool) -> bool:
     8B's gates and ups of 128 take it 57.8, and this kernel with twice the rows a tile 63.5.
     """
     is_large = nbytes >= LARGE_WEIGHT_BYTES
-    return (SMALL_BATCH if not is_large else 4) < rows <= HOPPER_ROWS and not (is_large and is_normed)
+    return (SMALL_BATCH_OF_LARGE if is_large else SMALL_BATCH) < rows <= HOPPER_ROWS and not (is_large and is_normed)
 
 
 def hopper_rows_tile(num_results: int, size: int, matrices: int, is_large: bool) -> tuple[int, int]:
