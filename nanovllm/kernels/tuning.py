@@ -209,11 +209,12 @@ def prefill_rows(dtype: torch.dtype, dim: int, is_fp8: bool) -> int:
     return 32 if is_fp8 and dim <= 64 else 64
 
 
-# Tokens of a step from which on Hopper's own prefill pays: below, the host takes longer to launch it (70 us, the other
-# one 30) than the GPU gains. 16 heads, 8 KV heads, D 128, in TFLOP/s, the other one in brackets: 32 prompts of 1,024
-# 338 (292), 8 of 4,096 582 (406), 2 of 16,384 653 (413), 16,384 tokens behind as many 615 (410), 28 of 100 to 1,000
-# 224 (222).
-HOPPER_PREFILL_TOKENS = 2048
+# Tokens of a step from which on Hopper's own prefill pays. 16 heads, 8 KV heads, D 128, in TFLOP/s, the other one in
+# brackets: 32 prompts of 1,024 338 (292), 8 of 4,096 582 (406), 2 of 16,384 653 (413), 16,384 tokens behind as many
+# 615 (410), 28 of 100 to 1,000 224 (222). In us, with 32 heads, alone, behind 1,024, 4,096 and 16,384 tokens: 256
+# tokens 10 (8), 21 (21), 54 (61), 192 (219); 512 tokens 13 (14), 25 (33), 60 (90), 210 (318); four prompts of 100 to
+# 400 28 (22), 64 (68), 174 (179), 613 (630). Without a graph its launch takes the host 70 us, the other one's 30.
+HOPPER_PREFILL_TOKENS = 512
 
 
 def decode_programs(units: int, gpu: Gpu) -> tuple[int, int]:
