@@ -1,4 +1,4 @@
-"""The table of README that says which models are supported, made from the code.
+"""The table of docs/models.md that says which models are supported, made from the code.
 
 python -m tools.supported_models
 """

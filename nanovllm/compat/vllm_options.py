@@ -145,7 +145,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "data_parallel_external_lb": OFF,
         "disable_nccl_for_dp_synchronization": FLAG,
     },
-    "no supported model has experts": {
+    "each rank has a share of every expert, as tensor_parallel_size says": {
         "enable_expert_parallel": OFF,
         "enable_eplb": OFF,
         "enable_dbo": OFF,
