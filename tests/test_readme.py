@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from test_guide import FENCE, LINK, NUMBER, PACKAGE, PAGES, POINTER, ROOT, prose, resolve
+from test_package import PROJECT
 
 from nanovllm.cli.main import COMMANDS
 from nanovllm.config import Config
@@ -93,6 +95,14 @@ def test_links_hold(path):
         assert not anchor or anchor in anchors(read(linked)), target
 
 
+@pytest.mark.parametrize("path", [ENGLISH, CHINESE, *DETAILS, *PAGES], ids=name)
+def test_tables_have_rows_of_one_length(path):
+    """Else a repository page leaves cells out."""
+    for table in tables(prose(read(path))):
+        assert len({len(row) for row in table}) == 1, table[0]
+        assert set(table[1]) == {"---"}, table[0]
+
+
 def test_every_page_can_be_found():
     """From README, by links of README and of the pages that they lead to."""
     found, new = set(), {ENGLISH}
@@ -134,7 +144,7 @@ def test_imports_of_vllm_are_imports_here():
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
-def parser_of(module: str) -> str:
+def help_of(module: str) -> str:
     """What a command says of its options."""
     done = subprocess.run(
         [sys.executable, *module.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -149,7 +159,7 @@ def options_of():
 
     def flags(module: str) -> set[str]:
         if module not in known:
-            known[module] = set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", parser_of(module)))
+            known[module] = set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", help_of(module)))
         return known[module]
 
     return flags
@@ -180,14 +190,14 @@ def test_commands_and_their_options_exist(path, options_of):
         assert given <= known, words
 
 
-def test_flags_that_are_named_alone_are_bench_s_or_the_server_s(options_of):
+def test_flags_that_are_named_alone_are_of_some_command(options_of):
     """As in the tables of figures."""
-    known = set.union(*(options_of(f"-m nanovllm {name}") for name in COMMANDS if name != "bench"), {"-n", "-m"})
-    known |= options_of("bench.py") | options_of("-m nanovllm.timeline")
+    known = set.union(*(options_of(f"-m nanovllm {name}") for name in COMMANDS if name != "bench"))
+    known |= options_of("bench.py") | options_of("-m tools.bench_serve")
     for path in [ENGLISH, *DETAILS]:
         for code in CODE.findall(prose(read(path))):
-            if code.startswith("--"):
-                assert {word for word in code.split() if re.match(r"--?[a-z]", word)} <= known, (path, code)
+            if not code.startswith(("python ", "pip ", "nanovllm ", "NANOVLLM_TRACE")):
+                assert {word for word in code.split() if re.match(r"--[a-z]", word)} <= known, (path, code)
 
 
 def test_bench_takes_the_shapes_that_are_named(monkeypatch):
@@ -218,9 +228,7 @@ def test_the_ci_runs_readme_s_commands():
 
 
 def test_extras_exist():
-    import test_package
-
-    extras = set(test_package.PROJECT["optional-dependencies"])
+    extras = set(PROJECT["optional-dependencies"])
     for path in [ENGLISH, *DETAILS]:
         named = re.findall(r"(?:\.|nano-vllm)\[(\w+)\]", read(path))
         assert set(named) <= extras, path
@@ -255,7 +263,7 @@ def run_program(program: str, folder: Path) -> str:
     """What a program prints, in a process and a folder of its own."""
     file = folder / "program.py"
     file.write_text(program, encoding="utf-8")
-    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PATH": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(file)], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

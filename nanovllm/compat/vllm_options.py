@@ -145,7 +145,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "data_parallel_external_lb": OFF,
         "disable_nccl_for_dp_synchronization": FLAG,
     },
-    "each rank has a share of every expert, as tensor_parallel_size says": {
+    "experts are split by tensor_parallel_size alone, a share of each to every rank": {
         "enable_expert_parallel": OFF,
         "enable_eplb": OFF,
         "enable_dbo": OFF,
