@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton
-from nanovllm.kernels.linear import launch_linear, linear_torch, takes_few_rows
+from nanovllm.kernels.linear import launch_linear, linear_torch, takes_few_rows, takes_hopper_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import normalise, num_warps, rms_norm_torch
 
@@ -244,6 +244,14 @@ def send_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
         for peer, x_share in enumerate(x.split(share)):
             out = peers.view(peer, peers.rank * share, len(x_share), size, x.dtype)
             linear_torch(x_share, weight, bias, out=out)
+    elif takes_hopper_rows(x, weight, is_normed=False):
+        from nanovllm.kernels.linear_hopper import launch_linear_hopper
+
+        if peers.form == "parts":
+            y, destination = peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype), None
+        else:
+            y, destination = x, (peers.addresses, peers.offset, peers.rank)
+        launch_linear_hopper(x, weight, bias, None, 0.0, y, None, False, destination)
     elif peers.form == "parts":
         linear_torch(x, weight, bias, out=peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype))
     elif takes_few_rows(x, weight):
