@@ -130,7 +130,7 @@ def test_a_sum_of_packets(dtype, rows, size, num_ranks):
 @kernel_test
 @pytest.mark.parametrize("rows", [9, 64, 70])
 def test_a_product_that_is_a_part(rows):
-    """It lies in its own rank's place, whichever kernel has made it."""
+    """It lies in its own rank's place, for the next kernel to send it."""
     dtype, size = DTYPES[1], 264
     ranks = make_ranks(2 * rows * size * dtype.itemsize, "parts")
     x = torch.randn(rows, 96, device=DEVICE).to(dtype)

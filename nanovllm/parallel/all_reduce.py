@@ -29,6 +29,7 @@ from nanovllm.kernels import pdl_options, pdl_wait, tl, triton
 from nanovllm.kernels.linear import launch_linear, linear_torch, takes_few_rows, takes_hopper_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import normalise, num_warps, rms_norm_torch
+from nanovllm.kernels.tuning import HOPPER_PACKET_ROWS, SMALL_BATCH, gpu_of
 
 POLLS = tl.constexpr(4096)  # between looks at whether the engine has given up: those go to host memory
 
@@ -236,6 +237,12 @@ def _send_rows(y, offs, mask, y_ptr, destination):
     send(y.to(dtype_ptr.dtype.element_ty), offs, mask, size, addresses, rank, offset, len(addresses))
 
 
+def packet_rows(weight: Tensor | QuantizedWeight) -> int:
+    """The rows of a product with the weight up to which they are sent as packets; the same on all ranks."""
+    is_hoppers = not isinstance(weight, QuantizedWeight) and weight.dtype != torch.float32
+    return HOPPER_PACKET_ROWS if is_hoppers and gpu_of(weight.device).is_hopper else SMALL_BATCH
+
+
 def send_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, peers: Peers) -> None:
     """x W^T + bias, left with `peers` as this rank's part of a sum: x [M, K], weight [N, K], bias [N]."""
     rows, size = len(x), len(weight)
@@ -244,19 +251,16 @@ def send_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
         for peer, x_share in enumerate(x.split(share)):
             out = peers.view(peer, peers.rank * share, len(x_share), size, x.dtype)
             linear_torch(x_share, weight, bias, out=out)
-    elif takes_hopper_rows(x, weight, is_normed=False):
-        from nanovllm.kernels.linear_hopper import launch_linear_hopper
-
-        if peers.form == "parts":
-            y, destination = peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype), None
-        else:
-            y, destination = x, (peers.addresses, peers.offset, peers.rank)
-        launch_linear_hopper(x, weight, bias, None, 0.0, y, None, False, destination)
     elif peers.form == "parts":
         linear_torch(x, weight, bias, out=peers.view(peers.rank, peers.rank * rows, rows, size, x.dtype))
     elif takes_few_rows(x, weight):
         destination = (peers.addresses, peers.offset, peers.rank, rows * size, x)
         launch_linear(x, weight, bias, None, 0.0, None, None, False, store=_send_rows, destination=destination)
+    elif takes_hopper_rows(x, weight, is_normed=False):
+        from nanovllm.kernels.linear_hopper import launch_linear_hopper
+
+        destination = (peers.addresses, peers.offset, peers.rank)
+        launch_linear_hopper(x, weight, bias, None, 0.0, x, None, False, destination)
     else:
         send_part(linear_torch(x, weight, bias), peers)
 
