@@ -101,7 +101,9 @@ def test_a_sum_of_parts(dtype, rows, size, num_ranks, normed):
 
 @kernel_test
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 1024), (1, 1100 if INTERPRETED else 4100), (7, 300), (8, 520)])
+@pytest.mark.parametrize(
+    ("rows", "size"), [(1, 1024), (1, 1100 if INTERPRETED else 4100), (7, 300), (8, 520), (9, 520), (64, 300)]
+)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_sum_of_packets(dtype, rows, size, num_ranks):
     ranks = make_ranks(num_ranks * rows * size * dtype.itemsize, "packets", num_ranks)
@@ -123,6 +125,21 @@ def test_a_sum_of_packets(dtype, rows, size, num_ranks):
         assert ((got[0].double() - want).abs() <= 1.1 * bound + 1e-5).all()
     for peers in ranks:
         assert (peers.buffers[peers.rank][OFFSET:] == 255).all()
+
+
+@kernel_test
+@pytest.mark.parametrize("rows", [9, 64, 70])
+def test_a_product_that_is_a_part(rows):
+    """It lies in its own rank's place, for the next kernel to send it."""
+    dtype, size = DTYPES[1], 264
+    ranks = make_ranks(2 * rows * size * dtype.itemsize, "parts")
+    x = torch.randn(rows, 96, device=DEVICE).to(dtype)
+    weight, bias = torch.randn(size, 96, device=DEVICE).to(dtype), torch.randn(size, device=DEVICE).to(dtype)
+    linear(x, weight, bias, ranks[1])
+    synchronize()
+    part = ranks[1].view(1, rows, rows, size, dtype)
+    torch.testing.assert_close(part, linear_torch(x, weight, bias), rtol=2e-2, atol=2e-2)
+    assert (ranks[1].view(1, 0, rows, size, dtype).view(torch.uint8) == 255).all()
 
 
 @kernel_test

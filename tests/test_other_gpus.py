@@ -311,7 +311,10 @@ def launch_sums(dtype: torch.dtype, ranks: int) -> None:
     for form in ("packets", "parts", "shares"):
         peers = Peers(buffers, form, (ADDRESS,) * ranks, ranks - 1, 256, empty(1, dtype=I32))
         if form == "packets":
-            send_linear(x, empty(HIDDEN_SIZE, HIDDEN_SIZE, dtype=dtype), None, peers)
+            for rows in (4, tuning.HOPPER_ROWS):
+                send_linear(
+                    empty(rows, HIDDEN_SIZE, dtype=dtype), empty(HIDDEN_SIZE, HIDDEN_SIZE, dtype=dtype), None, peers
+                )
             send_part(x, peers)
         add_sum(empty(4 * ranks, HIDDEN_SIZE, dtype=dtype), norm, 1e-6, peers)
     max_over_ranks(empty(4, dtype=I64), peers)

@@ -69,8 +69,8 @@ def test_greedy_tokens_of_several_ranks(checkpoint, monkeypatch, tmp_path, famil
     forms: Counter[str] = Counter()
     next_peers = SharedFiles.next_peers
 
-    def counted_next_peers(memory: SharedFiles, rows: int):
-        peers = next_peers(memory, rows)
+    def counted_next_peers(memory: SharedFiles, rows: int, max_packet_rows: int):
+        peers = next_peers(memory, rows, max_packet_rows)
         forms[peers.form] += 1
         return peers
 

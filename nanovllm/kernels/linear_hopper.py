@@ -86,6 +86,7 @@ def _multiply_parts(
     rows,
     block,
     num_results,
+    destination,
     BLOCK_N: gl.constexpr,
     K: gl.constexpr,
     PARTS: gl.constexpr,
@@ -138,7 +139,19 @@ def _multiply_parts(
         y = gate_and_mul(y, up, GATE)
     if ADDED:
         y += residual
-    gl.store(y_ptr + offs, y.to(dtype), mask=mask)
+    if destination is None:
+        gl.store(y_ptr + offs, y.to(dtype), mask=mask)
+    else:
+        _send(y.to(dtype), m[:, None] * num_results + n[None, :], mask, rows * num_results, destination)
+
+
+@gluon.jit
+def _send(values, offs, mask, stride, destination):
+    """What `parallel.all_reduce.send` does, with the layouts that Gluon gives values."""
+    addresses, offset, rank = destination
+    for peer in gl.static_range(len(addresses)):
+        place_ptr = (addresses[peer] + offset).to(gl.pointer_type(values.dtype))
+        gl.store(place_ptr + rank * stride + offs, values, mask=mask)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -152,6 +165,7 @@ def _linear_kernel(
     y_stride,
     rows,
     num_results,
+    destination,
     K: gl.constexpr,
     GATE: gl.constexpr,
     ADDED: gl.constexpr,
@@ -191,6 +205,7 @@ def _linear_kernel(
                     rows,
                     block,
                     num_results,
+                    destination,
                     BLOCK_N,
                     K,
                     PARTS,
@@ -216,8 +231,12 @@ def launch_linear_hopper(
     y: Tensor,
     gate: Gate | None,
     is_added: bool,
+    destination: tuple | None = None,
 ) -> None:
-    """`linear` of what `takes_hopper_rows` says, into y, or added to it."""
+    """`linear` of what `takes_hopper_rows` says, into y, or added to it; or as packets to all ranks' `destination`.
+
+    That is their addresses, the offset of the packets' place, and this rank.
+    """
     rows, size = x.shape
     matrices = 1 if gate is None else 2
     num_results = len(weight) // matrices
@@ -238,6 +257,7 @@ def launch_linear_hopper(
         y.stride(0),
         rows,
         num_results,
+        destination,
         K=size,
         GATE=gate,
         ADDED=is_added,

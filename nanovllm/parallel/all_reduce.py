@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import pdl_options, pdl_wait, tl, triton
-from nanovllm.kernels.linear import launch_linear, linear_torch, takes_few_rows
+from nanovllm.kernels.linear import launch_linear, linear_torch, takes_few_rows, takes_hopper_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.rms_norm import normalise, num_warps, rms_norm_torch
+from nanovllm.kernels.tuning import HOPPER_PACKET_ROWS, SMALL_BATCH, gpu_of
 
 POLLS = tl.constexpr(4096)  # between looks at whether the engine has given up: those go to host memory
 
@@ -236,6 +237,12 @@ def _send_rows(y, offs, mask, y_ptr, destination):
     send(y.to(dtype_ptr.dtype.element_ty), offs, mask, size, addresses, rank, offset, len(addresses))
 
 
+def packet_rows(weight: Tensor | QuantizedWeight) -> int:
+    """The rows of a product with the weight up to which they are sent as packets; the same on all ranks."""
+    is_hoppers = not isinstance(weight, QuantizedWeight) and weight.dtype != torch.float32
+    return HOPPER_PACKET_ROWS if is_hoppers and gpu_of(weight.device).is_hopper else SMALL_BATCH
+
+
 def send_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, peers: Peers) -> None:
     """x W^T + bias, left with `peers` as this rank's part of a sum: x [M, K], weight [N, K], bias [N]."""
     rows, size = len(x), len(weight)
@@ -249,6 +256,11 @@ def send_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     elif takes_few_rows(x, weight):
         destination = (peers.addresses, peers.offset, peers.rank, rows * size, x)
         launch_linear(x, weight, bias, None, 0.0, None, None, False, store=_send_rows, destination=destination)
+    elif takes_hopper_rows(x, weight, is_normed=False):
+        from nanovllm.kernels.linear_hopper import launch_linear_hopper
+
+        destination = (peers.addresses, peers.offset, peers.rank)
+        launch_linear_hopper(x, weight, bias, None, 0.0, x, None, False, destination)
     else:
         send_part(linear_torch(x, weight, bias), peers)
 

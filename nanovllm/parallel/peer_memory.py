@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.tuning import MAX_PART_ROWS, SMALL_BATCH
+from nanovllm.kernels.tuning import MAX_PART_ROWS
 from nanovllm.parallel.all_reduce import Peers
 
 
@@ -96,9 +96,9 @@ class PeerMemory:
         """Where the ranks' candidates for the next tokens meet; sums come between two such meetings."""
         return Peers(self.buffers, "packets", self.addresses, self.rank, self.candidate_offset, self.given_up)
 
-    def next_peers(self, rows: int) -> Peers:
+    def next_peers(self, rows: int, max_packet_rows: int) -> Peers:
         """Where the next sum is made, in turn; a step makes an even number, so that captured ones may follow any."""
-        form = "packets" if rows <= SMALL_BATCH else "parts" if rows <= MAX_PART_ROWS else "shares"
+        form = "packets" if rows <= max_packet_rows else "parts" if rows <= MAX_PART_ROWS else "shares"
         offset = self.share_offset if form == "shares" else self.place_offsets[self.num_sums % 2]
         self.num_sums += 1
         return Peers(self.buffers, form, self.addresses, self.rank, offset, self.given_up)

@@ -39,7 +39,7 @@ def linear_and_sum(
     """
     stream = residual.x if isinstance(residual, PendingSum) else residual
     own_bias = bias if tp.rank == 0 else None
-    peers = tp.next_peers(len(x))
+    peers = tp.next_peers(len(x), weight)
     if peers is None:
         return stream.add_(tp.all_reduce(linear(x, weight, own_bias)))
     send_linear(x, weight, own_bias, peers)

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from nanovllm.config import Config
-from nanovllm.parallel.all_reduce import Peers, max_over_ranks
+from nanovllm.kernels.quantized_weight import QuantizedWeight
+from nanovllm.kernels.tuning import SMALL_BATCH
+from nanovllm.parallel.all_reduce import Peers, max_over_ranks, packet_rows
 from nanovllm.parallel.peer_memory import PeerMemory
 
 TIMEOUT = timedelta(minutes=10)
@@ -56,6 +58,9 @@ class TensorParallel:
             return
         # NCCL's watchdog would answer the death of a rank by ending this process, which may be the caller's.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # Another thread of NCCL's would ask the store each second whether a rank wants all to write down what they
+        # did, and print a stack trace when the rank that has the store ends first.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
         self.min(0)
         try:
@@ -93,10 +98,15 @@ class TensorParallel:
         """A parameter of this rank, yet to be filled; None: in the model's dtype."""
         return nn.Parameter(torch.empty(*shape, dtype=dtype or self.dtype, device=self.device), requires_grad=False)
 
-    def next_peers(self, rows: int) -> Peers | None:
-        """The ranks' memory for the step's next sum, of some rows; None if `all_reduce` is to make it."""
+    def next_peers(self, rows: int, weight: torch.Tensor | QuantizedWeight | None = None) -> Peers | None:
+        """The ranks' memory for the step's next sum, of some rows; None if `all_reduce` is to make it.
+
+        `weight` is what they are a product with, if they are one.
+        """
         self.check()
-        return self.peer_memory.next_peers(rows) if self._fits_peer_memory(rows) else None
+        if not self._fits_peer_memory(rows):
+            return None
+        return self.peer_memory.next_peers(rows, SMALL_BATCH if weight is None else packet_rows(weight))
 
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""
