@@ -1,34 +1,29 @@
-"""Every engine option, validated in one place. What vLLM calls otherwise is translated in compat/engine_options.py.
+"""Every engine option, its default and its limits, validated in one place.
 
-Nothing here knows how an option is served.
+What "auto" and names of models come to is worked out in options/; what vLLM calls otherwise is translated in
+compat/engine_options.py. Nothing here knows how an option is served.
 """
 
-import importlib.util
 import os
-from dataclasses import dataclass, field, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from nanovllm.checkpoint.files import find_generation_config, find_tokenizer, has_tokenizer, resolve_model_path
-from nanovllm.checkpoint.gguf.files import find_gguf, is_gguf
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.compat.engine_options import translate
-from nanovllm.kernels.cpu_products import multiplies_bfloat16
 from nanovllm.kernels.e4m3 import E4M3
-from nanovllm.quantization import Method, read_method
-from nanovllm.quantization.gguf import Gguf
+from nanovllm.options import choices
+from nanovllm.options.checks import Limits, check_fields, field_kinds
+from nanovllm.options.choices import FP8
+from nanovllm.options.folders import find_folders
+from nanovllm.options.spellings import MAX_SLOTS, spell_alike
+from nanovllm.quantization import Method
 from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
-from nanovllm.utils.checks import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
-DTYPES = ("float32", "bfloat16", "float16")
 KvCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
-FP8 = "fp8_e4m3"
-OTHER_DTYPES = {"half": "float16", "float": "float32"}
-MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
-LIMITS = {  # lowest, highest
+LIMITS: Limits = {  # lowest, highest
     "num_kvcache_blocks": (-1, MAX_SLOTS),
     "seed": (0, 2**63 - 1),
     "max_num_batched_tokens": (1, MAX_SLOTS),
@@ -75,10 +70,10 @@ class Config:
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
         kv_cache_dtype: "auto" (that of the computation, which may be named too) or "fp8", which is "fp8_e4m3": half
-            the bytes, on GPUs of compute capability 8.9 and later, with attention_backend "triton". Resolved: one of
-            DTYPES or FP8.
+            the bytes, on GPUs of compute capability 8.9 and later, with attention_backend "triton". Resolved: a
+            dtype's name.
         dtype: "auto" (the checkpoint's, of a GGUF file bfloat16; float32 for half types on a CPU, but for bfloat16 on
-            one that multiplies it), or one of Dtype's or torch's. Resolved: one of DTYPES.
+            one that multiplies it), or one of Dtype's or torch's. Resolved: its name.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
         sampler_backend: "auto" (the faster one), "triton" or "torch" (compiled on CUDA); they make equal draws.
@@ -103,6 +98,7 @@ class Config:
     """
 
     model: str | os.PathLike[str]
+    _: KW_ONLY
     tokenizer: str | os.PathLike[str] | None = None
     revision: str | None = None
     tokenizer_revision: str | None = None
@@ -144,31 +140,36 @@ class Config:
     @classmethod
     def create(cls, model: str | os.PathLike[str], options: dict[str, Any]) -> "Config":
         """A Config from keyword options, in our spelling or vLLM's."""
-        return cls(model, **translate(options, {option.name for option in fields(cls) if option.init}))
+        return cls(model, **translate(options, field_kinds(cls)))
 
     def __post_init__(self) -> None:
-        self._check()
-        size, num_gpus = self.tensor_parallel_size, torch.cuda.device_count() if self.device != "cpu" else 0
-        if self.device == "auto":
-            self.device = "cuda" if num_gpus else "cpu"
-        if self.device == "cuda" and size > num_gpus:
-            raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
-        self._find_folders()
+        spell_alike(self)
+        check_fields(self, LIMITS)
+        self._check_sizes()
+        self.speculation = read_speculation(self.speculative_config, self.max_num_batched_tokens)
+        self.device = choices.choose_device(self)
+        find_folders(self)
         self.model_config = ModelConfig.from_folder(self.config_folder, self.hf_overrides, self.generation_folder)
         self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
-        heads, kv_heads = self.model_config.num_attention_heads, self.model_config.num_key_value_heads
-        if heads % size:
-            raise ValueError(f"tensor_parallel_size={size} must divide num_attention_heads={heads}")
-        if kv_heads % size and size % kv_heads:
+        choices.check_heads(self)
+        self.quantization, self.quantization_method = choices.choose_quantization(self)
+        self.dtype, self.dtype_reason = choices.choose_dtype(self)
+        self.attention_backend, self.attention_reason = choices.choose_attention(self)
+        self.sampler_backend = choices.choose_sampler(self)
+        self.kv_cache_dtype = choices.choose_kv_cache_dtype(self)
+
+    def _check_sizes(self) -> None:
+        """Checks what the limits of single options leave open."""
+        for name in ("gpu_memory_utilization", "num_kvcache_blocks"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must not be 0")
+        if self.kvcache_block_size & (self.kvcache_block_size - 1):
+            raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
+        if self.num_kvcache_blocks * self.kvcache_block_size > MAX_SLOTS:
             raise ValueError(
-                f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple"
+                f"num_kvcache_blocks={self.num_kvcache_blocks} of kvcache_block_size={self.kvcache_block_size} tokens "
+                f"are more than the {MAX_SLOTS} tokens that a KV cache can hold"
             )
-        self._resolve_quantization()
-        self.dtype_reason = "as asked for"
-        if self.dtype == "auto":
-            self._choose_dtype()
-        self._resolve_backends()
-        self._resolve_kv_cache_dtype()
 
     @property
     def config_folder(self) -> str:
@@ -199,130 +200,3 @@ class Config:
     def max_num_decodes(self) -> int:
         """The most tokens of a step that only decodes, drafts included."""
         return self.max_num_seqs if self.speculation is None else max(self.max_num_seqs, MAX_CHECKED_TOKENS)
-
-    def _check(self) -> None:
-        """Brings the options to one spelling each, and checks what can be checked without a file."""
-        self.lowers_max_model_len = self.max_model_len in (None, -1, "auto")
-        if self.lowers_max_model_len:
-            self.max_model_len = MAX_SLOTS
-        if self.generation_config is None:
-            self.generation_config = "vllm"
-        if not isinstance(self.quantization, (str, NoneType)):
-            raise TypeError(f"quantization must be the name of a method, got {self.quantization!r}")
-        if isinstance(self.dtype, torch.dtype):
-            self.dtype = str(self.dtype).removeprefix("torch.")
-        for name, hint in get_type_hints(Config).items():
-            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            if getattr(self, name, None) is None and NoneType in kinds:
-                setattr(self, name, getattr(Config, name))
-            kind, value = kinds[0], getattr(self, name, None)
-            if kind in (bool, int, float):
-                check(name, value, kind, *LIMITS.get(name, ()))
-            elif get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        self.dtype = OTHER_DTYPES.get(self.dtype, self.dtype)
-        for name in ("gpu_memory_utilization", "num_kvcache_blocks"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must not be 0")
-        if self.kvcache_block_size & (self.kvcache_block_size - 1):
-            raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
-        if self.num_kvcache_blocks * self.kvcache_block_size > MAX_SLOTS:
-            raise ValueError(
-                f"num_kvcache_blocks={self.num_kvcache_blocks} of kvcache_block_size={self.kvcache_block_size} tokens "
-                f"are more than the {MAX_SLOTS} tokens that a KV cache can hold"
-            )
-        self.speculation = read_speculation(self.speculative_config, self.max_num_batched_tokens)
-
-    def _find_folders(self) -> None:
-        """Brings the names of model, tokenizer, hf_config_path and generation_config to folders, or a GGUF file."""
-        hub, name = {"download_dir": self.download_dir, "hf_token": self.hf_token}, self.model
-        folder = resolve_model_path(name, self.load_format != "dummy", revision=self.revision, **hub)
-        self.model = find_gguf(folder, self.load_format) or folder
-        if self.hf_config_path is not None:
-            self.hf_config_path = resolve_model_path(self.hf_config_path, option="hf_config_path", **hub)
-        elif self.model != folder:  # a GGUF file, beside which the folder may have more
-            if os.path.isfile(os.path.join(folder, "config.json")):
-                self.hf_config_path = folder
-            elif self.generation_config == "auto" and os.path.isfile(os.path.join(folder, "generation_config.json")):
-                self.generation_config = folder
-        if self.skip_tokenizer_init:
-            self.tokenizer = None
-        elif self.tokenizer is None and self.tokenizer_revision is None:
-            self.tokenizer = folder if has_tokenizer(folder) else self.model
-        else:
-            name = name if self.tokenizer is None else self.tokenizer
-            self.tokenizer = find_tokenizer(name, revision=self.tokenizer_revision, **hub)
-        if self.generation_config not in ("auto", "vllm"):
-            self.generation_config = find_generation_config(self.generation_config, **hub)
-
-    def _choose_dtype(self) -> None:
-        stored = self.model_config.dtype
-        if stored not in DTYPES:
-            raise ValueError(f"the checkpoint's dtype {stored!r} is not supported, choose one of {DTYPES}")
-        self.dtype, self.dtype_reason = stored, "the checkpoint's"
-        if self.device == "cpu" and stored != "float32":
-            is_native = stored == "bfloat16" and multiplies_bfloat16()
-            self.dtype = stored if is_native else "float32"
-            self.dtype_reason = f"this CPU {'multiplies' if is_native else 'has no fast products of'} {stored}"
-
-    def _resolve_quantization(self) -> None:
-        """Finds the method by which weights are stored, or are to be."""
-        if self.quantization == "gguf":
-            if not is_gguf(self.model):
-                raise ValueError(f"quantization='gguf' contradicts model={self.model!r}, which is no GGUF file")
-            if self.device == "cpu":
-                self.quantization_method = Gguf(self.model)
-                return
-            self.quantization = None
-        if self.quantization == "int4" and self.device != "cpu":
-            raise ValueError(f"quantization='int4' rounds weights for device='cpu' only, got {self.device!r}")
-        stored, path = self.model_config.quantization_config, self.config_folder
-        path = path if is_gguf(path) else f"{path}/config.json"
-        self.quantization_method = read_method(self.quantization, stored, path)
-        self.quantization = stored.get("quant_method", self.quantization)
-
-    def _resolve_backends(self) -> None:
-        is_flash = self.attention_backend == "flash_attn"
-        block_size, head_dim = self.kvcache_block_size, self.model_config.head_dim
-        obstacles = {
-            "dtype float16 or bfloat16, got float32": is_flash and self.dtype == "float32",
-            f"kvcache_block_size to be a multiple of 256, got {block_size}": is_flash and block_size % 256 > 0,
-            f"head_dim to be a multiple of 8, got {head_dim}": is_flash and head_dim % 8 > 0,
-        }
-        self.attention_reason = self._resolve_backend("attention_backend", obstacles)
-        self._resolve_backend("sampler_backend", {})
-
-    def _resolve_kv_cache_dtype(self) -> None:
-        option = f"kv_cache_dtype={self.kv_cache_dtype!r}"
-        if self.kv_cache_dtype in ("fp8", FP8):
-            self.kv_cache_dtype = FP8
-            if self.attention_backend != "triton":
-                raise ValueError(
-                    f"{option} needs attention_backend='triton', it is {self.attention_backend!r}: "
-                    f"{self.attention_reason}"
-                )
-        elif self.kv_cache_dtype not in ("auto", self.dtype):
-            raise ValueError(f"{option} must be 'auto', 'fp8' or the dtype of the computation, {self.dtype!r}")
-        else:
-            self.kv_cache_dtype = self.dtype
-
-    def _resolve_backend(self, option: str, own_obstacles: dict[str, bool]) -> str:
-        """Resolves "auto" to Triton or, if there is an obstacle, to torch; returns the reason.
-
-        Raises:
-            ValueError: there is an obstacle to a backend that was asked for.
-        """
-        choice = getattr(self, option)
-        backend = "triton" if choice == "auto" else choice
-        obstacles = {
-            f"device='cuda', got {self.device!r}": backend != "torch" and self.device != "cuda",
-            f"the package {backend}, which is not installed": importlib.util.find_spec(backend) is None,
-            **own_obstacles,
-        }
-        obstacle = next((text for text, is_there in obstacles.items() if is_there), None)
-        if choice != "auto" and obstacle:
-            raise ValueError(f"{option}={backend!r} needs {obstacle}")
-        if choice != "auto":
-            return "as asked for"
-        setattr(self, option, "torch" if obstacle else backend)
-        return f"{backend} needs {obstacle}" if obstacle else "the fastest measured on an H200"

@@ -11,18 +11,10 @@ from enum import Enum
 from typing import Any
 
 from nanovllm.beam_search.params import BeamSearchParams
-from nanovllm.compat.refused_arguments import REFUSED_PARAMS, refuse
+from nanovllm.compat.refused_arguments import refuse_params
+from nanovllm.options.checks import LARGEST_FLOAT32, Limits, Options, check_fields
+from nanovllm.sampling.checks import check_lists
 from nanovllm.structured.params import GuidedDecodingParams, StructuredOutputsParams, checked_structure
-from nanovllm.utils.checks import (
-    LARGEST_FLOAT32,
-    Limits,
-    Options,
-    check,
-    check_fields,
-    check_text,
-    check_token_id,
-    checked_tuple,
-)
 
 __all__ = [
     "BeamSearchParams",
@@ -33,29 +25,22 @@ __all__ = [
 ]
 
 SMALLEST_FLOAT32 = 2.0**-126  # that is not denormal: one can divide by it
-LARGEST_BIAS = 100.0
-LIMITS: Limits = {  # what the device's numbers hold
-    "temperature": (float, 0, LARGEST_FLOAT32),
-    "top_k": (int, -1, 2**63 - 1),
-    "top_p": (float, 0, 1),
-    "min_p": (float, 0, 1),
-    "max_tokens": (int, 1),
-    "ignore_eos": (bool,),
-    "seed": (int, -(2**63), 2**64 - 1),
-    "n": (int, 1),
-    "presence_penalty": (float, -2, 2),
-    "frequency_penalty": (float, -2, 2),
-    "repetition_penalty": (float, SMALLEST_FLOAT32, LARGEST_FLOAT32),
-    "min_tokens": (int, 0),
-    "logprobs": (int, -1),
-    "prompt_logprobs": (int, -1),
-    "include_stop_str_in_output": (bool,),
-    "skip_special_tokens": (bool,),
-    "spaces_between_special_tokens": (bool,),
-    "detokenize": (bool,),
-    "truncate_prompt_tokens": (int, -1),
+LIMITS: Limits = {  # lowest, highest: what the device's numbers hold
+    "temperature": (0, LARGEST_FLOAT32),
+    "top_k": (-1, 2**63 - 1),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "max_tokens": (1,),
+    "seed": (-(2**63), 2**64 - 1),
+    "n": (1,),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (SMALLEST_FLOAT32, LARGEST_FLOAT32),
+    "min_tokens": (0,),
+    "logprobs": (-1,),
+    "prompt_logprobs": (-1,),
+    "truncate_prompt_tokens": (-1,),
 }
-MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
 
 
 class RequestOutputKind(Enum):
@@ -64,22 +49,6 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
-
-
-def checked_bias(value: object) -> dict[int, float]:
-    """logit_bias with ids that are ints and numbers that are within [-LARGEST_BIAS, LARGEST_BIAS]."""
-    if not isinstance(value, dict):
-        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {value!r}")
-    biases: dict[int, float] = {}
-    for key, bias in value.items():
-        is_digits = isinstance(key, str) and key.isascii() and key.isdigit()
-        token_id = int(key) if is_digits else key
-        check("a token id of logit_bias", token_id, int, 0)
-        check(f"logit_bias[{key!r}]", bias, float)
-        if token_id in biases:
-            raise ValueError(f"logit_bias must name a token once, got {key!r} twice")
-        biases[token_id] = float(min(max(bias, -LARGEST_BIAS), LARGEST_BIAS))
-    return biases
 
 
 @dataclass(repr=False, slots=True)
@@ -165,35 +134,17 @@ class SamplingParams(Options):
         Afterwards stop, stop_token_ids and bad_words are tuples, allowed_token_ids a tuple or None, logit_bias a
         dict of ints and floats or None, and structured_outputs is what guided_decoding was, which is None.
         """
-        if self.extra_args is not None and not isinstance(self.extra_args, dict):
-            raise TypeError(f"extra_args must be a dict, got {self.extra_args!r}")
-        refuse({name: getattr(self, name) for name in REFUSED_PARAMS}, REFUSED_PARAMS)
-        check_fields(self, LIMITS, MAY_BE_NONE)
+        refuse_params(self)
+        check_fields(self, LIMITS)
+        check_lists(self)
+        self.structured_outputs = checked_structure(self.structured_outputs, self.guided_decoding)
+        self.guided_decoding = None
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0, got 0")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens must be -1 or at least 1, got 0")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
-        self._check_lists()
-        self.structured_outputs = checked_structure(self.structured_outputs, self.guided_decoding)
-        self.guided_decoding = None
-        self._check_together()
-
-    def _check_lists(self) -> None:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        self.stop = checked_tuple("stop", () if stop is None else stop, check_text)
-        for name, check_entry in (("stop_token_ids", check_token_id), ("bad_words", check_text)):
-            value = getattr(self, name)
-            setattr(self, name, checked_tuple(name, () if value is None else value, check_entry))
-        if self.allowed_token_ids is not None:
-            self.allowed_token_ids = checked_tuple("allowed_token_ids", self.allowed_token_ids, check_token_id)
-            if not self.allowed_token_ids:
-                raise ValueError("allowed_token_ids must hold at least one id, got none")
-        if self.logit_bias is not None:
-            self.logit_bias = checked_bias(self.logit_bias)
-
-    def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 when using greedy sampling (temperature=0), got {self.n}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -205,20 +156,3 @@ class SamplingParams(Options):
     def is_filtered(self) -> bool:
         """Whether sampling must look at the whole distribution before it draws."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether logits depend on how often their tokens have been seen."""
-        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
-
-    @property
-    def is_adjusted(self) -> bool:
-        """Whether logits must be changed before a token is drawn, otherwise than by temperature."""
-        return bool(
-            self.has_penalties
-            or self.min_tokens > 0
-            or self.logit_bias
-            or self.bad_words
-            or self.allowed_token_ids
-            or self.structured_outputs
-        )

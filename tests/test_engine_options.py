@@ -15,7 +15,6 @@ from engines import GREEDY, engine, generate
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import nanovllm.config
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint.model_config import ModelConfig
@@ -24,6 +23,7 @@ from nanovllm.compat.engine_options import OTHER_NAMES, translate
 from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
 from nanovllm.kernels import quantized_weight
+from nanovllm.options import choices
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.text.tokenizer import load_tokenizer
 
@@ -304,7 +304,7 @@ def test_what_is_said_at_start_of_weights(checkpoint, capsys, monkeypatch, optio
     ],
 )
 def test_the_dtype_on_a_cpu(config, folder, monkeypatch, stored, is_native, dtype, reason):
-    monkeypatch.setattr(nanovllm.config, "multiplies_bfloat16", lambda: is_native)
+    monkeypatch.setattr(choices, "multiplies_bfloat16", lambda: is_native)
     path = folder(torch_dtype=stored, dtype=stored)
     made = config(path, load_format="dummy", skip_tokenizer_init=True)
     assert (made.dtype, made.dtype_reason) == (dtype, reason)

@@ -23,6 +23,7 @@ from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
 from nanovllm.kernels.e4m3 import check_e4m3, has_e4m3
 from nanovllm.layers.attention import Attention
+from nanovllm.options import choices
 
 E4M3 = torch.float8_e4m3fn
 
@@ -133,11 +134,8 @@ def test_the_gpu_must_know_fp8(checkpoint, monkeypatch, value):
 @pytest.fixture
 def fp8_engine(checkpoint, monkeypatch):
     """An engine on the CPU with the cache in FP8, which it would refuse: "triton" takes the torch functions there."""
-
-    def resolve(config: Config) -> None:
-        config.kv_cache_dtype, config.attention_backend = FP8, "triton"
-
-    monkeypatch.setattr(Config, "_resolve_kv_cache_dtype", resolve)
+    monkeypatch.setattr(choices, "choose_attention", lambda config: ("triton", "as asked for"))
+    monkeypatch.setattr(choices, "choose_kv_cache_dtype", lambda config: FP8)
     return lambda **options: engine(checkpoint("qwen3").path, **options)
 
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from nanovllm.sampling.adjustments import adjusts_logits, has_penalties
 from nanovllm.sampling_params import (
     BeamSearchParams,
     GuidedDecodingParams,
@@ -215,8 +216,8 @@ def test_what_changes_the_logits(name):
     params = SamplingParams(**{name: VALUES[name]})
     penalties = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
     others = {"min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs"}
-    assert params.has_penalties is (name in penalties)
-    assert params.is_adjusted is (name in penalties | others)
+    assert has_penalties(params) is (name in penalties)
+    assert adjusts_logits(params) is (name in penalties | others)
     assert params.is_filtered is (name in {"top_k", "top_p", "min_p"})
     params.temperature = 0
     assert not params.is_filtered

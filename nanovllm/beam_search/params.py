@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
-from nanovllm.utils.checks import LARGEST_FLOAT32, Limits, Options, check_fields
+from nanovllm.options.checks import LARGEST_FLOAT32, Limits, Options, check_fields
 
-BEAM_LIMITS: Limits = {
-    "beam_width": (int, 1),
-    "max_tokens": (int, 1),
-    "ignore_eos": (bool,),
-    "temperature": (float, 0, LARGEST_FLOAT32),
-    "length_penalty": (float, -LARGEST_FLOAT32, LARGEST_FLOAT32),
-    "include_stop_str_in_output": (bool,),
+BEAM_LIMITS: Limits = {  # lowest, highest
+    "beam_width": (1,),
+    "max_tokens": (1,),
+    "temperature": (0, LARGEST_FLOAT32),
+    "length_penalty": (-LARGEST_FLOAT32, LARGEST_FLOAT32),
 }
 
 

@@ -8,13 +8,12 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import nanovllm.demo
 from nanovllm.config import Config
+from nanovllm.options.checks import field_kinds
 
 ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)  # of Config's docstring
 DEMO = "demo"
@@ -24,12 +23,12 @@ MODEL_HELP = "folder, GGUF file or hub name; demo: the bundled one"
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds all options but the model. One that is not given is no attribute of what is parsed."""
     group = parser.add_argument_group("engine options", "as LLM(...) takes them")
-    hints, texts = get_type_hints(Config), dict(ATTRIBUTE.findall(inspect.getdoc(Config)))
-    for option in fields(Config):
-        if option.init and option.name != "model":
-            text = " ".join(texts[option.name].split()).partition(" Resolved:")[0].replace("%", "%%")
-            flag = "--" + option.name.replace("_", "-")
-            group.add_argument(flag, help=text, default=argparse.SUPPRESS, **_kind(hints[option.name]))
+    texts = dict(ATTRIBUTE.findall(inspect.getdoc(Config)))
+    for name, kinds in field_kinds(Config).items():
+        if name != "model":
+            text = " ".join(texts[name].split()).partition(" Resolved:")[0].replace("%", "%%")
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, help=text, default=argparse.SUPPRESS, **_kind(kinds))
 
 
 def add_name_argument(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +38,7 @@ def add_name_argument(parser: argparse.ArgumentParser) -> None:
 
 def read_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of LLM that were given; the model `demo` is the bundled one."""
-    names = {option.name for option in fields(Config) if option.init}
-    options = {name: value for name, value in vars(args).items() if name in names}
+    options = {name: value for name, value in vars(args).items() if name in field_kinds(Config)}
     if args.model == DEMO and not os.path.exists(DEMO):
         options["model"] = str(Path(nanovllm.demo.__file__).parent)
     return options
@@ -53,9 +51,8 @@ def served_name(args: argparse.Namespace) -> str:
     return os.path.basename(os.path.abspath(args.model)) if os.path.exists(args.model) else args.model
 
 
-def _kind(hint: Any) -> dict[str, Any]:
-    """How argparse reads an option of a type."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+def _kind(kinds: tuple[Any, ...]) -> dict[str, Any]:
+    """How argparse reads an option of a type, which has these alternatives."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if bool in kinds and str not in kinds:
         return {"action": argparse.BooleanOptionalAction}

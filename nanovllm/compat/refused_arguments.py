@@ -29,3 +29,10 @@ def refuse(given: Mapping[str, Any], reasons: Mapping[str, str] = REFUSED_ARGUME
         value = given.get(name)
         if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
             raise ValueError(f"{name} is not supported: {reason}; got {value!r:.200}")
+
+
+def refuse_params(params: Any) -> None:
+    """Raises TypeError or ValueError for an option of SamplingParams that asks for what is not here."""
+    if params.extra_args is not None and not isinstance(params.extra_args, dict):
+        raise TypeError(f"extra_args must be a dict, got {params.extra_args!r}")
+    refuse({name: getattr(params, name) for name in REFUSED_PARAMS}, REFUSED_PARAMS)

@@ -13,9 +13,9 @@ import numpy as np
 from nanovllm.compat.refused_arguments import REFUSED_ARGUMENTS, refuse
 from nanovllm.config import Config
 from nanovllm.inputs import Prompt
+from nanovllm.options.checks import check
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
-from nanovllm.utils.checks import check
 
 Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
 LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids

@@ -18,7 +18,7 @@ from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.admission import CheckedRequest, Params, check_request, check_requests, with_urgency
 from nanovllm.requests.request import Request
-from nanovllm.sampling.adjustments import Adjustment, bad_word_tokens
+from nanovllm.sampling.adjustments import Adjustment, adjusts_logits, bad_word_tokens
 from nanovllm.sampling.constraints import make_constraint
 from nanovllm.sampling.logprobs import LogprobRecord
 from nanovllm.sampling_params import SamplingParams
@@ -182,7 +182,7 @@ class Intake:
         bad_words = bad_word_tokens(params.bad_words, self.tokenizer, vocab_size)
         end_token_ids = self.scheduler.eos_token_ids.union(params.stop_token_ids)
         for seq in request.seqs:
-            if params.is_adjusted:
+            if adjusts_logits(params):
                 constraint = make_constraint(grammar, bad_words)
                 seq.adjustment = Adjustment(params, seq.token_ids, end_token_ids, bad_words, vocab_size, constraint)
             self.scheduler.add(seq)

@@ -48,6 +48,23 @@ def bad_word_tokens(words: Items[str], tokenizer: Tokenizer | None, vocab_size: 
     return [spelling for spelling in spellings if spelling and max(spelling) < vocab_size]
 
 
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether logits depend on how often their tokens have been seen."""
+    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+
+
+def adjusts_logits(params: SamplingParams) -> bool:
+    """Whether logits must be changed before a token is drawn, otherwise than by temperature."""
+    return bool(
+        has_penalties(params)
+        or params.min_tokens > 0
+        or params.logit_bias
+        or params.bad_words
+        or params.allowed_token_ids
+        or params.structured_outputs
+    )
+
+
 class Adjustment:
     """What one sample of a request does to its logits.
 
@@ -69,7 +86,7 @@ class Adjustment:
         """`end_token_ids` would end the text; of bad words, those of one token are banned here."""
         self.constraint = constraint
         self.min_length = len(prompt_token_ids) + params.min_tokens
-        self.counts_tokens = params.has_penalties
+        self.counts_tokens = has_penalties(params)
         self.bias = params.logit_bias or {}
         parts = []
         if params.repetition_penalty != 1:

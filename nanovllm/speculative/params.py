@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nanovllm.utils.checks import check
+from nanovllm.options.checks import check
 
 METHOD = "ngram"
 # Tokens that a step with drafts computes at most: beyond, products take as much longer as there are more of them.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.utils.checks import Options, check, check_text, checked_tuple
+from nanovllm.options.checks import Options, check_fields, check_text, checked_tuple
 
 STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -50,12 +50,9 @@ class StructuredOutputsParams(Options):
         if self.structural_tag is not None:
             reason = "a form holds for the whole text, not between tags; use grammar for a text with parts"
             raise ValueError(f"structural_tag is not supported: {reason}; got {self.structural_tag!r}")
-        for name in ("disable_fallback", "disable_any_whitespace", "disable_additional_properties"):
-            check(name, getattr(self, name), bool)
+        check_fields(self, {})
         if self.disable_fallback:
             raise ValueError("disable_fallback must be False, got True: there is no second backend to fall back to")
-        if self.json_object is not None:
-            check("json_object", self.json_object, bool)
         given = [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise ValueError(f"one of {', '.join(STRUCTURES)} must be given, got {' and '.join(given) or 'none'}")

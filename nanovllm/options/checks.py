@@ -1,14 +1,16 @@
 """Checks of options, and what all kinds of parameters share. Knows of no option by its name."""
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from enum import Enum
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-Limits = Mapping[str, tuple[Any, ...]]  # type, lowest, highest of each option
+Limits = Mapping[str, tuple[float, ...]]  # lowest and highest of an option
 
 
 def check(name: str, value: object, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
@@ -20,12 +22,29 @@ def check(name: str, value: object, kind: type, low: float = -math.inf, high: fl
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
-def check_fields(options: object, limits: Limits, may_be_none: Sequence[str] = ()) -> None:
-    """Raises unless the attributes of `options` that `limits` names are within them."""
-    for name, (kind, *bounds) in limits.items():
+@functools.cache
+def field_kinds(options_class: type) -> dict[str, tuple[Any, ...]]:
+    """The alternatives in the type of each field that a dataclass is made of, such as (int, NoneType)."""
+    hints, kinds = get_type_hints(options_class), {}
+    for name in [field.name for field in fields(options_class) if field.init]:
+        is_union = get_origin(hints[name]) in (Union, UnionType)
+        kinds[name] = get_args(hints[name]) if is_union else (hints[name],)
+    return kinds
+
+
+def check_fields(options: object, limits: Limits) -> None:
+    """Raises unless the numbers of a dataclass have their fields' types and are within `limits`, and words are known.
+
+    The first alternative of a field's type counts, and None if it is another.
+    """
+    for name, (kind, *others) in field_kinds(type(options)).items():
         value = getattr(options, name)
-        if value is not None or name not in may_be_none:
-            check(name, value, kind, *bounds)
+        if value is None and NoneType in others:
+            continue
+        if kind in (bool, int, float):
+            check(name, value, kind, *limits.get(name, ()))
+        elif get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
 
 
 def check_text(name: str, value: object) -> None:
