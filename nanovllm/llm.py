@@ -6,24 +6,25 @@ Nothing here knows how requests are computed.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import torch
 from tqdm.auto import tqdm
 
 from nanovllm.batch.iterate import generate_iter
 from nanovllm.beam_search import BeamSearchOutput
 from nanovllm.beam_search.params import BeamSearchParams
 from nanovllm.beam_search.search import beam_search
-from nanovllm.chat.prompts import is_conversation, render_conversations
+from nanovllm.chat.prompts import render_conversations
+from nanovllm.chat.stream import stream
 from nanovllm.chat.template import ChatTemplate, ContentFormat, Message
 from nanovllm.compat.refused_arguments import refuse
 from nanovllm.compat.refused_methods import refused_method
-from nanovllm.config import Dtype, KvCacheDtype
+from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import Prompt
-from nanovllm.outputs import RequestError, RequestOutput
-from nanovllm.requests.admission import CheckedRequest, Params
+from nanovllm.options.signature import takes_options_of
+from nanovllm.outputs import RequestOutput
+from nanovllm.requests.admission import Params
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -36,43 +37,8 @@ class LLM(LLMEngine):
     Any number of threads may use it at once, see LLMEngine.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str],
-        *,
-        tokenizer: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        tokenizer_revision: str | None = None,
-        download_dir: str | os.PathLike[str] | None = None,
-        hf_token: str | bool | None = None,
-        hf_config_path: str | os.PathLike[str] | None = None,
-        hf_overrides: dict[str, Any] | None = None,
-        skip_tokenizer_init: bool = False,
-        generation_config: str | os.PathLike[str] | None = "auto",
-        max_num_batched_tokens: int | None = 16384,
-        long_prefill_token_threshold: int | None = 0,
-        max_num_seqs: int | None = 512,
-        max_model_len: int | Literal["auto"] | None = 4096,
-        max_logprobs: int = 20,
-        gpu_memory_utilization: float = 0.9,
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool | None = False,
-        kvcache_block_size: int = 256,
-        num_kvcache_blocks: int = -1,
-        kv_cache_dtype: KvCacheDtype | None = "auto",
-        dtype: Dtype | torch.dtype = "auto",
-        device: Literal["auto", "cuda", "cpu"] = "auto",
-        attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto",
-        sampler_backend: Literal["auto", "triton", "torch"] = "auto",
-        enable_prefix_caching: bool | None = True,
-        async_scheduling: bool | None = True,
-        load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto",
-        seed: int | None = 0,
-        quantization: str | None = None,
-        speculative_config: dict[str, Any] | None = None,
-        scheduling_policy: Literal["fcfs", "priority"] | None = "fcfs",
-        **unknown: Any,
-    ) -> None:
+    @takes_options_of(Config)
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         """Starts an engine for a Hugging Face folder or hub name, or a GGUF file.
 
         `nanovllm.config.Config` says what the options are.
@@ -83,10 +49,7 @@ class LLM(LLMEngine):
             TypeError, ValueError: an unknown option, or an option, the checkpoint or the memory does not do.
             RuntimeError: a rank failed, or the GPU's memory did not suffice.
         """
-        arguments = locals()  # nothing else yet, so that the keywords need not be listed again
-        defaults = LLM.__init__.__kwdefaults__
-        options = {name: arguments[name] for name in defaults if arguments[name] is not defaults[name]}
-        super().__init__(model, **options, **unknown)
+        super().__init__(model, **options)
 
     @property
     def llm_engine(self) -> "LLM":
@@ -214,18 +177,7 @@ class LLM(LLMEngine):
             RuntimeError: the engine has failed or is closed.
         """
         self._check_alive()
-        if self.tokenizer is None:
-            raise ValueError("stream yields text, and the model has no tokenizer")
-        if is_conversation(prompt):
-            (prompt,) = render_conversations(self.chat_template, self.tokenizer, prompt, **chat_options)
-        elif chat_options:
-            raise TypeError(f"{', '.join(chat_options)} must come with a conversation, got the prompt {prompt!r:.100}")
-        checked = self.intake.check_one(prompt, sampling_params)
-        if checked.params.n > 1:
-            raise ValueError(f"stream yields one text, got n={checked.params.n}; `generate` returns several")
-        if not checked.params.detokenize:
-            raise ValueError("stream yields text, and detokenize=False asks for none")
-        return self._stream(checked)
+        return stream(self, prompt, sampling_params, **chat_options)
 
     def beam_search(
         self,
@@ -251,32 +203,3 @@ class LLM(LLMEngine):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _stream(self, checked: CheckedRequest) -> Iterator[str]:
-        """`stream` of a request that was checked; a generator of its own, which checks nothing before its first piece.
-
-        Whoever wants the next piece drives the engine, unless other threads' steps have brought one.
-        """
-        results: dict[int, RequestOutput] = {}
-        ids = []
-        try:
-            with self._turn():
-                ids = [self.num_seqs]
-                request = self.intake.make(checked, results, is_streamed=True)
-                self._add(request)
-            (seq,) = request.seqs
-            while not results:
-                with self._turn():
-                    piece = seq.detokenizer.take(seq.is_finished)
-                    if not piece and not results:  # other threads' steps have brought nothing
-                        self._advance()
-                        piece = seq.detokenizer.take(seq.is_finished)
-                if piece:
-                    yield piece
-            last_piece = seq.detokenizer.take(True)
-            if last_piece:
-                yield last_piece
-            if seq.finish_reason == "error":
-                raise RequestError(results[seq.seq_id]["error"], list(results.values()))
-        finally:
-            self._drop(ids)
