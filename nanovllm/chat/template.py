@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from nanovllm.text.tokenizer import pretrained_tokenizer
+from nanovllm.checkpoint.tokenizer import pretrained_tokenizer
 
 Message = dict[str, Any]
 ContentFormat = Literal["auto", "string", "openai"]

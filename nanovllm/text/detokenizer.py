@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from nanovllm.text.tokenizer import INSIDE_CLEAN_UPS, Tokenizer
+from nanovllm.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 
@@ -53,7 +53,7 @@ class Detokenizer:
             end -= 1
         is_in_run = end < len(self._pending)
         final = self._uncleaned + (self._decode_pending(end).rstrip(REPLACEMENT) if is_in_run else whole)
-        num_clean = len(final.rstrip(INSIDE_CLEAN_UPS)) if self.tokenizer.cleans_up else len(final)
+        num_clean = self.tokenizer.num_clean(final)
         final_text = self._settled_text + self.tokenizer.clean_up(final[:num_clean])
         self._num_final = len(final_text)
         if not is_in_run and len(whole) == len(decoded):

@@ -1,39 +1,17 @@
-"""The model folder's tokenizer, set up as transformers would, whose import takes longer than all else of a start.
+"""Text to tokens and back. What a folder's files say of its tokenizer is read by `checkpoint/tokenizer.py`.
 
-tokenizer.json holds nearly everything. The other files of the folder may know more tokens, and which are special:
-tokenizer_config.json (`added_tokens_decoder`, `eos_token` and its like, `additional_special_tokens`), or in older
-folders special_tokens_map.json and added_tokens.json. This file knows nothing of models, requests or devices.
+This file knows nothing of models, requests or devices.
 """
 
-import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
 
-from nanovllm.checkpoint.files import read_json
-from nanovllm.checkpoint.gguf.files import gguf_package, is_gguf
-from nanovllm.checkpoint.gguf.header import read_header
+from nanovllm.checkpoint.clean_ups import clean_up, num_clean
+from nanovllm.checkpoint.tokenizer import read_tokenizer
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-# What `clean_up_tokenization_spaces` asks for, in this order.
-CLEAN_UPS = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
-# Characters that a replaced text can go on behind.
-INSIDE_CLEAN_UPS = "".join({character for text, _ in CLEAN_UPS for character in text[:-1]})
 
 
 class Tokenizer:
@@ -41,8 +19,8 @@ class Tokenizer:
 
     Attributes:
         backend: the tokenizer of the `tokenizers` package that does the work.
-        eos_token_id: the token that ends a text, None if the folder names none.
-        cleans_up: whether `decode` removes the spaces that WordPiece leaves before punctuation.
+        eos_token_id: the token that ends a text, None if the files name none.
+        cleans_up: whether `decode` removes spaces, see `checkpoint/clean_ups.py`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_id: int | None, cleans_up: bool) -> None:
@@ -72,11 +50,12 @@ class Tokenizer:
         return text
 
     def clean_up(self, text: str) -> str:
-        """A decoded text as `clean_up_tokenization_spaces` asks."""
-        if self.cleans_up:
-            for old, new in CLEAN_UPS:
-                text = text.replace(old, new)
-        return text
+        """A decoded text as it is handed out."""
+        return clean_up(text) if self.cleans_up else text
+
+    def num_clean(self, text: str) -> int:
+        """How many characters of a decoded text are handed out alike whatever comes behind it."""
+        return num_clean(text) if self.cleans_up else len(text)
 
     def is_visible(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether a token is decoded at all: of this vocabulary, which a model's may exceed, and not skipped."""
@@ -97,95 +76,5 @@ def load_tokenizer(folder: str | None) -> Tokenizer | None:
     Raises:
         ValueError: the files cannot be used, naming the folder.
     """
-    if folder is None:
-        return None
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
-        try:
-            backend = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the package raises nothing more special
-            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
-        return _set_up(backend, folder)
-    metadata = read_header(folder).metadata if is_gguf(folder) else None
-    if metadata is not None:
-        if "tokenizer.ggml.model" not in metadata:
-            return None
-    elif not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-        return None
-    tokenizer = pretrained_tokenizer(folder)  # converts older formats and GGUF's, but takes seconds to import
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer in {folder!r} is of a kind that the tokenizers package does not know")
-    backend, eos_token_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    if metadata is not None:  # transformers 4.51 makes another token of it
-        eos_token_id = metadata.get("tokenizer.ggml.eos_token_id")
-    return Tokenizer(backend, eos_token_id, _cleans_up(backend, tokenizer.clean_up_tokenization_spaces))
-
-
-def pretrained_tokenizer(folder: str) -> Any:
-    """transformers' tokenizer of a folder, or of a GGUF file whose metadata have one.
-
-    Raises:
-        ValueError: transformers cannot make one of the GGUF file.
-    """
-    from transformers import AutoTokenizer
-
-    if not is_gguf(folder):
-        return AutoTokenizer.from_pretrained(folder)
-    gguf_package()  # some versions of transformers read with it
-    place, file = os.path.split(read_header(folder).path)
-    try:
-        return AutoTokenizer.from_pretrained(place, gguf_file=file)
-    except Exception as error:  # of any kind, for metadata that it does not know
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"transformers cannot make the tokenizer of {folder}, pass tokenizer: {reason}") from error
-
-
-def _set_up(backend: tokenizers.Tokenizer, folder: str) -> Tokenizer:
-    """The tokenizer of tokenizer.json with what the folder's other files say of it, by the rules of transformers 5."""
-    config = read_json(os.path.join(folder, "tokenizer_config.json"))
-    if "added_tokens_decoder" in config:
-        added = {int(token_id): _added_token(token) for token_id, token in config["added_tokens_decoder"].items()}
-    else:  # older folders
-        config |= read_json(os.path.join(folder, "special_tokens_map.json"))
-        special = [*_named_tokens(config).values(), *_extra_tokens(config)]
-        added = {}
-        for text, token_id in read_json(os.path.join(folder, "added_tokens.json")).items():
-            added[token_id] = AddedToken(text, normalized=text not in special, special=text in special)
-        added |= backend.get_added_tokens_decoder()  # these say how they are matched
-    tokens = [added[token_id] for token_id in sorted(added)]
-    named = {name: _added_token(token) for name, token in _named_tokens(config).items()}
-    for token in (*tokens, *named.values()):
-        token.special |= any(token.content == other.content for other in named.values())
-    known = {token.content for token in (*tokens, *backend.get_added_tokens_decoder().values())}
-    others = (*named.values(), *map(_added_token, _extra_tokens(config)))
-    # In this order, as unknown ones get the next free ids.
-    backend.add_tokens(tokens + [token for token in others if token.content not in known])
-    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    eos_token_id = backend.token_to_id(named["eos_token"].content) if "eos_token" in named else None
-    return Tokenizer(backend, eos_token_id, _cleans_up(backend, config.get("clean_up_tokenization_spaces", False)))
-
-
-def _named_tokens(config: dict[str, Any]) -> dict[str, str | dict[str, Any]]:
-    """The tokens that tokenizer_config.json has a name for: the usual ones, then a model's own (`image_token`)."""
-    extra = config.get("extra_special_tokens")
-    named = config | (extra if isinstance(extra, dict) else {})
-    own = [name for name in named if name.endswith("_token") and name not in SPECIAL_TOKENS]
-    return {name: named[name] for name in (*SPECIAL_TOKENS, *own) if isinstance(named.get(name), (str, dict))}
-
-
-def _extra_tokens(config: dict[str, Any]) -> list[str | dict[str, Any]]:
-    """The special tokens of tokenizer_config.json that have no name."""
-    extra = config.get("extra_special_tokens")
-    return extra if extra and isinstance(extra, list) else config.get("additional_special_tokens", [])
-
-
-def _added_token(token: str | dict[str, Any]) -> AddedToken:
-    """A token as the files spell it: its text, or an object that says how it is matched too."""
-    if isinstance(token, str):
-        return AddedToken(token, special=True)
-    return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
-
-
-def _cleans_up(backend: tokenizers.Tokenizer, is_asked_for: bool) -> bool:
-    """Not for BPE, whose spaces are the text's own; transformers ignores the wish there too (from version 5 on)."""
-    return is_asked_for and not isinstance(backend.model, tokenizers.models.BPE)
+    files = read_tokenizer(folder) if folder is not None else None
+    return Tokenizer(*files) if files is not None else None
