@@ -3,23 +3,9 @@
 So they print, compare, pickle and go through `json.dumps` and `pandas.DataFrame` as dicts do. Knows of nothing else.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-
-class Record(dict[str, Any]):
-    """A dict whose keys are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}, only {', '.join(self)}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+from nanovllm.compat.record import Record
 
 
 class Logprob(NamedTuple):

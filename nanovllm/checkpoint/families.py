@@ -1,6 +1,6 @@
 """What the supported families differ in, as far as config.json goes: their config classes in transformers, in a table.
 
-To add a model is to add its family here and its class to models/__init__.py.
+To add a model is to add its family here and its class to models/families.py.
 """
 
 from dataclasses import dataclass, field, replace
