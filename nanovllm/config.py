@@ -17,12 +17,13 @@ from nanovllm.options import choices
 from nanovllm.options.checks import Limits, check_fields, field_kinds
 from nanovllm.options.choices import FP8
 from nanovllm.options.folders import find_folders
-from nanovllm.options.spellings import MAX_SLOTS, spell_alike
+from nanovllm.options.spellings import spell_alike
 from nanovllm.quantization import Method
 from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
 KvCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
+MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
 LIMITS: Limits = {  # lowest, highest
     "num_kvcache_blocks": (-1, MAX_SLOTS),
     "seed": (0, 2**63 - 1),

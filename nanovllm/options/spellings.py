@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import NoneType
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from nanovllm.config import Config
 
 OTHER_DTYPES = {"half": "float16", "float": "float32"}
-MAX_SLOTS = 2**31 - 1  # of the KV cache: they are numbered in int32, as tokens and rows are
 
 
 def spell_alike(config: Config) -> None:
@@ -24,15 +24,15 @@ def spell_alike(config: Config) -> None:
     """
     config.lowers_max_model_len = config.max_model_len in (None, -1, "auto")
     if config.lowers_max_model_len:
-        config.max_model_len = MAX_SLOTS
+        config.max_model_len = sys.maxsize  # until the model's positions cap it
     if config.generation_config is None:
         config.generation_config = "vllm"
     if not isinstance(config.quantization, str | None):
         raise TypeError(f"quantization must be the name of a method, got {config.quantization!r}")
     if isinstance(config.dtype, torch.dtype):
         config.dtype = str(config.dtype).removeprefix("torch.")
-    if config.dtype in ("half", "float"):
-        config.dtype = OTHER_DTYPES[config.dtype]
+    if isinstance(config.dtype, str):
+        config.dtype = OTHER_DTYPES.get(config.dtype, config.dtype)
     for name, kinds in field_kinds(type(config)).items():
         if getattr(config, name) is None and NoneType in kinds:
             setattr(config, name, getattr(type(config), name))
