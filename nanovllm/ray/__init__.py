@@ -15,8 +15,9 @@ import numpy as np
 from nanovllm.batch.iterate import complete
 from nanovllm.chat.prompts import render_conversations
 from nanovllm.inputs import Prompt
+from nanovllm.inputs.forms import LISTS
 from nanovllm.llm import LLM
-from nanovllm.requests.admission import LISTS, CheckedRequest
+from nanovllm.requests.admission import CheckedRequest
 from nanovllm.sampling_params import SamplingParams
 
 Rows = dict[str, np.ndarray]  # columns of one length

@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanovllm.compat.refused_arguments import REFUSED_ARGUMENTS, refuse
 from nanovllm.config import Config
 from nanovllm.inputs import Prompt
+from nanovllm.inputs.forms import LISTS, check_ids, list_prompts, text_and_ids
 from nanovllm.options.checks import check
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
 
 Params = SamplingParams | Items[SamplingParams] | None  # for all prompts, one for each, or the defaults
-LISTS = (list, tuple, np.ndarray)  # the types of a list of prompts or token ids
-PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
 class CheckedRequest(NamedTuple):
@@ -60,7 +58,7 @@ def check_requests(
     Raises:
         TypeError, ValueError: naming what is wrong, its value and the limit.
     """
-    listed = _list_prompts(prompts, prompt_token_ids)
+    listed = list_prompts(prompts, prompt_token_ids)
     listed_params = _list_params(defaults if sampling_params is None else sampling_params, len(listed))
     checked: dict[int, SamplingParams] = {}  # by the id of what was given, mostly one for all prompts
     for params in listed_params:
@@ -112,25 +110,6 @@ def with_urgency(
     ]
 
 
-def _list_prompts(
-    prompts: Prompt | Items[Prompt] | None, prompt_token_ids: Items[int] | Items[Items[int]] | None
-) -> list[Any]:
-    """The prompts of a call, which are not checked yet."""
-    if prompt_token_ids is None:
-        return _as_list(prompts)
-    rows = _as_list(prompt_token_ids)
-    texts = [None] * len(rows) if prompts is None else _as_list(prompts)
-    if len(texts) != len(rows):
-        raise ValueError(f"prompt_token_ids has {len(rows)} entries for {len(texts)} prompts")
-    return [{"prompt": text, "prompt_token_ids": row} for text, row in zip(texts, rows, strict=True)]
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """A list of prompts; what is a single one, or nothing that could be a list of them, becomes its only entry."""
-    is_list = isinstance(prompts, LISTS) and not (len(prompts) and isinstance(prompts[0], (int, np.integer)))
-    return list(prompts) if is_list else [prompts]
-
-
 def _list_params(sampling_params: SamplingParams | Items[SamplingParams], num_prompts: int) -> Items[SamplingParams]:
     """The parameters of each prompt, which are not checked yet."""
     if isinstance(sampling_params, SamplingParams):
@@ -173,7 +152,7 @@ def _check_params(params: SamplingParams, config: Config, tokenizer: Tokenizer |
 
 def _check_prompt(prompt: Any, params: SamplingParams, config: Config, tokenizer: Tokenizer | None) -> CheckedRequest:
     """The request of a prompt with checked parameters."""
-    text, given_ids = _text_and_ids(prompt)
+    text, given_ids = text_and_ids(prompt)
     if given_ids is None:
         if tokenizer is None:
             raise ValueError(f"the model has no tokenizer: a prompt must be token ids, got {text[:50]!r}")
@@ -188,28 +167,11 @@ def _check_prompt(prompt: Any, params: SamplingParams, config: Config, tokenizer
         raise ValueError("a prompt must have tokens, got none")
     if len(token_ids) > longest:
         raise ValueError(_say_too_long(len(token_ids), config))
-    token_ids = _check_ids(token_ids, config.model_config.vocab_size)
+    token_ids = check_ids(token_ids, config.model_config.vocab_size)
     if params.max_tokens is None:
         params = copy.copy(params)
         params.max_tokens = config.max_model_len - len(token_ids)
     return CheckedRequest(text, token_ids, params)
-
-
-def _text_and_ids(prompt: Any) -> tuple[str | None, Any]:
-    """What a prompt has of the two, one of them at least; of the ids, only that they are a list is checked."""
-    text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-    if isinstance(prompt, dict):
-        refuse(prompt)
-        for key in prompt:
-            if key not in PROMPT_KEYS and key not in REFUSED_ARGUMENTS:
-                names = " and ".join(map(repr, PROMPT_KEYS))
-                raise TypeError(f"a prompt may have {names}, got {key!r}; conversations go to `chat`")
-        text, token_ids = map(prompt.get, PROMPT_KEYS)
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"the 'prompt' of a prompt must be a string, got {text!r}")
-    if not isinstance(token_ids, LISTS) and (text is None or token_ids is not None):
-        raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r}")
-    return text, token_ids
 
 
 def _say_too_long(num_tokens: int, config: Config) -> str:
@@ -219,17 +181,3 @@ def _say_too_long(num_tokens: int, config: Config) -> str:
     if model_limit > limit:
         message += f"the model itself takes {model_limit}: raise LLM(..., max_model_len={model_limit}), or "
     return message + "shorten the prompt, or let SamplingParams(truncate_prompt_tokens=-1) keep only its end"
-
-
-def _check_ids(token_ids: list[Any], vocab_size: int) -> list[int]:
-    """The ids as Python's ints."""
-    if set(map(type, token_ids)) != {int}:
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-                raise TypeError(f"a prompt's token ids must be ints, got {token_id!r}")
-        token_ids = list(map(int, token_ids))
-    lowest, highest = min(token_ids), max(token_ids)
-    if lowest < 0 or highest >= vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"a prompt's token ids must be between 0 and {vocab_size - 1}, got {wrong}")
-    return token_ids

@@ -1,4 +1,4 @@
-"""The forms that a prompt may have, as types. What is right in one is for `requests/admission.py` to say."""
+"""The forms that a prompt may have, as types; `forms.py` says what is right in one."""
 
 from collections.abc import Sequence
 from typing import TypedDict
