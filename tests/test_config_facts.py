@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS
-from nanovllm.checkpoint.mixture import Mixture
 from nanovllm.checkpoint.model_config import ModelConfig
+from nanovllm.experts.mixture import Mixture
 from nanovllm.models import ARCHITECTURES
 
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5

@@ -5,8 +5,8 @@ from checkpoints import mixed_prompts
 from engines import MAX_TOKENS, check_scenario, engine, expected, generate, scenario_options, tokens
 
 from nanovllm import SamplingParams
-from nanovllm.engine import cuda_graphs
-from nanovllm.engine.cuda_graphs import StepShape
+from nanovllm.engine.step_input import StepShape
+from nanovllm.graphs import cuda_graphs
 
 
 class Recorded:

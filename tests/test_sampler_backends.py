@@ -18,7 +18,7 @@ from test_sampler import SimulatedRank, sample, sample_on_ranks, sampling_inputs
 
 from nanovllm import SamplingParams
 from nanovllm.config import Config
-from nanovllm.engine.cuda_graphs import StepShape
+from nanovllm.engine.step_input import StepShape
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels import sampling as kernels
 from nanovllm.kernels import sampling_torch as plain

@@ -218,7 +218,7 @@ class Driver:
         if batch.seqs:
             step = build_step_input(batch, self.device.vocab_size)
             assert step.is_last_partial == batch.is_last_partial
-            assert step.num_drafts == batch.num_drafts <= self.num_drafts
+            assert step.shape.num_drafts == batch.num_drafts <= self.num_drafts
             assert len(step.decode_rows) + len(step.prompts) == len(batch.seqs)
             if step.is_last_partial:
                 assert step.prompts[-1].tolist() == [batch.rows[-1], batch.starts[-1], batch.num_tokens[-1]]

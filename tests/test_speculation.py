@@ -18,9 +18,11 @@ from test_text import ANSWERS, DEMO, QUESTION
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.beam_search.params import BeamSearchParams
-from nanovllm.engine import cuda_graphs, scheduler
-from nanovllm.engine.cuda_graphs import StepShape, list_graph_shapes
+from nanovllm.engine import scheduler
 from nanovllm.engine.sequence import SequenceStatus
+from nanovllm.engine.step_input import StepShape
+from nanovllm.graphs import cuda_graphs
+from nanovllm.graphs.cuda_graphs import list_graph_shapes
 from nanovllm.kernels.rope_decode import rope_decode
 from nanovllm.kernels.verify_rows import NUM_PROPOSED
 from nanovllm.layers import attention

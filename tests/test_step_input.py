@@ -13,7 +13,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine.device_rows import RING_SIZE, DeviceRows, PromptParts
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_input import COLDEST, build_step_input
+from nanovllm.engine.step_input import COLDEST, StepShape, build_step_input
 from nanovllm.kernels.adjust_logits import USES_TABLE
 from nanovllm.kernels.verify_rows import REPORT_HEAD
 from nanovllm.sampling.adjustments import Adjustment
@@ -78,8 +78,8 @@ def test_columns_of_rows_that_join(scheduler, rows):
     ]
     #                                     temperature, top_p, min_p, presence, frequency, repetition
     assert step.joined_floats.tolist() == [[0.5, 0.25, 0.125, 0.75, -1.5, 3.0], [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]]
-    assert step.is_filtered and step.adjusting == USES_TABLE
-    assert step.table_changes.rows.tolist() == [hot.row]
+    assert step.shape.is_filtered and step.shape.adjusting == USES_TABLE
+    assert step.sampling.table_changes.rows.tolist() == [hot.row]
     rows.apply_changes(step)
     assert rows.last_tokens[[hot.row, cold.row]].tolist() == [5, 9]
     assert rows.context_lens[[hot.row, cold.row]].tolist() == [0, 0]
@@ -105,9 +105,9 @@ def test_texts_of_rows_that_join(scheduler, config):
     draft_rows = DraftRows(config, rows)
     assert rows.token_ring.shape == (RING_SIZE, MAX_NUM_SEQS + 1, REPORT_HEAD + 1 + 3)
     seqs, batch = mixed_batch(scheduler)
-    assert build_step_input(batch, VOCAB_SIZE).joined_tokens.shape == (0, 3)
+    assert build_step_input(batch, VOCAB_SIZE).joined_texts is None
     step = build_step_input(batch, VOCAB_SIZE, tells_texts=True)
-    assert step.joined_tokens.dtype == np.int64 and step.num_drafts == 0
+    assert step.joined_texts.dtype == np.int64 and step.shape.num_drafts == 0
     draft_rows.num_drafts.fill_(3)  # of those who had the rows before
     draft_rows.apply_changes(step)
     assert draft_rows.num_drafts[[seq.row for seq in seqs]].tolist() == [3, 0, 0, 0, 0]
@@ -136,8 +136,8 @@ def test_decodes_and_parts_of_prompts(scheduler, rows):
     assert batch.seqs == [first, whole, cached, single, partial]
     assert batch.is_last_partial and batch.num_samples == len(batch.seqs) - 1
     step = build_step_input(batch, VOCAB_SIZE)
-    assert step.is_last_partial and not step.is_filtered
-    assert (step.adjusting, step.num_logprobs, step.num_prompt_logprobs, step.table_changes) == (0, 0, 0, None)
+    assert step.is_last_partial and step.sampling is None
+    assert step.shape == StepShape(num_decodes=3, num_prompts=2, num_tokens=17, is_filtered=False)
     assert step.decode_rows.tolist() == [first.row, cached.row, single.row]
     #                                 row, first position, number of tokens
     assert step.prompts.tolist() == [[whole.row, 0, 3], [partial.row, 0, 14]]
@@ -167,7 +167,8 @@ def test_one_token_that_does_not_reach_the_end_is_no_decode(scheduler):
 def test_prompt_parts(rows, is_last_partial, num_padded_prompts, num_padded_tokens):
     """What is read of prompts is what was written, field by field; a partial one's sample goes to the padding row."""
     prompts, token_ids = np.array([[3, 4, 2], [0, 0, 3]]), np.array([70, 71, 80, 81, 82])
-    rows.set_prompts(prompts, token_ids, is_last_partial, num_padded_prompts, num_padded_tokens)
+    shape = StepShape(0, num_padded_prompts, num_padded_tokens, is_filtered=False)
+    rows.set_prompts(prompts, token_ids, is_last_partial, shape)
     parts = rows.prompt_parts(num_padded_prompts, num_padded_tokens)
     num_padding, num_more = num_padded_tokens - 5, num_padded_prompts - 2
     assert parts._asdict() == {name: value for name, value in parts._asdict().items() if value.dtype == torch.int64}
@@ -194,7 +195,7 @@ def test_nothing_is_allocated_anew(scheduler, rows):
     addresses = {name: value.data_ptr() for name, value in vars(rows).items() if isinstance(value, torch.Tensor)}
     step = build_step_input(mixed_batch(scheduler)[1], VOCAB_SIZE)
     rows.apply_changes(step)
-    rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, len(step.prompts), len(step.token_ids))
+    rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, step.shape)
     assert len(addresses) == 9
     assert {name: getattr(rows, name).data_ptr() for name in addresses} == addresses
 

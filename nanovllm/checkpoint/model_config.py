@@ -15,9 +15,9 @@ from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS, TEXT_KEY, Family
 from nanovllm.checkpoint.files import read_object
 from nanovllm.checkpoint.gguf.config import read_gguf_config
 from nanovllm.checkpoint.gguf.files import is_gguf
-from nanovllm.checkpoint.mixture import Mixture, read_mixture
 from nanovllm.checkpoint.rope import OLDER_NAMES, ROPE_KEYS, Rope, read_ropes, with_outer_thetas
 from nanovllm.checkpoint.windows import layer_windows, unrotated_layers
+from nanovllm.experts.mixture import Mixture, read_mixture
 
 # What no layer here does, or what would have transformers read other files. Empty values say nothing.
 REFUSED = (

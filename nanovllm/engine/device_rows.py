@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.engine.step_input import StepInput
-from nanovllm.kernels.verify_rows import REPORT_HEAD
+from nanovllm.engine.step_input import StepInput, StepShape
 
 RING_SIZE = 4  # steps whose tokens the host can still read; at most two are in flight
 
@@ -59,8 +58,8 @@ class DeviceRows:
         row_ints: int64 [4, R], top_k, seed, and of adjustments the least length and the flags.
         row_floats: float32 [6, R], temperature, top_p, min_p, penalties of presence, frequency and repetition.
         decode_rows: int64 [max_num_seqs], the rows that decode in this step, then padding rows.
-        token_ring: int64 [RING_SIZE, R] in host memory, where steps write their tokens in turn, by row; with
-            speculation [RING_SIZE, R, W], where they write what kernels/verify_rows.py reports of a row.
+        token_ring: int64 [RING_SIZE, R] in host memory, where steps write their tokens in turn, by row; or with
+            speculation what they report of each row.
         step_count, device_step_count: the steps launched, and those run, int64 [1] on the device.
     """
 
@@ -74,10 +73,7 @@ class DeviceRows:
         self.padding_row = config.max_num_seqs
         num_rows = config.max_num_seqs + 1
         self.last_tokens = zeros(num_rows, dtype=torch.int64)
-        ring_shape = [RING_SIZE, num_rows]
-        if config.speculation is not None:
-            ring_shape.append(REPORT_HEAD + 1 + config.speculation.num_speculative_tokens)
-        self.token_ring = torch.zeros(ring_shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.token_ring = self.make_ring(num_rows)
         self.step_count = 0
         self.device_step_count = zeros(1, dtype=torch.int64)
         self.context_lens = zeros(num_rows, dtype=torch.int32)
@@ -87,6 +83,10 @@ class DeviceRows:
         self.decode_rows = zeros(config.max_num_seqs, dtype=torch.int64)
         self.uploaded_decode_rows: np.ndarray | None = None  # what the host last wrote there
         self.prompts = zeros(sum(PromptParts.lengths(num_rows, max_prompt_tokens)), dtype=torch.int64)
+
+    def make_ring(self, *shape: int) -> Tensor:
+        """Memory of the host, int64 [RING_SIZE, *shape], that the device can write to."""
+        return torch.zeros(RING_SIZE, *shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def apply_changes(self, step: StepInput) -> None:
         """Writes what the host has changed since the step before, and which rows decode."""
@@ -106,26 +106,19 @@ class DeviceRows:
             self.uploaded_decode_rows = decode_rows
             self.decode_rows.copy_(self.to_device(decode_rows))
 
-    def set_prompts(
-        self,
-        prompts: np.ndarray,
-        token_ids: np.ndarray,
-        is_last_partial: bool,
-        num_padded_prompts: int,
-        num_padded_tokens: int,
-    ) -> None:
+    def set_prompts(self, prompts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, shape: StepShape) -> None:
         """Writes the parts of prompts that the step computes, as a StepInput has them, in one copy.
 
-        The padded numbers, not smaller than those that there are, are what `prompt_parts` will be asked for. Prompts
+        The shape's numbers, not smaller than those that there are, are what `prompt_parts` will be asked for. Prompts
         are padded with parts of no tokens.
         """
         num_prompts = len(prompts)
         no_part = np.array([[self.padding_row, 0, 0]])
-        prompts = np.concatenate([prompts, no_part.repeat(num_padded_prompts - num_prompts, axis=0)])
+        prompts = np.concatenate([prompts, no_part.repeat(shape.num_prompts - num_prompts, axis=0)])
         rows, starts, num_tokens = prompts.T
         begins = num_tokens.cumsum() - num_tokens  # of the parts, among the step's tokens
         num_real = len(token_ids)
-        padded_token_ids, positions, token_rows = np.zeros((3, num_padded_tokens), dtype=np.int64)
+        padded_token_ids, positions, token_rows = np.zeros((3, shape.num_tokens), dtype=np.int64)
         padded_token_ids[:num_real] = token_ids
         positions[:num_real] = np.arange(num_real) + np.repeat(starts - begins, num_tokens)
         token_rows[:num_real] = np.repeat(rows, num_tokens)

@@ -5,10 +5,8 @@ launches it; it waits for nothing, and knows neither requests nor why a step is 
 """
 
 import gc
-import os
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +14,13 @@ from nanovllm.checkpoint.kv_scales import set_kv_scales
 from nanovllm.checkpoint.loader import fill_dummy, find_tensors, load_model
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.cuda_graphs import GRAPH_TOKENS, CudaGraphs, StepShape
 from nanovllm.engine.device_rows import DeviceRows
-from nanovllm.engine.step_input import StepInput
+from nanovllm.engine.step_input import StepInput, StepShape
+from nanovllm.graphs.cuda_graphs import GRAPH_TOKENS, CudaGraphs
+from nanovllm.graphs.warm_up import warm_up
+from nanovllm.kernels.cublas import limit_cublas_workspace
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.kernels.e4m3 import check_e4m3
-from nanovllm.layers.layernorm import rows_of
 from nanovllm.layers.linear import create_weights, finish_weights
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
@@ -85,30 +84,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warmup_model(self) -> int:
         """Runs the largest steps; returns the bytes of GPU memory they took at most. Any KV cache will do."""
-        max_num_seqs, max_num_tokens = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        longest_prompt = self.config.max_model_len - 1
-        num_prompts = min(max_num_seqs, -(-max_num_tokens // longest_prompt))
-        prompt_len = min(max_num_tokens // num_prompts, longest_prompt)
-        decodes = StepShape(max_num_seqs, num_prompts=0, num_tokens=0, is_filtered=False)
-        prompts = StepShape(0, num_prompts, num_tokens=num_prompts * prompt_len, is_filtered=False)
-        if self.config.sampler_backend == "triton":  # torch's compiles itself when it is first called
-            can_capture = self.config.attention_backend != "torch"
-            self.graphs.rehearse(self._forward, [prompts, decodes] if can_capture else [decodes])
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        # Decodes first, as kernels are not loaded while the GPU is busy, and the prompts will keep it busy.
-        self.rows.decode_rows.copy_(torch.arange(max_num_seqs))
-        self._forward(decodes)
-        parts = np.array([(row, 0, prompt_len) for row in range(num_prompts)])
-        token_ids = np.zeros(prompts.num_tokens, dtype=np.int64)
-        self.rows.set_prompts(parts, token_ids, False, num_prompts, prompts.num_tokens)
-        self._forward(prompts)
-        self.rows.context_lens.zero_()
-        self.rows.device_step_count.zero_()
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
-        return peak
+        return warm_up(self.config, self.rows, self.graphs, self._forward)
 
     def allocate_kv_cache(self) -> int:
         """Allocates the KV cache and returns its number of blocks, the same on every rank.
@@ -138,33 +114,21 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:
         """Launches a step; does not wait for a GPU."""
+        shape, sampling = step.shape, step.sampling
         self.rows.apply_changes(step)
         if self.draft_rows is not None:
             self.draft_rows.apply_changes(step)
-        shape = StepShape(
-            num_decodes=len(step.decode_rows),
-            num_prompts=len(step.prompts),
-            num_tokens=len(step.token_ids),
-            is_filtered=step.is_filtered,
-            adjusting=step.adjusting,
-            num_logprobs=step.num_logprobs,
-            num_drafts=step.num_drafts,
-        )
         if not shape.is_plain:
-            self.adjusted_sampler.prepare(shape, step.table_changes)
-        has_targets = len(step.prompt_targets) > 0
-        padded_shape = self.graphs.padded_shape(shape) if not has_targets else None
+            self.adjusted_sampler.prepare(shape, sampling.table_changes)
+        tells_prompts = sampling is not None and len(sampling.prompt_targets) > 0
+        padded_shape = self.graphs.padded_shape(shape) if not tells_prompts else None
         if shape.num_prompts:
-            padded = padded_shape or shape
-            self.rows.set_prompts(
-                step.prompts, step.token_ids, step.is_last_partial, padded.num_prompts, padded.num_tokens
-            )
+            self.rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, padded_shape or shape)
         prompt_logprobs = None
-        if has_targets:
-            prompt_logprobs = self._forward_with_prompt_logprobs(shape, step)
+        if tells_prompts:
+            prompt_logprobs = self.adjusted_sampler.forward_with_prompt_logprobs(self, shape, sampling)
         elif padded_shape is None:
-            part_lens = step.prompts[:, 2]
-            self._forward(shape, max_seqlen_q=int(part_lens.max(initial=0)))
+            self._forward(shape, max_seqlen_q=int(step.prompts[:, 2].max(initial=0)))
         else:
             self.graphs.replay(padded_shape, self._forward)
         logprobs = None
@@ -179,11 +143,11 @@ class ModelRunner:
         Reads and writes only what outlives the step, so that it can be captured: parameters, KV cache, rows.
         `max_seqlen_q` bounds the tokens of one prompt's part; None: by those of all.
         """
-        step = self._lay_out(shape, shape.num_tokens if max_seqlen_q is None else max_seqlen_q)
+        step = self.lay_out(shape, shape.num_tokens if max_seqlen_q is None else max_seqlen_q)
         hidden_states = self.model(step.input_ids, step.positions, step.context)
-        self._sample(self.model.compute_logits(hidden_states), step, shape)
+        self.sample(self.model.compute_logits(hidden_states), step, shape)
 
-    def _sample(self, logits: Tensor, step: StepTensors, shape: StepShape) -> None:
+    def sample(self, logits: Tensor, step: StepTensors, shape: StepShape) -> None:
         """Draws the step's tokens of this rank's logits [S, vocab / ranks], and stores them."""
         rows = self.rows
         if shape.is_plain:
@@ -197,20 +161,7 @@ class ModelRunner:
         else:
             self.draft_rows.store(packed, step.sample_rows)
 
-    def _forward_with_prompt_logprobs(self, shape: StepShape, step_input: StepInput) -> Tensor:
-        """`_forward` of a step that also tells the logprobs of prompts' tokens; returns where they will be."""
-        step = self._lay_out(shape, shape.num_tokens)
-        indices, targets = self.rows.to_device(step_input.prompt_targets).unbind(1)
-        sampled = step.context.logits_indices
-        context = step.context._replace(logits_indices=torch.cat([sampled, shape.num_decodes + indices]))
-        hidden_states = self.model(step.input_ids, step.positions, context)
-        self._sample(self.model.compute_logits(rows_of(hidden_states, 0, len(sampled))), step, shape)
-        hidden_states = rows_of(hidden_states, len(sampled), len(sampled) + len(targets))
-        return self.adjusted_sampler.prompt_logprobs(
-            self.model, hidden_states, targets, step_input.num_prompt_logprobs
-        )
-
-    def _lay_out(self, shape: StepShape, max_seqlen_q: int) -> StepTensors:
+    def lay_out(self, shape: StepShape, max_seqlen_q: int) -> StepTensors:
         """Lays out a step: one token of each row that decodes, then the prompts' parts, one behind the other.
 
         A sequence that decodes gives its last token, which the device has, and its context grows by it. If drafts are
@@ -269,14 +220,3 @@ class ModelRunner:
             gc.collect()
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
-
-
-def limit_cublas_workspace(device: torch.device) -> None:
-    """Leaves cuBLAS little memory on Hopper, unless the environment says how much; before its first call.
-
-    With 128 KiB for partial sums, cuBLAS does not split K, which costs Hopper more than it gains. Two H200s, a layer's
-    products of Qwen3-8B: 62 to 64 us at 48 to 112 rows, else 66 to 69.
-    """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")

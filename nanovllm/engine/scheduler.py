@@ -46,6 +46,10 @@ class Batch:
         """The sequences that were just admitted."""
         return self.seqs[len(self.seqs) - self.num_joined :]
 
+    def is_decode(self, index: int) -> bool:
+        """Whether a sequence computes its newest token alone, which only the device need know."""
+        return self.num_tokens[index] == 1 and index < self.num_samples
+
     @property
     def is_last_partial(self) -> bool:
         """Whether the last sequence does not reach its end, so that it samples nothing."""

@@ -3,24 +3,40 @@
 Nothing here knows how a step is chosen, or how the device keeps what it is told.
 """
 
-import functools
-import operator
 from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling.adjustments import TABLES, TableChanges, list_changes
-from nanovllm.sampling.logprobs import num_logprobs_of
+from nanovllm.sampling.step_sampling import SamplingInput, add_sampling
+from nanovllm.speculative.policy import list_texts
 
 COLDEST = 1e-5  # colder draws are greedy, and logits / temperature might overflow
+
+
+class StepShape(NamedTuple):
+    """The sizes of a step's tensors, which a CUDA graph fixes."""
+
+    num_decodes: int
+    num_prompts: int
+    num_tokens: int  # of the prompts
+    is_filtered: bool  # whether a row asks for top-k, top-p or min-p
+    adjusting: int = 0  # the tables by which logits are adjusted, flags of kernels/adjust_logits.py
+    num_logprobs: int = 0  # the logprobs told of each row: its token's and the best ones'; 0: none
+    num_drafts: int = 0  # computed of each row that decodes, beside its last token
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the logits as they are, and nothing is told of these."""
+        return not self.adjusting and not self.num_logprobs
 
 
 class StepInput(NamedTuple):
     """Changes to the device's rows, then what to compute: D decodes of one token and parts of P prompts.
 
     Attributes:
+        shape: how much there is to compute.
         joined_ints: [J, 7] int64, rows that join: row, last token, context length, then what DeviceRows.row_ints has.
         joined_floats: [J, 6] float32, what DeviceRows.row_floats has of them.
         new_blocks: [B, 3] int64, entries of the block tables: row, index, block.
@@ -28,17 +44,11 @@ class StepInput(NamedTuple):
         prompts: [P, 3] int64, row, first position and number of tokens of each part.
         token_ids: [sum of the numbers] int64, those tokens.
         is_last_partial: whether the last part does not reach its prompt's end, so that it samples nothing.
-        is_filtered: whether a row asks for top-k, top-p or min-p.
-        adjusting, num_logprobs: as of StepShape.
-        table_changes: to the tables by which logits are adjusted; None: there are none.
-        joined_tokens: [T, 3] int64, row, position and token of all that the rows that join have; without speculation
-            nobody asks for them, and there are none.
-        num_drafts: as of StepShape.
-        prompt_targets: [L, 2] int64, of the prompts' tokens whose logprobs are asked for, which among the prompts'
-            tokens tells its successor's, and the successor.
-        num_prompt_logprobs: as num_logprobs, for these.
+        sampling: of requests that ask for more than plain draws; None: there are none.
+        joined_texts: [T, 3] int64, what speculation asks for of the rows that join; None: nothing.
     """
 
+    shape: StepShape
     joined_ints: np.ndarray
     joined_floats: np.ndarray
     new_blocks: np.ndarray
@@ -46,38 +56,30 @@ class StepInput(NamedTuple):
     prompts: np.ndarray
     token_ids: np.ndarray
     is_last_partial: bool
-    is_filtered: bool
-    adjusting: int
-    num_logprobs: int
-    table_changes: TableChanges | None
-    joined_tokens: np.ndarray
-    num_drafts: int
-    prompt_targets: np.ndarray
-    num_prompt_logprobs: int
+    sampling: SamplingInput | None
+    joined_texts: np.ndarray | None
 
 
 def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -> StepInput:
     """What the ranks are told of a batch that has sequences; `tells_texts`: all tokens of those that join, too."""
-    joined_ints, joined_floats, joined_tokens = [], [], []
-    for seq, start in zip(batch.joined, batch.starts[len(batch.seqs) - batch.num_joined :], strict=True):
-        joined_ints.append((seq.row, seq.token_ids[-1], start, *_row_ints(seq)))
-        joined_floats.append(_row_floats(seq))
-        if tells_texts:
-            joined_tokens.append(_text(seq))
-    decode_rows, prompts, token_ids, prompt_targets = [], [], [], []
-    parts = zip(batch.seqs, batch.rows, batch.starts, batch.num_tokens, strict=True)
-    for index, (seq, row, start, num_tokens) in enumerate(parts):
-        is_sampled = index < batch.num_samples
-        if num_tokens == 1 and is_sampled:  # its newest token, which the device has
+    starts = batch.starts[len(batch.seqs) - batch.num_joined :]
+    joined_ints = [
+        (seq.row, seq.token_ids[-1], start, *_row_ints(seq)) for seq, start in zip(batch.joined, starts, strict=True)
+    ]
+    joined_floats = [_row_floats(seq) for seq in batch.joined]
+    decode_rows, prompts, token_ids = [], [], []
+    for index, (seq, row) in enumerate(zip(batch.seqs, batch.rows, strict=True)):
+        if batch.is_decode(index):  # its newest token, which the device has
             decode_rows.append(row)
         else:
+            start, num_tokens = batch.starts[index], batch.num_tokens[index]
             prompts.append((row, start, num_tokens))
-            if seq.wants_prompt_logprobs:
-                prompt_targets += enumerate(seq.prompt_targets(start, num_tokens), len(token_ids))
             token_ids += seq.token_ids[start : start + num_tokens]
-    flags = functools.reduce(operator.or_, (seq.adjustment.flags for seq in batch.seqs if seq.adjustment), 0)
-    told = [seq.logprobs for seq in batch.seqs if seq.logprobs is not None]
+    is_filtered = any(seq.is_filtered for seq in batch.seqs)
+    shape = StepShape(len(decode_rows), len(prompts), len(token_ids), is_filtered, num_drafts=batch.num_drafts)
+    shape, sampling = add_sampling(shape, batch, vocab_size)
     return StepInput(
+        shape=shape,
         joined_ints=np.array(joined_ints, dtype=np.int64).reshape(-1, 7),
         joined_floats=np.array(joined_floats, dtype=np.float32).reshape(-1, 6),
         new_blocks=np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
@@ -85,21 +87,9 @@ def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -
         prompts=np.array(prompts, dtype=np.int64).reshape(-1, 3),
         token_ids=np.array(token_ids, dtype=np.int64),
         is_last_partial=batch.is_last_partial,
-        is_filtered=any(seq.is_filtered for seq in batch.seqs),
-        adjusting=flags & TABLES,
-        num_logprobs=num_logprobs_of((record.num_top for record in told), vocab_size),
-        table_changes=list_changes(batch, vocab_size),
-        joined_tokens=np.concatenate([np.zeros((0, 3), dtype=np.int64), *joined_tokens]),
-        num_drafts=batch.num_drafts,
-        prompt_targets=np.array(prompt_targets, dtype=np.int64).reshape(-1, 2),
-        num_prompt_logprobs=num_logprobs_of((record.num_prompt_top for record in told), vocab_size),
+        sampling=sampling,
+        joined_texts=list_texts(batch.joined) if tells_texts else None,
     )
-
-
-def _text(seq: Sequence) -> np.ndarray:
-    """What `joined_tokens` has of a sequence."""
-    num_tokens = len(seq.token_ids)
-    return np.stack([np.full(num_tokens, seq.row), np.arange(num_tokens), np.array(seq.token_ids)], axis=1)
 
 
 def _row_ints(seq: Sequence) -> tuple[int, ...]:

@@ -150,7 +150,7 @@ class LinearBase(Weighted):
 class Scheme(Protocol):
     """How a layer's weight is stored: a checkpoint's tensors, and what kernels make of them.
 
-    Those by which experts can be stored have `create_experts` and `finish_experts` too, see layers/experts.py.
+    Those by which experts can be stored have `create_experts` and `finish_experts` too, see experts/layers.py.
     """
 
     def create(self, layer: LinearBase) -> None:

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from nanovllm.checkpoint.mixture import Mixture
+from nanovllm.experts.layers import SparseMLP
+from nanovllm.experts.mixture import Mixture
 from nanovllm.layers.activation import SiluAndMul
-from nanovllm.layers.experts import SparseMLP
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear, apply_linear
 from nanovllm.models.llama import LlamaAttention

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import nn
 
 from nanovllm.config import Config
-from nanovllm.layers.experts import SparseMLP
+from nanovllm.experts.layers import SparseMLP
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
 

@@ -20,7 +20,7 @@ from nanovllm.quantization.groups import DUMMY_SCALES, take
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
-    from nanovllm.layers.experts import Experts
+    from nanovllm.experts.layers import Experts
     from nanovllm.layers.linear import LinearBase
 
 DUMMY_SCALE = 0.02 / DUMMY_STD

@@ -20,7 +20,7 @@ from nanovllm.quantization.groups import DUMMY_SCALES, FilledGroups, take
 from nanovllm.quantization.int4 import ROUNDED_INT4
 
 if TYPE_CHECKING:
-    from nanovllm.layers.experts import Experts
+    from nanovllm.experts.layers import Experts
     from nanovllm.layers.linear import LinearBase
 
 

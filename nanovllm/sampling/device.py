@@ -4,11 +4,13 @@ The tables take memory for each row and token of the vocabulary, so each is allo
 CUDA graphs hold their addresses: a graph reads the tables that its `adjusting` names. Knows nothing of requests.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from nanovllm.engine.cuda_graphs import StepShape
 from nanovllm.engine.device_rows import RING_SIZE, DeviceRows
+from nanovllm.engine.step_input import StepShape
 from nanovllm.kernels.adjust_logits import USES_BIAS, USES_MASK, LogitTables, adjust_logits, count_tokens
 from nanovllm.kernels.sampling import unpack_token_ids
 from nanovllm.layers.layernorm import Normalised, rows_of
@@ -17,7 +19,11 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.sampling.adjustments import TableChanges
 from nanovllm.sampling.logprobs import pack_logprobs
+from nanovllm.sampling.step_sampling import SamplingInput
 from nanovllm.utils.context import StepTensors
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
 
 PROMPT_ROWS = 256  # of a prompt whose logits are there at once
 
@@ -75,6 +81,17 @@ class AdjustedSampler:
             own_and_best = pack_logprobs(logits, token_ids, shape.num_logprobs - 1)
             self.logprobs[shape.num_logprobs][step.sample_rows] = own_and_best
         return packed
+
+    def forward_with_prompt_logprobs(self, runner: "ModelRunner", shape: StepShape, sampling: SamplingInput) -> Tensor:
+        """A runner's step that also tells the logprobs of prompts' tokens; returns where they will be."""
+        step = runner.lay_out(shape, shape.num_tokens)
+        indices, targets = self.rows.to_device(sampling.prompt_targets).unbind(1)
+        sampled = step.context.logits_indices
+        context = step.context._replace(logits_indices=torch.cat([sampled, shape.num_decodes + indices]))
+        hidden_states = runner.model(step.input_ids, step.positions, context)
+        runner.sample(runner.model.compute_logits(rows_of(hidden_states, 0, len(sampled))), step, shape)
+        hidden_states = rows_of(hidden_states, len(sampled), len(sampled) + len(targets))
+        return self.prompt_logprobs(runner.model, hidden_states, targets, sampling.num_prompt_logprobs)
 
     def prompt_logprobs(
         self, model: Qwen3ForCausalLM, hidden_states: Normalised | Tensor, targets: Tensor, num_logprobs: int

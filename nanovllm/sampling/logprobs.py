@@ -39,6 +39,18 @@ def num_logprobs_of(nums_top: Iterable[int | None], vocab_size: int) -> int:
     return 1 + min(next((size for size in TOP_SIZES if size >= most), most), vocab_size)
 
 
+def list_prompt_targets(batch: "Batch") -> np.ndarray:
+    """[L, 2] int64: which of the tokens of a step's prompts tell the logprob of the next one, and that one."""
+    targets, offset = [], 0
+    for index, (seq, start, num_tokens) in enumerate(zip(batch.seqs, batch.starts, batch.num_tokens, strict=True)):
+        if batch.is_decode(index):
+            continue
+        if seq.wants_prompt_logprobs:
+            targets += enumerate(seq.prompt_targets(start, num_tokens), offset)
+        offset += num_tokens
+    return np.array(targets, dtype=np.int64).reshape(-1, 2)
+
+
 def take_in_logprobs(
     batch: "Batch", token_ids: list[list[int]], logprobs: Tensor | None, prompt_logprobs: Tensor | None
 ) -> None:

@@ -14,11 +14,13 @@ from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.decode_rows import DecodeInputs
 from nanovllm.kernels.ngrams import propose_ngrams
-from nanovllm.kernels.verify_rows import lay_out_drafts, store_verified
+from nanovllm.kernels.verify_rows import REPORT_HEAD, lay_out_drafts, store_verified
 
 
 class DraftRows:
     """The texts and drafts of R rows, of which K drafts each may be proposed.
+
+    The rows' `token_ring` becomes int64 [RING_SIZE, R, W], where steps write what kernels/verify_rows.py reports.
 
     Attributes:
         history: int32 [R, max_model_len], the tokens by position, the last one included.
@@ -32,16 +34,17 @@ class DraftRows:
         """`config` asks for speculation; `rows` are the ones that are drafted for."""
         self.config = config
         self.rows = rows
-        num_rows = len(rows.last_tokens)
+        num_rows, num_drafts = len(rows.last_tokens), config.speculation.num_speculative_tokens
+        rows.token_ring = rows.make_ring(num_rows, REPORT_HEAD + 1 + num_drafts)
         self.history = self._zeros(num_rows, config.max_model_len)
-        self.drafts = self._zeros(num_rows, config.speculation.num_speculative_tokens)
+        self.drafts = self._zeros(num_rows, num_drafts)
         self.num_drafts = self._zeros(num_rows)
         self.propose: Callable[[Tensor], None] = self._look_up
 
     def apply_changes(self, step: StepInput) -> None:
         """Writes the texts of the rows that join, for which nothing is proposed yet."""
-        if len(step.joined_tokens):
-            rows, positions, token_ids = self.rows.to_device(step.joined_tokens).unbind(1)
+        if len(step.joined_texts):
+            rows, positions, token_ids = self.rows.to_device(step.joined_texts).unbind(1)
             self.history[rows, positions] = token_ids.int()
             self.num_drafts[rows] = 0
 

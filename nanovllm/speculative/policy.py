@@ -10,10 +10,13 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nanovllm.kernels.verify_rows import NUM_CHECKED, NUM_PROPOSED, NUM_TOKENS, REPORT_HEAD
 
 if TYPE_CHECKING:
     from nanovllm.engine.scheduler import Batch
+    from nanovllm.engine.sequence import Sequence
 
 # The share of the drafts that a step computes which must be expected to be accepted. By how much of itself a step
 # takes longer on an H200, behind 500 tokens, with 7 drafts of each of 1, 2, 4, 8 rows, with 3 of 16, with 1 of 24, 32:
@@ -57,6 +60,15 @@ def pays(records: Items[DraftRecord], num_drafts: int) -> bool:
     """Whether enough of so many drafts of each row are expected to be accepted."""
     gain = sum(min(record.num_proposed, num_drafts) * record.acceptance for record in records)
     return gain >= LEAST_SHARE * num_drafts * len(records)
+
+
+def list_texts(seqs: Items[Sequence]) -> np.ndarray:
+    """Row, position and token of all that sequences have, int64 [T, 3]: where drafts are looked up."""
+    texts = [np.zeros((0, 3), dtype=np.int64)]
+    for seq in seqs:
+        num_tokens = len(seq.token_ids)
+        texts.append(np.stack([np.full(num_tokens, seq.row), np.arange(num_tokens), np.array(seq.token_ids)], axis=1))
+    return np.concatenate(texts)
 
 
 def take_in_drafts(batch: Batch, reports: list[list[int]]) -> list[list[int]]:

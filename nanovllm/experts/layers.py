@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.checkpoint.loader import Shard
-from nanovllm.checkpoint.mixture import Mixture
+from nanovllm.experts.mixture import Mixture
 from nanovllm.kernels.e4m3 import check_e4m3
 from nanovllm.kernels.experts import down_experts, gate_up_experts
 from nanovllm.kernels.quantized_weight import QuantizedWeight

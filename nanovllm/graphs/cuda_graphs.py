@@ -7,11 +7,11 @@ here: the capture calls a function that does it.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine.step_input import StepShape
 from nanovllm.kernels.tuning import HOPPER_ROWS
 
 # The lengths to which the tokens of prompts are padded. Of one prompt alone the first ones are captured at the start.
@@ -23,23 +23,6 @@ MORE_TOKENS = (768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # every fourth step, steps took 2.2 ms on average, else 10.7. Prompts in bulk, steps of 16,384 tokens, gain no more
 # than the captures cost them.
 MAX_WORK = 6e12
-
-
-class StepShape(NamedTuple):
-    """The sizes of a step's tensors, which a CUDA graph fixes."""
-
-    num_decodes: int
-    num_prompts: int
-    num_tokens: int  # of the prompts
-    is_filtered: bool  # whether a row asks for top-k, top-p or min-p
-    adjusting: int = 0  # the tables by which logits are adjusted, flags of kernels/adjust_logits.py
-    num_logprobs: int = 0  # the logprobs told of each row: its token's and the best ones'; 0: none
-    num_drafts: int = 0  # computed of each row that decodes, beside its last token
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether tokens are drawn from the logits as they are, and nothing is told of these."""
-        return not self.adjusting and not self.num_logprobs
 
 
 def list_graph_shapes(config: Config) -> list[StepShape]:
