@@ -15,6 +15,7 @@ import torch
 
 from nanovllm.engine import model_runner
 from nanovllm.parallel import ranks as worker
+from nanovllm.weights import load
 
 EXCEPTIONS = {"exception": ZeroDivisionError("on purpose"), "memory": torch.OutOfMemoryError("CUDA out of memory")}
 
@@ -48,7 +49,7 @@ class FaultyRank:
     def arm(self) -> None:
         runner, tp = model_runner.ModelRunner, worker.TensorParallel
         if self.moment == "loading":
-            model_runner.load_model = self.failing(model_runner.load_model)
+            load.load_model = self.failing(load.load_model)
         elif self.moment == "joining":
             tp.connect = self.failing(tp.connect)
         elif self.moment == "allocation":

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.kv_scales import set_kv_scales
-from nanovllm.checkpoint.loader import fill_dummy, find_tensors, load_model
-from nanovllm.config import FP8, Config
+from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput, StepShape
@@ -20,15 +18,14 @@ from nanovllm.graphs.cuda_graphs import GRAPH_TOKENS, CudaGraphs
 from nanovllm.graphs.warm_up import warm_up
 from nanovllm.kernels.cublas import limit_cublas_workspace
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
-from nanovllm.kernels.e4m3 import check_e4m3
-from nanovllm.layers.linear import create_weights, finish_weights
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.quantization import describe_weights, schemes_of
+from nanovllm.quantization import describe_weights
 from nanovllm.sampling.device import AdjustedSampler
 from nanovllm.speculative.draft_rows import DraftRows
 from nanovllm.utils.context import Context, StepTensors
+from nanovllm.weights.load import load_weights
 
 
 class StepOutput(NamedTuple):
@@ -55,18 +52,9 @@ class ModelRunner:
         self.config = config
         self.tp = tp
         self.device = tp.device
-        if config.kv_cache_dtype == FP8:
-            check_e4m3(f"kv_cache_dtype={FP8!r}", self.device)
         limit_cublas_workspace(self.device)
         self.model = model_class(config.model_config.architecture)(config, tp)
-        create_weights(self.model, schemes_of(self.model, config.quantization_method))
-        if config.load_format == "dummy":
-            fill_dummy(self.model, config.seed)
-        else:
-            load_model(self.model, config.model, tp.check)
-            if config.kv_cache_dtype == FP8:
-                set_kv_scales(self.model, find_tensors(config.model))
-        finish_weights(self.model)
+        load_weights(self.model, config, tp)
         self.sampler = Sampler(tp, config.sampler_backend)
         num_weights = sum(parameter.numel() for parameter in self.model.parameters())
         self.graphs = CudaGraphs(config, tp.stream, num_weights)

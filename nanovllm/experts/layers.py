@@ -13,10 +13,12 @@ from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.tuning import FEW_TOKENS
 from nanovllm.layers.layernorm import Normalised
-from nanovllm.layers.linear import Plain, Weighted, apply_linear, check_blocks, part_of
+from nanovllm.layers.linear import apply_linear
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import add_parts
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.weights.parts import check_blocks, part_of
+from nanovllm.weights.schemes import Plain, Weighted
 
 
 class Router(nn.Module):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.kernels.cpu_products import half_logits
 from nanovllm.layers.layernorm import Normalised
-from nanovllm.layers.linear import apply_linear, part_of
+from nanovllm.layers.linear import apply_linear
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.weights.parts import part_of
 
 
 class VocabParallelEmbedding(nn.Module):

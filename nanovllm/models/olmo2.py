@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from nanovllm.checkpoint.loader import Shard
 from nanovllm.config import Config
 from nanovllm.layers.layernorm import Normalised, RMSNorm
-from nanovllm.layers.linear import Part
 from nanovllm.layers.residual import only_sampled
 from nanovllm.models.llama import LlamaAttention
 from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.utils.context import Context
+from nanovllm.weights.parts import Part
 
 
 class Olmo2HeadsNorm(nn.Module):

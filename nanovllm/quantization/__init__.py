@@ -23,7 +23,7 @@ from nanovllm.quantization.online import ONLINE_METHODS
 
 if TYPE_CHECKING:  # layers are made of options, which are read here
     from nanovllm.config import Config
-    from nanovllm.layers.linear import Scheme
+    from nanovllm.weights.schemes import Scheme
 
 
 class Method(Protocol):

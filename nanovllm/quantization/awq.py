@@ -17,7 +17,7 @@ from nanovllm.quantization.groups import GROUP_SIZES, Groups, take, unpack_words
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
-    from nanovllm.layers.linear import LinearBase
+    from nanovllm.weights.linear_base import LinearBase
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes, lowest bits first, each of 8 features has
 

@@ -17,7 +17,8 @@ from nanovllm.quantization.groups import GROUP_SIZES, Groups, take, unpack_words
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
-    from nanovllm.layers.linear import LinearBase, Scheme
+    from nanovllm.weights.linear_base import LinearBase
+    from nanovllm.weights.schemes import Scheme
 
 UNPACKED_FORMATS = {  # the types of weights that they are for
     "float-quantized": ("float",),

@@ -21,7 +21,7 @@ from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
     from nanovllm.experts.layers import Experts
-    from nanovllm.layers.linear import LinearBase
+    from nanovllm.weights.linear_base import LinearBase
 
 DUMMY_SCALE = 0.02 / DUMMY_STD
 

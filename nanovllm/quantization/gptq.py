@@ -18,7 +18,7 @@ from nanovllm.quantization.groups import GROUP_SIZES, Groups, take, unpack_words
 from nanovllm.quantization.names import is_listed, names_of
 
 if TYPE_CHECKING:
-    from nanovllm.layers.linear import LinearBase
+    from nanovllm.weights.linear_base import LinearBase
 
 BLOCK_MODULES = "modules_in_block_to_quantize"
 

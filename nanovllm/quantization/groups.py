@@ -17,7 +17,7 @@ from nanovllm.checkpoint.loader import Shard
 from nanovllm.kernels.quantized_weight import INT4_RUN, QuantizedWeight, pack_int4
 
 if TYPE_CHECKING:
-    from nanovllm.layers.linear import LinearBase
+    from nanovllm.weights.linear_base import LinearBase
 
 WORD_BITS = 32
 GROUP_SIZES = (32, 64, 128, -1)  # -1: all columns

@@ -21,7 +21,7 @@ from nanovllm.quantization.int4 import ROUNDED_INT4
 
 if TYPE_CHECKING:
     from nanovllm.experts.layers import Experts
-    from nanovllm.layers.linear import LinearBase
+    from nanovllm.weights.linear_base import LinearBase
 
 
 @dataclass(frozen=True)
