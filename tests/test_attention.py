@@ -16,8 +16,8 @@ from kernel_data import DOT_DTYPES, assert_rows_close, ints, paged_inputs
 from nanovllm.kernels import HAS_TRITON, tl, triton
 from nanovllm.kernels.decode_shares import find_work
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
-from nanovllm.kernels.paged_attention_torch import group_decodes, paged_attention_torch, paged_decode_torch
-from nanovllm.layers.attention import Attention, decode_without_host
+from nanovllm.kernels.paged_attention_torch import decode_without_host, paged_attention_torch, paged_decode_torch
+from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
 
 
@@ -176,7 +176,7 @@ def test_decodes_at_once(window, soft_cap, contexts, is_grouped):
     expected = paged_attention_torch(*inputs, 0.3, window, soft_cap)
     tables.clamp_(max=len(k_cache) - 1)  # arbitrary where nothing is, but a block
     if is_grouped:
-        o = paged_decode_torch(q, k_cache, v_cache, group_decodes(tables, lens, 16, window), 0.3, soft_cap)
+        o = paged_decode_torch(q, k_cache, v_cache, tables, lens, {}, 0.3, window, soft_cap)
     else:
         o = decode_without_host(q, k_cache, v_cache, tables, lens, 0.3, window, soft_cap)
     assert_rows_close(o, expected, torch.float32)

@@ -1,7 +1,8 @@
 """The rotary embedding that config.json asks for: how positions beyond those of the training are brought within.
 
 Both spellings are read, `rope_theta` + `rope_scaling` and `rope_parameters`. Where they disagree, or versions of
-transformers do, transformers 5 is right. This file knows nothing of angles: layers/rotary_embedding.py does.
+transformers do, transformers 5 is right. This file knows nothing of angles: layers/rotary_embedding.py does, and
+rope_scaling/.
 """
 
 import math

@@ -158,15 +158,26 @@ def group_decodes(
 
 
 def paged_decode_torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: list[DecodeGroup], scale: float, soft_cap: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    groups_by_window: dict[int | None, list[DecodeGroup]],
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """`paged_attention_torch` of one query a sequence, q [S, Hq, D], without a step for each of them.
 
-    The query heads that share a KV head are rows that share its keys.
+    The query heads that share a KV head are rows that share its keys. `groups_by_window` is the step's, at first
+    empty: what the first layer with a window has worked out, the others find there.
     """
+    if window not in groups_by_window:
+        groups_by_window[window] = group_decodes(block_tables, context_lens, k_cache.size(1), window)
     o = torch.zeros_like(q)
     num_kv_heads, dim = k_cache.shape[2:]
-    for rows, slots, seen in groups:
+    for rows, slots, seen in groups_by_window[window]:
         k, v = (cache.view(-1, num_kv_heads, dim)[slots].transpose(1, 2) for cache in (k_cache, v_cache))
         queries = q if len(rows) == len(q) else q[rows]
         queries = queries.reshape(len(rows), num_kv_heads, -1, dim)
@@ -175,3 +186,33 @@ def paged_decode_torch(
             return of_group
         o[rows] = of_group
     return o
+
+
+def decode_without_host(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """`paged_attention_torch` of one query a sequence, q [B, heads, head_dim], in tensors of fixed shapes.
+
+    Decodes on a GPU may be in a graph, where the host cannot loop over lengths: each row gathers as many pages as a
+    window can touch, without one all, and a mask says what it sees of them.
+    """
+    block_size, max_pages = k_cache.size(1), block_tables.size(1)
+    oldest = (context_lens - window).clamp(min=0) if window else torch.zeros_like(context_lens)
+    num_pages = min(-(-(window - 1) // block_size) + 1, max_pages) if window else max_pages
+    pages = oldest[:, None] // block_size + torch.arange(num_pages, device=q.device)
+    blocks = block_tables.gather(1, pages.clamp(max=max_pages - 1))
+    positions = (pages[:, :, None] * block_size + torch.arange(block_size, device=q.device)).flatten(1)
+    seen = ((positions >= oldest[:, None]) & (positions < context_lens[:, None]))[:, None, None]
+    # Other keys and values may be NaN, of a sequence that has failed: no mask would silence that.
+    k, v = (
+        cache[blocks].flatten(1, 2).transpose(1, 2).masked_fill(~seen.transpose(2, 3), 0)
+        for cache in (k_cache, v_cache)
+    )
+    return softmax_attention(q[:, :, None], k, v, seen, scale, soft_cap)[:, :, 0]

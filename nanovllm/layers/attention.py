@@ -11,12 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
-from nanovllm.kernels.paged_attention_torch import (
-    group_decodes,
-    paged_attention_torch,
-    paged_decode_torch,
-    softmax_attention,
-)
+from nanovllm.kernels.paged_attention_flash import paged_attention_flash
+from nanovllm.kernels.paged_attention_torch import decode_without_host, paged_attention_torch, paged_decode_torch
 from nanovllm.kernels.rope_decode import rope_decode, takes_rope_decode
 from nanovllm.kernels.store_kvcache import rope_store_kvcache
 from nanovllm.layers.layernorm import RMSNorm
@@ -84,47 +80,13 @@ def attend_torch(layer: Attention, q: Tensor, context: Context) -> Tensor:
     if q.is_cuda and n == len(q):
         return decode_without_host(q, *caches, tables, lens, *scores)
     if n:
-        groups = context.decode_groups.get(layer.window)
-        if groups is None:
-            groups = group_decodes(tables[:n], lens[:n], layer.k_cache.size(1), layer.window)
-            context.decode_groups[layer.window] = groups
-        o = paged_decode_torch(q[:n], *caches, groups, layer.scale, layer.soft_cap)
+        o = paged_decode_torch(q[:n], *caches, tables[:n], lens[:n], context.decode_groups, *scores)
         if n == len(q):
             return o
     rest = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
     if n:
         rest[:n] = o
     return rest
-
-
-def decode_without_host(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-) -> Tensor:
-    """`paged_attention_torch` of one query a sequence, q [B, heads, head_dim], in tensors of fixed shapes.
-
-    Decodes on a GPU may be in a graph, where the host cannot loop over lengths: each row gathers as many pages as a
-    window can touch, without one all, and a mask says what it sees of them.
-    """
-    block_size, max_pages = k_cache.size(1), block_tables.size(1)
-    oldest = (context_lens - window).clamp(min=0) if window else torch.zeros_like(context_lens)
-    num_pages = min(-(-(window - 1) // block_size) + 1, max_pages) if window else max_pages
-    pages = oldest[:, None] // block_size + torch.arange(num_pages, device=q.device)
-    blocks = block_tables.gather(1, pages.clamp(max=max_pages - 1))
-    positions = (pages[:, :, None] * block_size + torch.arange(block_size, device=q.device)).flatten(1)
-    seen = ((positions >= oldest[:, None]) & (positions < context_lens[:, None]))[:, None, None]
-    # Other keys and values may be NaN, of a sequence that has failed: no mask would silence that.
-    k, v = (
-        cache[blocks].flatten(1, 2).transpose(1, 2).masked_fill(~seen.transpose(2, 3), 0)
-        for cache in (k_cache, v_cache)
-    )
-    return softmax_attention(q[:, :, None], k, v, seen, scale, soft_cap)[:, :, 0]
 
 
 def attend_triton(layer: Attention, q: Tensor, context: Context) -> Tensor:
@@ -143,37 +105,8 @@ def attend_triton(layer: Attention, q: Tensor, context: Context) -> Tensor:
 
 def attend_flash_attn(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """The flash-attn package."""
-    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-
-    # Its windows are the keys to the left and to the right of a query's own, -1: all; a cap of 0 is none.
-    window_size = (layer.window - 1, 0) if layer.window else (-1, -1)
-    softcap = layer.soft_cap or 0.0
-    if context.num_decodes == len(q):
-        o = flash_attn_with_kvcache(
-            q[:, None],
-            layer.k_cache,
-            layer.v_cache,
-            cache_seqlens=context.context_lens,
-            block_table=context.block_tables,
-            softmax_scale=layer.scale,
-            window_size=window_size,
-            softcap=softcap,
-        )
-        return o[:, 0]
-    return flash_attn_varlen_func(
-        q,
-        layer.k_cache,
-        layer.v_cache,
-        cu_seqlens_q=context.cu_seqlens_q,
-        cu_seqlens_k=context.cu_seqlens_k,
-        max_seqlen_q=context.max_seqlen_q,
-        max_seqlen_k=context.block_tables.size(1) * layer.k_cache.size(1),
-        softmax_scale=layer.scale,
-        causal=True,
-        window_size=window_size,
-        softcap=softcap,
-        block_table=context.block_tables,
-    )
+    scores = layer.scale, layer.window, layer.soft_cap
+    return paged_attention_flash(q, layer.k_cache, layer.v_cache, context, *scores)
 
 
 BACKENDS: dict[str, Callable[[Attention, Tensor, Context], Tensor]] = {
