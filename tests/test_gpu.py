@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint.files import read_json
-from nanovllm.engine import scheduler
 from nanovllm.layers.attention import Attention
 from nanovllm.parallel.peer_memory import MAX_PART_ROWS
+from nanovllm.speculative import policy
 from nanovllm.utils.context import Context
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,7 @@ def test_greedy_tokens(checkpoint, scenario, backend, enforce_eager):
 @BACKENDS
 def test_greedy_tokens_with_drafts(checkpoint, monkeypatch, backend, enforce_eager):
     """Of texts that repeat themselves; some drafts are accepted, some are not."""
-    monkeypatch.setattr(scheduler, "pays", lambda records, num_drafts: True)
+    monkeypatch.setattr(policy, "pays", lambda records, num_drafts: True)
     checkpoint, loop = checkpoint("qwen3"), random_prompt(70, 5)
     prompts = [loop * 9, random_prompt(71, 40) * 2, *mixed_prompts()]
     config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -60,7 +60,7 @@ def test_greedy_tokens_with_drafts(checkpoint, monkeypatch, backend, enforce_eag
 
 @needs_two_gpus
 def test_ranks_with_drafts(checkpoint, monkeypatch):
-    monkeypatch.setattr(scheduler, "pays", lambda records, num_drafts: True)
+    monkeypatch.setattr(policy, "pays", lambda records, num_drafts: True)
     config = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     check_scenario(
         checkpoint("qwen3"), "all_at_once", 16, **FLOAT32, speculative_config=config, tensor_parallel_size=2

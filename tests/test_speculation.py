@@ -18,7 +18,6 @@ from test_text import ANSWERS, DEMO, QUESTION
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.beam_search.params import BeamSearchParams
-from nanovllm.engine import scheduler
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.step_input import StepShape
 from nanovllm.graphs import cuda_graphs
@@ -27,8 +26,10 @@ from nanovllm.kernels.rope_decode import rope_decode
 from nanovllm.kernels.verify_rows import NUM_PROPOSED
 from nanovllm.layers import attention
 from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.speculative import policy
 from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
-from nanovllm.speculative.policy import DraftRecord, pays
+from nanovllm.speculative.policy import pays
+from nanovllm.speculative.record import DraftRecord
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 ASYNC = pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -44,7 +45,7 @@ def repetitive_prompts() -> list[tuple[int, ...]]:
 @pytest.fixture
 def always(monkeypatch):
     """Checks drafts in every step that may, however few are accepted."""
-    monkeypatch.setattr(scheduler, "pays", lambda records, num_drafts: True)
+    monkeypatch.setattr(policy, "pays", lambda records, num_drafts: True)
 
 
 def compare(
@@ -113,7 +114,7 @@ def test_any_model(checkpoint, family, async_scheduling):
 )
 def test_little_room(checkpoint, monkeypatch, options, async_scheduling, always_checks):
     if always_checks:
-        monkeypatch.setattr(scheduler, "pays", lambda records, num_drafts: True)
+        monkeypatch.setattr(policy, "pays", lambda records, num_drafts: True)
     compare(checkpoint("qwen3"), LONG, async_scheduling=async_scheduling, **options)
 
 

@@ -15,7 +15,8 @@ from operator import attrgetter
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.speculative.policy import pays
+from nanovllm.requests.text_end import ends_text
+from nanovllm.speculative.policy import choose_num_drafts, count_drafts, drop_refused, num_ahead_of
 
 PRIORITY = attrgetter("priority")  # of all sequences the same, unless scheduling_policy="priority"
 
@@ -84,25 +85,23 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
-        batch = Batch(self.config.max_num_batched_tokens, num_drafts=self._choose_num_drafts())
+        batch = Batch(self.config.max_num_batched_tokens, num_drafts=choose_num_drafts(self))
         num_running = len(self.running)
         for seq in self.running:  # which a preemption shortens from its end
             # More may run than the budget holds, as those that wait for the host leave room for others to be admitted.
-            if not batch.budget or seq.waits_for_host or self._end_is_due(seq):
+            if not batch.budget or seq.waits_for_host or self.end_is_due(seq):
                 continue
-            num_ahead = self._num_ahead(seq, batch.num_drafts)
+            num_ahead = num_ahead_of(seq, batch.num_drafts, self.config.max_model_len)
             while not self.block_manager.can_append(seq, num_ahead):
                 self.preempt(self.running[-1])
                 if seq.status is SequenceStatus.WAITING:
                     return batch
-            num_new = self.block_manager.may_append(seq, num_ahead)
-            for index in range(len(seq.block_table) - num_new, len(seq.block_table)):
-                batch.new_blocks.append((seq.row, index, seq.block_table[index]))
-            self._compute(batch, seq)
+            num_new_blocks = self.block_manager.may_append(seq, num_ahead)
+            self._compute(batch, seq, num_new_blocks)
         # After a preemption nothing is admitted: the newest sequence would take back what the older ones need.
         if len(self.running) < num_running or batch.num_drafts:
             return batch
-        while batch.budget and self._admits_next():
+        while batch.budget and self.admits_next():
             seq = self.waiting.popleft()
             self.block_manager.allocate(seq)
             seq.status = SequenceStatus.RUNNING
@@ -110,8 +109,7 @@ class Scheduler:
             seq.row = self.free_rows.pop()
             insort_right(self.running, seq, key=PRIORITY)
             batch.num_joined += 1
-            batch.new_blocks += [(seq.row, index, block_id) for index, block_id in enumerate(seq.block_table)]
-            self._compute(batch, seq)
+            self._compute(batch, seq, len(seq.block_table))
         return batch
 
     def preempt(self, seq: Sequence) -> None:
@@ -133,7 +131,7 @@ class Scheduler:
             if seq.is_finished:
                 continue
             if batch.num_drafts:
-                self._correct(seq, batch.num_drafts, len(new_token_ids) - 1)
+                drop_refused(seq, batch.num_drafts, len(new_token_ids) - 1)
             for token_id in new_token_ids:
                 self._take_in(seq, token_id)
                 if seq.finish_reason is not None:  # tokens behind it are surplus too
@@ -150,8 +148,21 @@ class Scheduler:
             self.waiting.remove(seq)
         seq.end(seq.finish_reason)
 
-    def _compute(self, batch: Batch, seq: Sequence) -> None:
-        """Adds to the batch as many of the sequence's tokens as its budget holds."""
+    def end_is_due(self, seq: Sequence) -> bool:
+        """Whether the sequence ends by length once its tokens, of which some may be unseen, are seen.
+
+        With unseen drafts it may be due without being known to be.
+        """
+        return self._is_full(seq, seq.num_tokens - seq.num_unseen_drafts)
+
+    def admits_next(self) -> bool:
+        """Whether the sequence that is to run next can."""
+        return bool(self.waiting and self.free_rows) and self.block_manager.can_allocate(self.waiting[0])
+
+    def _compute(self, batch: Batch, seq: Sequence, num_new_blocks: int) -> None:
+        """Adds to the batch as many of the sequence's tokens as its budget holds; its last blocks may be new."""
+        for index in range(len(seq.block_table) - num_new_blocks, len(seq.block_table)):
+            batch.new_blocks.append((seq.row, index, seq.block_table[index]))
         start = seq.num_computed_tokens
         end = min(seq.num_tokens, start + min(batch.budget, self.config.long_prefill_token_threshold or batch.budget))
         seq.num_computed_tokens = end
@@ -168,56 +179,24 @@ class Scheduler:
         if end == seq.num_tokens:
             batch.num_samples += 1
             seq.num_tokens += 1
-        if batch.num_drafts:  # the most that there can be, until `_correct` knows
-            seq.num_tokens += batch.num_drafts
-            seq.num_computed_tokens += batch.num_drafts
-            seq.num_unseen_drafts += batch.num_drafts
-
-    def _correct(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
-        """Counts no longer the drafts of a step that were not accepted."""
-        seq.num_unseen_drafts -= num_drafts
-        seq.num_tokens -= num_drafts - num_accepted
-        if seq.status is SequenceStatus.RUNNING:  # else nothing is computed any more
-            seq.num_computed_tokens -= num_drafts - num_accepted
+        if batch.num_drafts:
+            count_drafts(seq, batch.num_drafts)
 
     def _take_in(self, seq: Sequence, token_id: int) -> None:
         """Takes in a token that was unseen, and says if it ends the sequence."""
         if token_id < 0:
             seq.finish_reason = "error"
             return
-        self._append(seq, token_id)
-        if self._ends_text(seq, token_id):
-            seq.finish_reason = "stop"
-        elif self._is_full(seq, len(seq.token_ids)):
-            seq.finish_reason = "length"
-
-    def _append(self, seq: Sequence, token_id: int) -> None:
-        """Takes in a token that was unseen; now that the ones before it are known, their block can be named."""
         seq.first_token_time = seq.first_token_time or time.time()
         seq.token_ids.append(token_id)
-        num_computed = len(seq.token_ids) - 1
-        if num_computed % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
-            self.block_manager.name_blocks(seq, num_computed - 1, num_computed)
-
-    def _ends_text(self, seq: Sequence, token_id: int) -> bool:
-        """Whether the new token ends the sequence's text: by the model, by the request, or by a constraint."""
-        params = seq.sampling_params
-        is_eos = token_id in self.eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
-            seq.has_end_token, seq.stop_reason = True, None if is_eos else token_id
-            # The text of such a token is no part of the sequence's, unless that is asked for.
-            if seq.detokenizer is not None and params.include_stop_str_in_output:
-                seq.detokenizer.push([token_id], finds_stops=False)
-            return True
-        if seq.detokenizer is not None:
-            has_least_tokens = len(seq.token_ids) - seq.num_prompt_tokens > params.min_tokens
-            seq.stop_reason = seq.detokenizer.push([token_id], has_least_tokens)
-            if seq.stop_reason is not None:
-                return True
-        if seq.constraint is None:
-            return False
-        seq.constraint.accept(token_id)
-        return seq.constraint.is_finished
+        num_known = len(seq.token_ids)
+        # Now that the tokens before it are known, their block can be named.
+        if (num_known - 1) % self.block_manager.block_size == 0 and seq.status is SequenceStatus.RUNNING:
+            self.block_manager.name_blocks(seq, num_known - 2, num_known - 1)
+        if ends_text(seq, token_id, self.eos_token_ids):
+            seq.finish_reason = "stop"
+        elif self._is_full(seq, num_known):
+            seq.finish_reason = "length"
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -225,44 +204,7 @@ class Scheduler:
         self.free_rows.append(seq.row)
         seq.row = -1
 
-    def _end_is_due(self, seq: Sequence) -> bool:
-        """Whether the sequence ends by length once its tokens, of which some may be unseen, are seen.
-
-        With unseen drafts it may be due without being known to be.
-        """
-        return self._is_full(seq, seq.num_tokens - seq.num_unseen_drafts)
-
     def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether the sequence may not have more than so many tokens."""
         max_tokens = seq.num_prompt_tokens + seq.sampling_params.max_tokens
         return num_tokens >= min(max_tokens, self.config.max_model_len)
-
-    def _admits_next(self) -> bool:
-        """Whether the sequence that is to run next can."""
-        return bool(self.waiting and self.free_rows) and self.block_manager.can_allocate(self.waiting[0])
-
-    def _num_ahead(self, seq: Sequence, num_drafts: int) -> int:
-        """Tokens behind its own that a sequence needs blocks for; fewer than none if it counts some beyond its end."""
-        return min(num_drafts, self.config.max_model_len - seq.num_tokens)
-
-    def _choose_num_drafts(self) -> int:
-        """How many drafts the next step checks of each sequence, perhaps 0.
-
-        So it is if the step has prompts, if one of its rows draws otherwise than from the logits as they are, if too
-        few drafts are expected to be accepted, or if others would have to be preempted for them.
-        """
-        if self.config.speculation is None:
-            return 0
-        seqs = [seq for seq in self.running if not (seq.waits_for_host or self._end_is_due(seq))]
-        num_drafts = self.config.speculation.num_drafts_of(len(seqs)) if seqs else 0
-        may_check = (
-            num_drafts > 0
-            and len(seqs) * (1 + num_drafts) <= self.config.max_num_batched_tokens
-            and all(seq.may_check_drafts for seq in seqs)
-            and pays([seq.drafts for seq in seqs], num_drafts)
-            and not self._admits_next()
-        )
-        if not may_check:
-            return 0
-        num_lacking = sum(self.block_manager.num_lacking(seq, self._num_ahead(seq, num_drafts)) for seq in seqs)
-        return num_drafts if num_lacking <= len(self.block_manager.free_block_ids) else 0

@@ -11,7 +11,7 @@ from nanovllm.sampling.adjustments import Adjustment
 from nanovllm.sampling.constraints import Constraint
 from nanovllm.sampling.logprobs import LogprobRecord
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.speculative.policy import DraftRecord
+from nanovllm.speculative.record import DraftRecord
 from nanovllm.text.detokenizer import Detokenizer
 
 
@@ -87,10 +87,6 @@ class Sequence:
         self.status = SequenceStatus.FINISHED
         self.finished_time = time.time()
 
-    def prompt_targets(self, start: int, num_tokens: int) -> list[int]:
-        """The tokens of the prompt that the logits of so many tokens from `start` on are about."""
-        return self.token_ids[start + 1 : min(start + num_tokens + 1, self.num_prompt_tokens)]
-
     @property
     def constraint(self) -> Constraint | None:
         """What says which tokens may come next; None: nothing does."""
@@ -100,12 +96,6 @@ class Sequence:
     def waits_for_host(self) -> bool:
         """Whether its next token cannot be drawn before the last one is seen, as a constraint depends on that."""
         return len(self.token_ids) < self.num_tokens and self.constraint is not None
-
-    @property
-    def may_check_drafts(self) -> bool:
-        """Whether its next step needs only its last token, and draws from the logits as they are."""
-        tells_logprobs = self.logprobs is not None and self.logprobs.num_top is not None
-        return self.num_computed_tokens == self.num_tokens - 1 and self.adjustment is None and not tells_logprobs
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -17,6 +17,7 @@ from nanovllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nanovllm.engine.scheduler import Batch
+    from nanovllm.engine.sequence import Sequence
 
 TOP_SIZES = (0, 1, 5, 20)
 
@@ -39,6 +40,11 @@ def num_logprobs_of(nums_top: Iterable[int | None], vocab_size: int) -> int:
     return 1 + min(next((size for size in TOP_SIZES if size >= most), most), vocab_size)
 
 
+def prompt_targets(seq: "Sequence", start: int, num_tokens: int) -> list[int]:
+    """The tokens of a sequence's prompt that the logits of so many of its tokens from `start` on are about."""
+    return seq.token_ids[start + 1 : min(start + num_tokens + 1, seq.num_prompt_tokens)]
+
+
 def list_prompt_targets(batch: "Batch") -> np.ndarray:
     """[L, 2] int64: which of the tokens of a step's prompts tell the logprob of the next one, and that one."""
     targets, offset = [], 0
@@ -46,7 +52,7 @@ def list_prompt_targets(batch: "Batch") -> np.ndarray:
         if batch.is_decode(index):
             continue
         if seq.wants_prompt_logprobs:
-            targets += enumerate(seq.prompt_targets(start, num_tokens), offset)
+            targets += enumerate(prompt_targets(seq, start, num_tokens), offset)
         offset += num_tokens
     return np.array(targets, dtype=np.int64).reshape(-1, 2)
 
@@ -72,7 +78,7 @@ def take_in_logprobs(
         packed = prompt_logprobs.numpy()
         for seq, start, num_tokens in zip(batch.seqs, batch.starts, batch.num_tokens, strict=True):
             if seq.wants_prompt_logprobs:
-                num_targets = len(seq.prompt_targets(start, num_tokens))
+                num_targets = len(prompt_targets(seq, start, num_tokens))
                 seq.logprobs.push_prompt(start + 1, packed[:num_targets])
                 packed = packed[num_targets:]
 

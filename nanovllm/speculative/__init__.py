@@ -6,7 +6,7 @@ itself distributed as the draft's replacement must be. A draw depends on a reque
 tokens are the same with speculation and without, greedy or drawn, up to the rounding of products with other numbers of
 rows.
 
-`params` has the options, `policy` says on the host when checking pays, `draft_rows` is what the device has of it. What
-proposes drafts is one function there, a look-up in the text itself (kernels/ngrams.py); a draft model could take its
-place. Knows nothing of models, requests or graphs.
+`params` has the options, `policy` says on the host when checking pays, by each sequence's `record`, and `draft_rows`
+is what the device has of it. What proposes drafts is one function there, a look-up in the text itself
+(kernels/ngrams.py); a draft model could take its place. Knows nothing of models, requests or graphs.
 """

@@ -7,15 +7,15 @@ as many drafts of each of its rows, or none at all. Nothing here knows of device
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanovllm.kernels.verify_rows import NUM_CHECKED, NUM_PROPOSED, NUM_TOKENS, REPORT_HEAD
+from nanovllm.speculative.record import DraftRecord
 
 if TYPE_CHECKING:
-    from nanovllm.engine.scheduler import Batch
+    from nanovllm.engine.scheduler import Batch, Scheduler
     from nanovllm.engine.sequence import Sequence
 
 # The share of the drafts that a step computes which must be expected to be accepted. By how much of itself a step
@@ -24,42 +24,61 @@ if TYPE_CHECKING:
 # Qwen3-8B 0.22, 0.03, 0.10, 0.10, 0.15, 0.06, 0.10.
 LEAST_SHARE = 0.15
 
-# Of the estimate of a sequence's acceptance: how much of it is the last step's, and by how much it comes back to 1 in
-# each step that has drafts and does not check them, so that they are tried again now and then.
-LAST_SHARE = 0.25
-RECOVERY = 2**-10
-
-
-@dataclass(slots=True)
-class DraftRecord:
-    """What the host has seen of a sequence's drafts.
-
-    Attributes:
-        num_proposed: drafts that there were for it behind the last step that it saw.
-        acceptance: an estimate of the share of checked drafts that is accepted, at first hopeful.
-        num_checked, num_accepted: drafts so far.
-    """
-
-    num_proposed: int = 0
-    acceptance: float = 1.0
-    num_checked: int = 0
-    num_accepted: int = 0
-
-    def take_in(self, num_checked: int, num_accepted: int, num_proposed: int) -> None:
-        """Counts the drafts of a step."""
-        if num_checked:
-            self.acceptance += LAST_SHARE * (num_accepted / num_checked - self.acceptance)
-        elif self.num_proposed:
-            self.acceptance += RECOVERY * (1 - self.acceptance)
-        self.num_checked += num_checked
-        self.num_accepted += num_accepted
-        self.num_proposed = num_proposed
-
 
 def pays(records: Items[DraftRecord], num_drafts: int) -> bool:
     """Whether enough of so many drafts of each row are expected to be accepted."""
     gain = sum(min(record.num_proposed, num_drafts) * record.acceptance for record in records)
     return gain >= LEAST_SHARE * num_drafts * len(records)
+
+
+def choose_num_drafts(scheduler: Scheduler) -> int:
+    """How many drafts the next step checks of each sequence, perhaps 0.
+
+    So it is if the step has prompts, if one of its rows draws otherwise than from the logits as they are, if too few
+    drafts are expected to be accepted, or if others would have to be preempted for them.
+    """
+    config, blocks = scheduler.config, scheduler.block_manager
+    if config.speculation is None:
+        return 0
+    seqs = [seq for seq in scheduler.running if not (seq.waits_for_host or scheduler.end_is_due(seq))]
+    num_drafts = config.speculation.num_drafts_of(len(seqs)) if seqs else 0
+    may_check = (
+        num_drafts > 0
+        and len(seqs) * (1 + num_drafts) <= config.max_num_batched_tokens
+        and all(may_check_drafts(seq) for seq in seqs)
+        and pays([seq.drafts for seq in seqs], num_drafts)
+        and not scheduler.admits_next()
+    )
+    if not may_check:
+        return 0
+    num_lacking = sum(blocks.num_lacking(seq, num_ahead_of(seq, num_drafts, config.max_model_len)) for seq in seqs)
+    return num_drafts if num_lacking <= len(blocks.free_block_ids) else 0
+
+
+def may_check_drafts(seq: Sequence) -> bool:
+    """Whether a sequence's next step needs only its last token, and draws from the logits as they are."""
+    tells_logprobs = seq.logprobs is not None and seq.logprobs.num_top is not None
+    return seq.num_computed_tokens == seq.num_tokens - 1 and seq.adjustment is None and not tells_logprobs
+
+
+def num_ahead_of(seq: Sequence, num_drafts: int, max_model_len: int) -> int:
+    """Tokens behind its own that a sequence needs blocks for; fewer than none if it counts some beyond its end."""
+    return min(num_drafts, max_model_len - seq.num_tokens)
+
+
+def count_drafts(seq: Sequence, num_drafts: int) -> None:
+    """Counts the drafts of a step that is launched as if all were accepted, until `drop_refused` knows."""
+    seq.num_tokens += num_drafts
+    seq.num_computed_tokens += num_drafts
+    seq.num_unseen_drafts += num_drafts
+
+
+def drop_refused(seq: Sequence, num_drafts: int, num_accepted: int) -> None:
+    """Counts no longer the drafts of a step that were not accepted."""
+    seq.num_unseen_drafts -= num_drafts
+    seq.num_tokens -= num_drafts - num_accepted
+    if seq.row >= 0:  # else it runs no more, and nothing of it is computed
+        seq.num_computed_tokens -= num_drafts - num_accepted
 
 
 def list_texts(seqs: Items[Sequence]) -> np.ndarray:
