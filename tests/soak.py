@@ -167,7 +167,7 @@ class Soak:
         except KeyboardInterrupt:
             self.counts["interrupts"] += 1
             self.counts["aborted"] += len(prompts)
-            left = [i for i in (*llm.requests, *llm.results, *llm.progressed) if i >= first]
+            left = [i for i in (*llm.requests, *llm.requests.results, *llm.requests.progressed) if i >= first]
             require(llm.failure is not None or not left, f"nothing left of an interrupted call, not {left}")
             return
         for prompt, param, result in zip(prompts, params, results, strict=True):
@@ -278,7 +278,7 @@ class Soak:
     def check_idle(self, llm: LLM) -> None:
         manager = llm.scheduler.block_manager
         check_integrity(llm.scheduler)
-        require(llm.is_finished() and llm.scheduler.is_finished() and not llm.progressed, "no request left")
+        require(llm.is_finished() and llm.scheduler.is_finished() and not llm.requests.progressed, "no request left")
         require(len(manager.free_block_ids) == len(manager.blocks), "all blocks free")
         require(len(llm.scheduler.free_rows) == llm.config.max_num_seqs, "all rows free")
 

@@ -256,7 +256,7 @@ def test_ctrl_c_in_generate(request, path, want, ranks):
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, ENDLESS, use_tqdm=False)
     check_integrity(llm.scheduler)
-    assert list(llm.requests) + list(llm.results) == [kept]
+    assert list(llm.requests) + list(llm.requests.results) == [kept]
     while not (results := llm.step()):
         pass
     assert [(int(result["request_id"]), result["token_ids"]) for result in results] == [(kept, want[0])]

@@ -29,7 +29,7 @@ def llm(checkpoint):
         yield llm
         if llm.failure is None:
             check_idle(llm)
-            assert not llm.dropped
+            assert not llm.turns.asked
 
 
 def ordered(pairs) -> list[dict]:

@@ -10,7 +10,7 @@ import pytest
 from test_async_llm import DEMO, ENDLESS, PROMPTS
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.requests.metrics import BOUNDS, HELP, PREFIX, Counter, Gauge, Histogram
+from nanovllm.reports.metrics import BOUNDS, HELP, PREFIX, Counter, Gauge, Histogram
 
 DASHBOARD = Path(__file__).parents[1] / "docs" / "grafana.json"
 

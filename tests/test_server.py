@@ -16,7 +16,7 @@ from faults import wait_until
 
 import nanovllm
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.requests.metrics import HELP, PREFIX
+from nanovllm.reports.metrics import HELP, PREFIX
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
     pytest.importorskip(package, reason=f"needs {package}, which the extra [test] brings")
@@ -527,7 +527,7 @@ def test_a_client_that_gives_up_waiting(client, engine):
 
 
 def count_aborts(engine: AsyncLLM) -> int:
-    return engine.llm.ended.reasons["abort"]
+    return engine.llm.requests.ended.reasons["abort"]
 
 
 @pytest.mark.parametrize("num_chunks", [1, 5])

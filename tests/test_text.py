@@ -378,7 +378,7 @@ def test_an_interrupted_generate_leaves_nothing(demo, monkeypatch):
 
     params = [greedy(max_tokens=n, ignore_eos=True) for n in (2, 2, 50, 50)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nanovllm.requests.progress.tqdm", Interrupted)
+        patch.setattr("nanovllm.reports.progress.tqdm", Interrupted)
         demo.generate(["a", "b", "c", "d"], params, use_tqdm=True)
     check_idle(demo)
     assert answer(demo, greedy())["text"] == INTRODUCTION

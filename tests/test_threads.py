@@ -27,7 +27,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import ModelRunner, StepOutput
 from nanovllm.engine.step_input import StepInput
 from nanovllm.parallel.turns import Turns
-from nanovllm.requests import progress
+from nanovllm.reports import progress
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -185,8 +185,13 @@ def find_differences(want: list[list[Any]], got: list[list[Any]], calls: list[li
 def check_nothing_left(llm: LLM) -> None:
     check_integrity(llm.scheduler)
     manager = llm.scheduler.block_manager
-    if not llm.is_finished() or llm.progressed or llm.dropped or len(manager.free_block_ids) != len(manager.blocks):
-        raise RuntimeError(f"requests {sorted(llm.requests)} are left, results {sorted(llm.results)}")
+    if (
+        not llm.is_finished()
+        or llm.requests.progressed
+        or llm.turns.asked
+        or len(manager.free_block_ids) != len(manager.blocks)
+    ):
+        raise RuntimeError(f"requests {sorted(llm.requests)} are left, results {sorted(llm.requests.results)}")
 
 
 def main() -> int:

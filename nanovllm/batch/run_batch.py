@@ -19,8 +19,8 @@ from nanovllm.openai_api.errors import Refused
 from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest
 from nanovllm.openai_api.served_model import ServedModel
 from nanovllm.outputs import RequestOutput
+from nanovllm.reports.progress import Progress
 from nanovllm.requests.admission import CheckedRequest
-from nanovllm.requests.progress import Progress
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
@@ -107,13 +107,13 @@ class BatchRun:
         llm, counts = self.llm, self.counts
         make_bar = partial(tqdm, initial=todo.num_done) if use_tqdm else False
         with (
-            Progress(todo.num_requests, make_bar, llm.num_prefilled, llm.num_decoded) as progress,
+            Progress(todo.num_requests, make_bar, llm.computed) as progress,
             closing(complete(llm, self._requests(path, todo))) as results,
         ):
             for (line, index), result in results:
                 self._take_in(line, index, result)
-                progress.show(counts.num_answered + counts.num_failed, llm.num_prefilled, llm.num_decoded)
-            progress.show(counts.num_answered + counts.num_failed, llm.num_prefilled, llm.num_decoded)
+                progress.show(counts.num_answered + counts.num_failed)
+            progress.show(counts.num_answered + counts.num_failed)
 
     def _requests(self, path: str | os.PathLike[str], todo: Todo) -> Iterator[tuple[tuple[Line, int], CheckedRequest]]:
         """What is to be computed, each with its line and its place there; bad lines are answered at once."""

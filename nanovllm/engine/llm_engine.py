@@ -1,8 +1,7 @@
 """Requests in, steps, results out. Knows nothing of how a step is computed, nor of how text is split into tokens."""
 
+import functools
 import os
-import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
@@ -21,18 +20,19 @@ from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestError, RequestOutput
 from nanovllm.parallel.ranks import RankGroup
 from nanovllm.parallel.turns import Turns, deferred_interrupt
-from nanovllm.requests.admission import CheckedRequest, Params
+from nanovllm.reports.metrics import Metric, read_metrics
+from nanovllm.reports.progress import ComputedTokens, Progress
+from nanovllm.reports.startup import print_startup
+from nanovllm.requests.admission import CheckedRequest, Params, read_added
 from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.requests.intake import Intake
-from nanovllm.requests.metrics import EndedRequests, Metric, read_metrics
-from nanovllm.requests.progress import Progress
+from nanovllm.requests.open_requests import OpenRequests
 from nanovllm.requests.request import Request
+from nanovllm.requests.text_end import find_eos_token_ids
 from nanovllm.sampling.logprobs import take_in_logprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.speculative.policy import take_in_drafts
 from nanovllm.text.tokenizer import load_tokenizer
-
-POLL_SECONDS = 2e-5
 
 
 class LaunchedStep(NamedTuple):
@@ -64,7 +64,6 @@ class LLMEngine:
         defaults = default_sampling_params(config)
         self.default_sampling_params = defaults.params
         self.turns = Turns()
-        self.dropped: list[int] = []  # requests that whoever has the turn drops at its end
         self.ranks = RankGroup(config)
         # When nobody has the engine any more, at the latest when the interpreter exits.
         weakref.finalize(self, deferred_interrupt()(self.ranks.close))
@@ -78,7 +77,7 @@ class LLMEngine:
             if config.device == "cuda" and not config.enforce_eager:
                 self.ranks.call("capture_cudagraph")
             self.ranks.check()
-            self.scheduler = Scheduler(config, num_blocks, self._eos_token_ids())
+            self.scheduler = Scheduler(config, num_blocks, find_eos_token_ids(config, self.tokenizer))
             self.intake = Intake(config, self.tokenizer, defaults.params, self.scheduler)
         except (TypeError, ValueError):
             self.close()
@@ -86,28 +85,14 @@ class LLMEngine:
         except BaseException as error:
             self._die(error)
         self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
-        self.requests: dict[int, Request] = {}  # unfinished, by the id of their first sequence
-        self.numbers: dict[str, int] = {}  # of those that callers gave an id or `add_request` did, by it
-        self.ended = EndedRequests()
-        self.results: dict[int, RequestOutput] = {}  # of finished requests that `step` has yet to hand out
-        self.progressed: dict[int, Request] = {}  # unfinished ones that have something to be handed out
-        self.num_prefilled = self.num_decoded = 0  # tokens that the steps seen so far have computed
+        self.requests = OpenRequests(config, self.tokenizer, self.intake)
+        self.computed = ComputedTokens()  # by the steps seen so far
         if "NANOVLLM_TRACE" in os.environ:
             from nanovllm.trace import record_engine
 
             record_engine(self, os.environ["NANOVLLM_TRACE"])
         self.failure = None
-        weights = f" weights by {described};" if described else ""
-        print(
-            f"nano-vllm: {config.model_config.architecture} in {config.dtype} ({config.dtype_reason})",
-            f"on {config.tensor_parallel_size} x {config.device};{weights}",
-            f"attention by {config.attention_backend} ({config.attention_reason});",
-            f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in",
-            f"{config.kv_cache_dtype}; max_model_len={config.max_model_len}",
-            file=sys.stderr,
-        )
-        if defaults.taken:
-            print(f"nano-vllm: default sampling parameters of {defaults.path}: {defaults.taken}", file=sys.stderr)
+        print_startup(config, described, num_blocks, defaults)
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
@@ -135,18 +120,13 @@ class LLMEngine:
             TypeError, ValueError: a bad prompt or parameter, or an id in use; nothing is queued.
             RuntimeError: the engine has failed or is closed.
         """
-        if prompt is None or isinstance(prompt, SamplingParams):
-            request_id, prompt, params = None, request_id, prompt
-        elif not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a string, got {request_id!r}")
+        request_id, prompt, params = read_added(request_id, prompt, params)
         self._check_alive()
         params = sampling_params if params is None else params
         checked = self.intake.check_one(prompt, params, priority, timeout)
         with self._turn():
-            name = str(self.num_seqs) if request_id is None else request_id
-            if name in self.numbers:
-                raise ValueError(f"request_id must be of no unfinished request, got {name!r}")
-            number = self.numbers[name] = self.submit(checked, self.results, name)
+            name = self.requests.new_id(request_id)
+            number = self.requests.numbers[name] = self.submit(checked, self.requests.results, name)
         return number if request_id is None else request_id
 
     def submit(self, checked: CheckedRequest, results: dict[int, RequestOutput], request_id: str) -> int:
@@ -170,11 +150,7 @@ class LLMEngine:
         with self._turn():
             self._advance()
         with self.turns.take():
-            outputs = [request.output(self.tokenizer) for request in self.progressed.values()]
-            outputs += self.results.values()
-            self.progressed.clear()
-            self.results.clear()
-        return outputs
+            return self.requests.hand_out()
 
     @property
     def num_seqs(self) -> int:
@@ -183,7 +159,7 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether no request is unfinished, of any thread, and no result is waiting to be handed out."""
-        return not self.requests and not self.results
+        return not self.requests and not self.requests.results
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to hand out."""
@@ -200,13 +176,7 @@ class LLMEngine:
         there is of it, with the `finish_reason` "abort".
         """
         with self._turn():
-            for name in request_id if isinstance(request_id, (list, tuple, set)) else [request_id]:
-                request = self._find(name)
-                if request is None:
-                    continue
-                self._drop_now(request.number, "abort")
-                if request.results is not self.results:
-                    self._finish(request)
+            self.requests.abort(request_id if isinstance(request_id, (list, tuple, set)) else [request_id])
 
     def generate(
         self,
@@ -267,9 +237,9 @@ class LLMEngine:
         return True
 
     def get_metrics(self) -> list[Metric]:
-        """What the engine has done so far, see `requests/metrics.py`. Raises RuntimeError if it has failed."""
+        """What the engine has done so far, see `reports/metrics.py`. Raises RuntimeError if it has failed."""
         with self._turn():
-            return read_metrics(self.scheduler, self.requests.values(), self.ended)
+            return read_metrics(self.scheduler, self.requests.values(), self.requests.ended)
 
     def exit(self) -> None:
         """Ends the ranks and frees their memory. Can be called again, and from any thread.
@@ -289,21 +259,18 @@ class LLMEngine:
         """This thread's turn with an engine that is alive; see `Turns.take`."""
         with self.turns.take():
             self._check_alive()
-            try:
-                yield
-            finally:
-                self._drop_asked()
+            yield
 
     def _complete(self, ids: list[int], results: dict[int, RequestOutput], use_tqdm: bool | Callable) -> None:
         """Makes steps until all of some requests have their results."""
         num_finished = len(results)
-        with Progress(len(ids), use_tqdm, self.num_prefilled, self.num_decoded) as progress:
+        with Progress(len(ids), use_tqdm, self.computed) as progress:
             while num_finished < len(ids):
                 with self._turn():
                     if len(results) < len(ids):  # else another thread's step was the last one needed
                         self._advance()
                 num_finished = len(results)
-                progress.show(num_finished, self.num_prefilled, self.num_decoded)
+                progress.show(num_finished)
 
     def _advance(self) -> None:
         """Launches the next step, then takes in the tokens of the one before. For whoever has the turn."""
@@ -314,27 +281,20 @@ class LLMEngine:
         try:
             # A second Ctrl-C ends a step that hangs, and the engine with it; nowhere else, lest it cut what gives the
             # turn back, or drops a call's requests.
-            self.turns.is_breakable = True
-            previous, current = self.in_flight, self._launch()
-            if self.config.async_scheduling:
-                self.in_flight = current
-                seen = previous
-            else:
+            with self.turns.breakable():
+                previous, current = self.in_flight, self._launch()
                 seen = current
-            if seen is not None:
-                self._take_in(seen)
-            self.turns.is_breakable = False
+                if self.config.async_scheduling:
+                    self.in_flight, seen = current, previous
+                if seen is not None:
+                    self._take_in(seen)
         except BaseException as error:
-            self.turns.is_breakable = False
             self._die(error)
 
     def _launch(self) -> LaunchedStep | None:
         """Starts the next step on all ranks; None if there is nothing to compute."""
-        for request in self.intake.take_overdue(self.requests):
-            self._drop_now(request.number, "timeout")
-            self._finish(request)
-        for request in self.intake.queue_compiled(self.scheduler.is_finished() and self.in_flight is None):
-            self._finish(request)
+        self.requests.end_overdue()
+        self.requests.queue_compiled(may_wait=self.scheduler.is_finished() and self.in_flight is None)
         batch = self.scheduler.schedule()
         if not batch.seqs:
             return None
@@ -345,11 +305,7 @@ class LLMEngine:
     def _take_in(self, step: LaunchedStep) -> None:
         """Waits for a step's tokens, gives them to their sequences, and puts down the results of those that ended."""
         batch, output = step
-        if output.event is not None:
-            while self.config.tensor_parallel_size > 1 and not output.event.query():
-                self.ranks.check()  # a rank that died would leave the others waiting for ever
-                time.sleep(POLL_SECONDS)
-            output.event.synchronize()
+        self.ranks.wait_for(output.event)
         told_by_row = output.tokens.tolist()
         told = [told_by_row[row] for row in batch.rows[: batch.num_samples]]
         if self.config.speculation is None:
@@ -358,71 +314,22 @@ class LLMEngine:
             token_ids = take_in_drafts(batch, told)
         take_in_logprobs(batch, token_ids, output.logprobs, output.prompt_logprobs)
         finished = self.scheduler.postprocess(batch, token_ids)
-        num_decodes = batch.num_tokens.count(1)
-        self.num_prefilled += sum(batch.num_tokens) - num_decodes
-        self.num_decoded += num_decodes
-        if batch.num_drafts:
-            self.num_decoded += sum(len(accepted) - 1 for accepted in token_ids)
-        ended = dict.fromkeys(self.requests[seq.request_id] for seq in finished)
-        for seq in finished:
-            if seq.finish_reason == "error":
-                request = self.requests[seq.request_id]
-                request.error = request.explain(seq, self.config)
-        for request in ended:
-            if request.is_finished:
-                self._finish(request)
-        for seq in batch.seqs[: batch.num_samples]:
-            request = self.requests.get(seq.request_id)
-            if request is not None and request.reports_progress:
-                self.progressed[seq.request_id] = request
+        self.computed.count(batch, token_ids)
+        self.requests.take_in(batch, finished)
         if not self.requests:
             self.in_flight = None  # only surplus tokens
 
-    def _finish(self, request: Request) -> None:
-        """Puts down the result of a request whose samples have ended."""
-        self._forget(request)
-        request.results[request.number] = request.output(self.tokenizer)
-
     def _add(self, request: Request) -> None:
         """Queues a request. For whoever has the turn."""
-        self.requests[request.number] = request
-        self.intake.queue(request)
-
-    def _forget(self, request: Request) -> None:
-        """Takes a request out of the unfinished ones, if it is one of them."""
-        if self.requests.pop(request.number, None) is not None:
-            self.ended.count(request)
-        self.progressed.pop(request.number, None)
-        if self.numbers.get(request.request_id) == request.number:
-            del self.numbers[request.request_id]
-
-    def _find(self, request_id: int | str) -> Request | None:
-        """The unfinished request of an id."""
-        return self.requests.get(self.numbers.get(request_id, -1) if isinstance(request_id, str) else request_id)
+        self.requests.add(request)
 
     def _drop(self, request_ids: Items[int]) -> None:
-        """Forgets the unfinished of some requests, of a call that has ended."""
-        self.dropped.extend(request_ids)  # if Ctrl-C ends the waiting below, another thread does it
-        if not self.turns.is_mine():  # as where the garbage collector ends a stream in the middle of a step
-            with self.turns.take():
-                self._drop_asked()
+        """Forgets the unfinished of some requests, of a call that has ended: in the next turn, whosever it is."""
+        self.turns.ask(functools.partial(self._drop_now, request_ids))
 
-    def _drop_asked(self) -> None:
-        """Drops the requests that were to be dropped. For whoever has the turn."""
-        while self.dropped:
-            self._drop_now(self.dropped.pop())
-
-    def _drop_now(self, number: int, finish_reason: str | None = None) -> None:
-        """Ends a request without a result if it has not finished."""
-        request = self.requests.get(number)
-        if request is not None and self.failure is None:
-            self.intake.withdraw(request, finish_reason)
-            self._forget(request)
-
-    def _eos_token_ids(self) -> frozenset[int]:
-        """What ends a text by the model's files or by the tokenizer's: fine-tunes may change the latter alone."""
-        of_tokenizer = self.tokenizer.eos_token_id if self.tokenizer is not None else None
-        return self.config.model_config.eos_token_ids | ({of_tokenizer} - {None})
+    def _drop_now(self, request_ids: Items[int]) -> None:
+        for number in request_ids if self.failure is None else ():
+            self.requests.drop(number)
 
     def _check_alive(self) -> None:
         """Raises RuntimeError if the engine, or a rank of it, has failed."""

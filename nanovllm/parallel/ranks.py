@@ -29,6 +29,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
 CUDA_ERROR_NOT_INITIALIZED = 3  # of the CUDA driver's API
+POLL_SECONDS = 2e-5  # how soon a step's end is seen
 CAUSE_SECONDS = 3.0  # a rank that failed is heard of by then
 MAIN_GUARD = 'a script that makes such an LLM must do so below `if __name__ == "__main__":`'
 
@@ -130,6 +131,15 @@ class RankGroup:
         """Raises RuntimeError if a rank has failed."""
         if self.failure is not None:
             raise RuntimeError("a rank has failed")
+
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Waits for rank 0's GPU to pass an event; there may be none. Raises RuntimeError if a rank has failed."""
+        if event is None:
+            return
+        while self.config.tensor_parallel_size > 1 and not event.query():
+            self.check()  # a rank that died would leave the others waiting for ever
+            time.sleep(POLL_SECONDS)
+        event.synchronize()
 
     def cause(self, error: BaseException) -> str:
         """What was behind an error that rank 0 saw: the first failure of another rank, or the error itself."""

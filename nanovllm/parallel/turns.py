@@ -43,10 +43,12 @@ class Turns:
     Attributes:
         is_breakable: whether whoever has the turn is where a second Ctrl-C may take effect at once. To be set where
             all that an exception can leave undone is cleared up, and for what may take long.
+        asked: what whoever has the turn does at its end.
     """
 
     def __init__(self) -> None:
         self.is_breakable = False
+        self.asked: list[Callable[[], None]] = []
         self._guard = threading.Lock()  # of what follows, held for a few instructions
         self._owner: int | None = None
         self._waiting: deque[tuple[int, threading.Lock]] = deque()  # threads, and the gates that let them go on
@@ -70,9 +72,32 @@ class Turns:
                     try:
                         yield
                     finally:
-                        self._release()
+                        try:
+                            while self.asked:
+                                self.asked.pop()()
+                        finally:
+                            self._release()
                     return
             # Whoever handles Ctrl-C here has decided to go on.
+
+    @contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Lets a second Ctrl-C take effect within the block, in this thread's turn."""
+        try:
+            self.is_breakable = True
+            yield
+        finally:
+            self.is_breakable = False
+
+    def ask(self, task: Callable[[], None]) -> None:
+        """Has something done in a turn: now, or at the end of this thread's own.
+
+        If Ctrl-C ends the waiting for a turn, another thread does it.
+        """
+        self.asked.append(task)
+        if not self.is_mine():  # as where the garbage collector ends a stream in the middle of a step
+            with self.take():
+                pass
 
     def _acquire(self, interrupts: list[int]) -> bool:
         """Waits for the turn; returns False if an interrupt came before it."""

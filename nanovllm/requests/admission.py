@@ -38,6 +38,21 @@ class CheckedRequest(NamedTuple):
     timeout: float | None = None
 
 
+def read_added(
+    request_id: str | Prompt | None, prompt: Prompt | SamplingParams | None, params: SamplingParams | None
+) -> tuple[str | None, Prompt | None, SamplingParams | None]:
+    """The id, prompt and parameters of `add_request`, which may be given without the first; they are not checked yet.
+
+    Raises:
+        TypeError: the id is no string.
+    """
+    if prompt is None or isinstance(prompt, SamplingParams):
+        return None, request_id, prompt
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a string, got {request_id!r}")
+    return request_id, prompt, params
+
+
 def check_requests(
     prompts: Prompt | Items[Prompt] | None,
     sampling_params: Params,

@@ -2,8 +2,17 @@
 
 from typing import TYPE_CHECKING
 
+from nanovllm.config import Config
+from nanovllm.text.tokenizer import Tokenizer
+
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
+
+
+def find_eos_token_ids(config: Config, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """What ends a text by the model's files or by the tokenizer's: fine-tunes may change the latter alone."""
+    of_tokenizer = tokenizer.eos_token_id if tokenizer is not None else None
+    return config.model_config.eos_token_ids | ({of_tokenizer} - {None})
 
 
 def ends_text(seq: "Sequence", token_id: int, eos_token_ids: frozenset[int]) -> bool:

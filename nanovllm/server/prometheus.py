@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 
-from nanovllm.requests.metrics import GAUGES, HELP, HISTOGRAMS, PREFIX, Metric
+from nanovllm.reports.metrics import GAUGES, HELP, HISTOGRAMS, PREFIX, Metric
 
 
 class Collector:
