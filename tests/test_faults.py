@@ -28,7 +28,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoint import loader
 from nanovllm.engine import llm_engine, model_runner
 from nanovllm.parallel import ranks as worker
-from nanovllm.requests import progress
+from nanovllm.reports import progress
 from nanovllm.sampling_params import RequestOutputKind
 
 pytestmark = pytest.mark.timeout(90)
