@@ -248,7 +248,7 @@ def joined(parts: list[RequestOutput], params: SamplingParams) -> RequestOutput:
 
 
 class Draw(NamedTuple):
-    """The arguments of `Sampler.sample_whole` in a step of one row."""
+    """The arguments of `AdjustedSampler.sample_whole` in a step of one row."""
 
     logits: torch.Tensor
     rows: torch.Tensor
@@ -309,7 +309,7 @@ class Alone:
     def recount(self, case: Case, index: int) -> tuple[RequestOutput, list[Draw]]:
         """The same once more, with the logprobs of the whole vocabulary where any are asked for, and its draws."""
         draws: list[Draw] = []
-        sampler = self.llm.ranks.runner.sampler
+        sampler = self.llm.ranks.runner.adjusted_sampler
 
         def recorded(*arguments: Any) -> torch.Tensor:
             draws.append(Draw(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)))

@@ -125,7 +125,7 @@ def test_compiled_draws_are_the_plain_ones():
     for size in (1, 2):
         samplers = [Sampler(SimulatedRank(rank, size), "torch") for rank in range(size)]
         for sampler in samplers:
-            sampler._choose = lambda logits: plain.compiled_sample  # as on CUDA
+            sampler.choose = lambda logits: plain.compiled_sample  # as on CUDA
             sampler.tp.all_gather = lambda part: logits[: len(part)]
         num_compiled = None
         for num_rows, case, is_view in itertools.product((64, 1, 2, 7, 33), (True, False), (True, False)):
@@ -149,7 +149,7 @@ def test_an_engine_compiles_at_its_first_step_only(checkpoint, monkeypatch):
     """Whatever shapes come later, and wherever their tensors come from: nothing can be compiled within a capture."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(Sampler, "_choose", lambda self, logits: plain.compiled_sample)  # as on CUDA
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: plain.compiled_sample)  # as on CUDA
     params = [SamplingParams(seed=seed, top_k=seed % 3 * 5, max_tokens=6, ignore_eos=True) for seed in range(12)]
     with engine(checkpoint("qwen3").path, max_num_seqs=16) as llm:
         rows, forward = llm.ranks.runner.rows, torch.inference_mode()(llm.ranks.runner._forward)

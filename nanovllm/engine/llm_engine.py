@@ -30,7 +30,7 @@ from nanovllm.requests.open_requests import OpenRequests
 from nanovllm.requests.request import Request
 from nanovllm.requests.text_end import find_eos_token_ids
 from nanovllm.sampling.logprobs import take_in_logprobs
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.speculative.policy import take_in_drafts
 from nanovllm.text.tokenizer import load_tokenizer
 
@@ -135,8 +135,7 @@ class LLMEngine:
         While it runs, `step` hands out what it has new, by its `output_kind`.
         """
         with self._turn():
-            reports_progress = checked.params.output_kind is not RequestOutputKind.FINAL_ONLY
-            request = self.intake.make(checked, results, request_id, reports_progress)
+            request = self.intake.make(checked, results, request_id)
             self._add(request)
         return request.number
 
@@ -306,12 +305,11 @@ class LLMEngine:
         """Waits for a step's tokens, gives them to their sequences, and puts down the results of those that ended."""
         batch, output = step
         self.ranks.wait_for(output.event)
-        told_by_row = output.tokens.tolist()
-        told = [told_by_row[row] for row in batch.rows[: batch.num_samples]]
+        told, sampled_rows = output.tokens.tolist(), batch.rows[: batch.num_samples]
         if self.config.speculation is None:
-            token_ids = [[token_id] for token_id in told]
+            token_ids = [[told[row]] for row in sampled_rows]
         else:
-            token_ids = take_in_drafts(batch, told)
+            token_ids = take_in_drafts(batch, [told[row] for row in sampled_rows])
         take_in_logprobs(batch, token_ids, output.logprobs, output.prompt_logprobs)
         finished = self.scheduler.postprocess(batch, token_ids)
         self.computed.count(batch, token_ids)

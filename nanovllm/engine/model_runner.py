@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import Config
-from nanovllm.engine import kv_cache
 from nanovllm.engine.device_rows import DeviceRows
+from nanovllm.engine.kv_cache import bind_kv_cache
 from nanovllm.engine.step_input import StepInput, StepShape
 from nanovllm.graphs.cuda_graphs import GRAPH_TOKENS, CudaGraphs
-from nanovllm.graphs.warm_up import warm_up
 from nanovllm.kernels.cublas import limit_cublas_workspace
 from nanovllm.kernels.decode_rows import advance_rows, store_tokens
 from nanovllm.layers.sampler import Sampler
+from nanovllm.memory.num_blocks import find_num_blocks
+from nanovllm.memory.warm_up import warm_up
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.quantization import describe_weights
@@ -71,7 +72,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warmup_model(self) -> int:
-        """Runs the largest steps; returns the bytes of GPU memory they took at most. Any KV cache will do."""
+        """Runs the largest steps; returns the bytes of GPU memory that steps take. Any KV cache will do."""
         return warm_up(self.config, self.rows, self.graphs, self._forward)
 
     def allocate_kv_cache(self) -> int:
@@ -80,16 +81,9 @@ class ModelRunner:
         Raises:
             ValueError: a request of max_model_len tokens does not fit.
         """
-        block_bytes = kv_cache.bind_kv_cache(self.model, self.config, self.tp, num_blocks=1)
-        if self.device.type == "cpu":
-            num_fitting = kv_cache.num_fitting_blocks_on_cpu(self.config, block_bytes)
-        else:
-            step_bytes = self.warmup_model()
-            if self.graphs.shapes:  # graphs have memory of their own
-                step_bytes *= 2
-            num_fitting = kv_cache.num_fitting_blocks_on_gpu(self.config, self.device, block_bytes, step_bytes)
-        num_blocks = kv_cache.choose_num_blocks(self.config, self.tp, num_fitting)
-        kv_cache.bind_kv_cache(self.model, self.config, self.tp, num_blocks)
+        block_bytes = bind_kv_cache(self.model, self.config, self.tp, num_blocks=1)
+        num_blocks = find_num_blocks(self.config, self.tp, block_bytes, self.warmup_model)
+        bind_kv_cache(self.model, self.config, self.tp, num_blocks)
         return num_blocks
 
     @torch.inference_mode()
@@ -152,19 +146,14 @@ class ModelRunner:
     def lay_out(self, shape: StepShape, max_seqlen_q: int) -> StepTensors:
         """Lays out a step: one token of each row that decodes, then the prompts' parts, one behind the other.
 
-        A sequence that decodes gives its last token, which the device has, and its context grows by it. If drafts are
-        checked, it gives these too, and there are no prompts. A part of a prompt gives the tokens that the host sent,
-        and sets the context length to where it ends.
+        A sequence that decodes gives its last token, which the device has, and its context grows by it. A part of a
+        prompt gives the tokens that the host sent, and sets the context length to where it ends.
         """
         rows, block_size, num_decodes = self.rows, self.config.kvcache_block_size, shape.num_decodes
         decode_rows = all_rows = sample_rows = rows.decode_rows[:num_decodes]
-        queries_per_row = 1 + shape.num_drafts
-        if shape.num_drafts:  # each of a row's tokens is a decode of its own
-            inputs = self.draft_rows.lay_out(decode_rows, shape.num_drafts)
-            num_decodes *= queries_per_row
-            all_rows = decode_rows[:, None].expand(-1, queries_per_row).flatten()
-        else:
-            inputs = advance_rows(decode_rows, rows.last_tokens, rows.context_lens, rows.block_tables, block_size)
+        if shape.num_drafts:  # there are no prompts then
+            return self.draft_rows.lay_out(decode_rows, shape.num_drafts, self.counts, max_seqlen_q)
+        inputs = advance_rows(decode_rows, rows.last_tokens, rows.context_lens, rows.block_tables, block_size)
         input_ids, positions, slots, context_lens, block_tables = inputs
         cu_seqlens_q = self.counts[: num_decodes + 1]
         cu_seqlens_k = context_lens  # not their running sum: nothing reads it where all decode
@@ -196,7 +185,6 @@ class ModelRunner:
             max_seqlen_q=max_seqlen_q,
             logits_indices=logits_indices,
             decode_groups={},
-            queries_per_row=queries_per_row,
         )
         return StepTensors(input_ids, positions, context, all_rows, sample_rows)
 

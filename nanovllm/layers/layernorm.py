@@ -42,10 +42,3 @@ class RMSNorm(nn.Module):
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the normalised rows of x, in place of the residual; of what all ranks have."""
         return rms_norm(x, self.weight, self.eps, residual)
-
-
-def rows_of(x: Normalised | Tensor, start: int, end: int) -> Normalised | Tensor:
-    """The rows from start to end of normalised rows, computed or not."""
-    if isinstance(x, Normalised):
-        return x._replace(x=x.x[start:end])
-    return x[start:end]

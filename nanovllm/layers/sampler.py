@@ -31,7 +31,7 @@ class Sampler(nn.Module):
         and min_p first. positions: int32 or int64 [B]. is_filtered: whether some row asks for top-k, top-p or min-p.
         """
         if self.sample is None:
-            self.sample = self._choose(logits)
+            self.sample = self.choose(logits)
             if self.sample is sampling_torch.compiled_sample:
                 # The first call must compile all cases, as none can be while a CUDA graph is captured. Torch makes
                 # batches of one row a case of their own, and one of any other sizes.
@@ -46,18 +46,8 @@ class Sampler(nn.Module):
         start = self.tp.rank * logits.size(1)
         return self.tp.max(self.sample(logits, rows, row_ints, row_floats, positions, start, False))
 
-    def sample_whole(
-        self, logits: Tensor, rows: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor, is_filtered: bool
-    ) -> Tensor:
-        """`forward` of logits [B, vocab] that every rank has: each draws alike.
-
-        Never compiled: these logits are of a dtype of their own, and would be further cases.
-        """
-        function = self._choose(logits)
-        function = sampling_torch.sample if function is sampling_torch.compiled_sample else function
-        return function(logits, rows, row_ints, row_floats, positions, 0, is_filtered)
-
-    def _choose(self, logits: Tensor) -> Callable[..., Tensor]:
+    def choose(self, logits: Tensor) -> Callable[..., Tensor]:
+        """What draws from these logits."""
         if self.backend == "triton" or (self.backend == "auto" and use_triton(logits)):
             return sampling.sample
         return sampling_torch.compiled_sample if logits.is_cuda else sampling_torch.sample

@@ -21,7 +21,7 @@ from nanovllm.requests.request import Request
 from nanovllm.sampling.adjustments import Adjustment, adjusts_logits, bad_word_tokens
 from nanovllm.sampling.constraints import make_constraint
 from nanovllm.sampling.logprobs import LogprobRecord
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.structured import GrammarCompiler
 from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.tokenizer import Tokenizer
@@ -91,11 +91,14 @@ class Intake:
         checked: CheckedRequest,
         results: dict[int, RequestOutput],
         request_id: str | None = None,
-        reports_progress: bool = False,
         is_streamed: bool = False,
     ) -> Request:
-        """A request whose result is to be put into `results`; not queued yet."""
+        """A request whose result is to be put into `results`; not queued yet.
+
+        One with an id comes by `add_request` or the like, and reports progress as its parameters say.
+        """
         number, params = self.num_seqs, checked.params
+        reports_progress = request_id is not None and params.output_kind is not RequestOutputKind.FINAL_ONLY
         request_id = str(number) if request_id is None else request_id
         request = Request(request_id, checked.prompt, params, results, reports_progress)
         has_text = self.tokenizer is not None and params.detokenize

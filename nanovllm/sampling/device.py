@@ -11,9 +11,10 @@ from torch import Tensor
 
 from nanovllm.engine.device_rows import RING_SIZE, DeviceRows
 from nanovllm.engine.step_input import StepShape
+from nanovllm.kernels import sampling_torch
 from nanovllm.kernels.adjust_logits import USES_BIAS, USES_MASK, LogitTables, adjust_logits, count_tokens
 from nanovllm.kernels.sampling import unpack_token_ids
-from nanovllm.layers.layernorm import Normalised, rows_of
+from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.sampler import Sampler
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -73,7 +74,7 @@ class AdjustedSampler:
                 self.mask if shape.adjusting & USES_MASK else None,
             )
             adjusted = adjust_logits(logits, step.rows, positions, row_ints, row_floats, tables)
-        packed = self.sampler.sample_whole(adjusted, step.rows, row_ints, row_floats, positions, shape.is_filtered)
+        packed = self.sample_whole(adjusted, step.rows, row_ints, row_floats, positions, shape.is_filtered)
         token_ids = unpack_token_ids(packed)
         if shape.adjusting:
             count_tokens(self.tokens, step.sample_rows, token_ids)
@@ -81,6 +82,17 @@ class AdjustedSampler:
             own_and_best = pack_logprobs(logits, token_ids, shape.num_logprobs - 1)
             self.logprobs[shape.num_logprobs][step.sample_rows] = own_and_best
         return packed
+
+    def sample_whole(
+        self, logits: Tensor, rows: Tensor, row_ints: Tensor, row_floats: Tensor, positions: Tensor, is_filtered: bool
+    ) -> Tensor:
+        """`Sampler.forward` of logits [B, vocab] that every rank has: each draws alike.
+
+        Never compiled: these logits are of a dtype of their own, and would be further cases.
+        """
+        function = self.sampler.choose(logits)
+        function = sampling_torch.sample if function is sampling_torch.compiled_sample else function
+        return function(logits, rows, row_ints, row_floats, positions, 0, is_filtered)
 
     def forward_with_prompt_logprobs(self, runner: "ModelRunner", shape: StepShape, sampling: SamplingInput) -> Tensor:
         """A runner's step that also tells the logprobs of prompts' tokens; returns where they will be."""
@@ -137,3 +149,10 @@ class AdjustedSampler:
             self.bias[rows, token_ids] = to_device(changes.bias_values)
         if len(changes.mask_rows):
             self.mask[to_device(changes.mask_rows)] = to_device(changes.masks)
+
+
+def rows_of(x: Normalised | Tensor, start: int, end: int) -> Normalised | Tensor:
+    """The rows from start to end of normalised rows, computed or not."""
+    if isinstance(x, Normalised):
+        return x._replace(x=x.x[start:end])
+    return x[start:end]

@@ -12,9 +12,9 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
-from nanovllm.kernels.decode_rows import DecodeInputs
 from nanovllm.kernels.ngrams import propose_ngrams
 from nanovllm.kernels.verify_rows import REPORT_HEAD, lay_out_drafts, store_verified
+from nanovllm.utils.context import Context, StepTensors
 
 
 class DraftRows:
@@ -48,10 +48,14 @@ class DraftRows:
             self.history[rows, positions] = token_ids.int()
             self.num_drafts[rows] = 0
 
-    def lay_out(self, rows: Tensor, num_drafts: int) -> DecodeInputs:
-        """What a step needs that computes the last token and so many drafts of each of the rows, int64 [B]."""
+    def lay_out(self, rows: Tensor, num_drafts: int, counts: Tensor, max_seqlen_q: int) -> StepTensors:
+        """A step that computes the last token and so many drafts of each of the rows, int64 [B].
+
+        Each of a row's tokens is a decode of its own. `counts` are the numbers from 0 on, int32, as many as decodes
+        may need.
+        """
         state, config = self.rows, self.config
-        return lay_out_drafts(
+        input_ids, positions, slots, context_lens, block_tables = lay_out_drafts(
             rows,
             state.last_tokens,
             self.drafts,
@@ -61,6 +65,22 @@ class DraftRows:
             num_drafts,
             config.max_model_len,
         )
+        queries_per_row = 1 + num_drafts
+        num_decodes = len(rows) * queries_per_row
+        context = Context(
+            slot_mapping=slots,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            num_decodes=num_decodes,
+            cu_seqlens_q=counts[: num_decodes + 1],
+            cu_seqlens_k=context_lens,  # not their running sum: nothing reads it where all decode
+            max_seqlen_q=max_seqlen_q,
+            logits_indices=None,
+            decode_groups={},
+            queries_per_row=queries_per_row,
+        )
+        of_each_token = rows[:, None].expand(-1, queries_per_row).flatten()
+        return StepTensors(input_ids, positions, context, of_each_token, rows)
 
     def store(self, packed: Tensor, rows: Tensor) -> None:
         """Stores what a step has drawn, packed, for each of the rows, int64 [B], and proposes what may follow.

@@ -12,7 +12,7 @@ from nanovllm.graphs.cuda_graphs import CudaGraphs
 
 
 def warm_up(config: Config, rows: DeviceRows, graphs: CudaGraphs, forward: Callable[[StepShape], None]) -> int:
-    """Runs the largest steps by `forward`, which works on `rows`; returns the bytes of GPU memory they took."""
+    """Runs the largest steps by `forward`, which works on `rows`; returns the bytes of GPU memory that steps take."""
     max_num_seqs, max_num_tokens = config.max_num_seqs, config.max_num_batched_tokens
     longest_prompt = config.max_model_len - 1
     num_prompts = min(max_num_seqs, -(-max_num_tokens // longest_prompt))
@@ -36,4 +36,4 @@ def warm_up(config: Config, rows: DeviceRows, graphs: CudaGraphs, forward: Calla
     torch.cuda.synchronize(rows.device)
     peak = torch.cuda.max_memory_allocated(rows.device) - before
     torch.cuda.empty_cache()
-    return peak
+    return 2 * peak if graphs.shapes else peak  # graphs have memory of their own
