@@ -91,7 +91,7 @@ class Device:
             if num_tokens == 1 and index < batch.num_samples:  # a decode, whose token the host may not have seen
                 tokens = [self.last_tokens[row]]
                 # Nor may it know where that stands.
-                assert start - seq.num_unseen_drafts <= self.context_lens[row] <= start
+                assert start - seq.drafts.num_unseen <= self.context_lens[row] <= start
             else:
                 assert self.context_lens[row] == start
             assert len(tokens) == num_tokens
@@ -229,7 +229,7 @@ class Driver:
         for seq in (*scheduler.running, *scheduler.waiting):  # what is unseen is in flight
             most_unseen = 1 + self.in_flight[0].num_drafts if self.in_flight and seq in self.in_flight[0].seqs else 0
             assert len(seq.token_ids) <= seq.num_tokens <= len(seq.token_ids) + most_unseen
-            assert seq.num_unseen_drafts == max(most_unseen - 1, 0)
+            assert seq.drafts.num_unseen == max(most_unseen - 1, 0)
         # Nobody skips ahead of others of his priority, neither when admitted nor when preempted.
         for seqs in (scheduler.running, scheduler.waiting):
             assert sorted(seqs, key=lambda seq: (seq.priority, seq.seq_id)) == list(seqs)

@@ -447,7 +447,7 @@ def test_late_tokens_of_a_preempted_sequence_are_kept():
     batch = driver.scheduler.schedule()
     driver.scheduler.preempt(seq)
     assert driver.scheduler.postprocess(batch, [[7, 8]]) == []
-    assert (seq.status, seq.num_computed_tokens, seq.num_unseen_drafts) == (SequenceStatus.WAITING, 0, 0)
+    assert (seq.status, seq.num_computed_tokens, seq.drafts.num_unseen) == (SequenceStatus.WAITING, 0, 0)
     assert seq.num_tokens == len(seq.token_ids) == 3 + 1 + 2
 
 

@@ -13,10 +13,11 @@ from nanovllm import SamplingParams
 from nanovllm.engine.device_rows import RING_SIZE, DeviceRows, PromptParts
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_input import COLDEST, StepShape, build_step_input
+from nanovllm.engine.step_input import StepShape, build_step_input
 from nanovllm.kernels.adjust_logits import USES_TABLE
 from nanovllm.kernels.verify_rows import REPORT_HEAD
 from nanovllm.sampling.adjustments import Adjustment
+from nanovllm.sampling.row_params import COLDEST
 from nanovllm.speculative.draft_rows import DraftRows
 from nanovllm.speculative.params import Speculation
 

@@ -153,7 +153,7 @@ class Scheduler:
 
         With unseen drafts it may be due without being known to be.
         """
-        return self._is_full(seq, seq.num_tokens - seq.num_unseen_drafts)
+        return self._is_full(seq, seq.num_tokens - seq.drafts.num_unseen)
 
     def admits_next(self) -> bool:
         """Whether the sequence that is to run next can."""

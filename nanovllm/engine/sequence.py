@@ -36,7 +36,7 @@ class Sequence:
 
     `num_tokens` counts tokens that exist on the device; with async scheduling the last of them may not have been
     seen by the host yet, so that `token_ids` is then one shorter. While a step that checks drafts is unseen, it is the
-    most that there can be, as if all were accepted; `num_unseen_drafts` fewer are certain.
+    most that there can be, as if all were accepted; `drafts.num_unseen` fewer are certain.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class Sequence:
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = self.num_tokens = len(token_ids)
         self.num_computed_tokens = 0  # tokens whose KV the launched steps have stored, of those that num_tokens counts
-        self.num_unseen_drafts = 0
         self.drafts = DraftRecord()
         self.num_cached_tokens = -1  # of these, found in the prefix cache when first admitted; -1 before
         self.block_table: list[int] = []
@@ -74,7 +73,7 @@ class Sequence:
     @property
     def num_completion_tokens(self) -> int:
         """Generated tokens, an unseen one included, but no unseen drafts."""
-        return self.num_tokens - self.num_unseen_drafts - self.num_prompt_tokens
+        return self.num_tokens - self.drafts.num_unseen - self.num_prompt_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:

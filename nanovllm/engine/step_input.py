@@ -8,11 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling.row_params import row_floats, row_ints
 from nanovllm.sampling.step_sampling import SamplingInput, add_sampling
 from nanovllm.speculative.policy import list_texts
-
-COLDEST = 1e-5  # colder draws are greedy, and logits / temperature might overflow
 
 
 class StepShape(NamedTuple):
@@ -64,9 +62,9 @@ def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -
     """What the ranks are told of a batch that has sequences; `tells_texts`: all tokens of those that join, too."""
     starts = batch.starts[len(batch.seqs) - batch.num_joined :]
     joined_ints = [
-        (seq.row, seq.token_ids[-1], start, *_row_ints(seq)) for seq, start in zip(batch.joined, starts, strict=True)
+        (seq.row, seq.token_ids[-1], start, *row_ints(seq)) for seq, start in zip(batch.joined, starts, strict=True)
     ]
-    joined_floats = [_row_floats(seq) for seq in batch.joined]
+    joined_floats = [row_floats(seq) for seq in batch.joined]
     decode_rows, prompts, token_ids = [], [], []
     for index, (seq, row) in enumerate(zip(batch.seqs, batch.rows, strict=True)):
         if batch.is_decode(index):  # its newest token, which the device has
@@ -90,23 +88,3 @@ def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -
         sampling=sampling,
         joined_texts=list_texts(batch.joined) if tells_texts else None,
     )
-
-
-def _row_ints(seq: Sequence) -> tuple[int, ...]:
-    """What `DeviceRows.row_ints` has of a sequence."""
-    adjustment = seq.adjustment
-    least_length, flags = (adjustment.min_length, adjustment.flags) if adjustment is not None else (0, 0)
-    return seq.sampling_params.top_k, _as_int64(seq.seed), least_length, flags
-
-
-def _row_floats(seq: Sequence) -> tuple[float, ...]:
-    """What `DeviceRows.row_floats` has of a sequence."""
-    params = seq.sampling_params
-    temperature = params.temperature if params.temperature >= COLDEST else 0.0
-    penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
-    return temperature, params.top_p, params.min_p, *penalties
-
-
-def _as_int64(seed: int) -> int:
-    """The signed number with the bits of an unsigned one, modulo 2**64."""
-    return (seed + 2**63) % 2**64 - 2**63

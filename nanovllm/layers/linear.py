@@ -14,7 +14,7 @@ from nanovllm.kernels.linear import linear
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.layers.layernorm import Normalised
 from nanovllm.layers.residual import Residual
-from nanovllm.parallel.row_parallel import linear_and_sum, linear_sum
+from nanovllm.parallel.row_parallel import linear_and_sum
 from nanovllm.parallel.tensor_parallel import TensorParallel
 from nanovllm.weights.linear_base import LinearBase
 from nanovllm.weights.parts import Part, part_of
@@ -85,6 +85,4 @@ class RowParallelLinear(LinearBase):
     def forward(self, x: Tensor, residual: Residual | None = None) -> Residual:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, residual=residual)
-        if residual is None:
-            return linear_sum(x, self.weight, self.bias, self.tp)
         return linear_and_sum(x, self.weight, self.bias, residual, self.tp)

@@ -31,12 +31,15 @@ class PendingSum(NamedTuple):
 
 
 def linear_and_sum(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | PendingSum, tp: TensorParallel
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | PendingSum | None, tp: TensorParallel
 ) -> Tensor | PendingSum:
     """residual + the sum over ranks of x W^T, + bias: x [N, in / ranks], residual [N, out], changed in place.
 
-    The norm that read the residual before x was computed has added the sum that was pending there.
+    The norm that read the residual before x was computed has added the sum that was pending there. Without a residual
+    the sum is made at once, for what must see it whole.
     """
+    if residual is None:
+        return linear_sum(x, weight, bias, tp)
     stream = residual.x if isinstance(residual, PendingSum) else residual
     own_bias = bias if tp.rank == 0 else None
     peers = tp.next_peers(len(x), weight)
@@ -47,7 +50,7 @@ def linear_and_sum(
 
 
 def linear_sum(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """The sum over ranks of x W^T, + bias: x [N, in / ranks]; it is made at once, for what must see it whole."""
+    """The sum over ranks of x W^T, + bias, made at once: x [N, in / ranks]."""
     y = linear_and_sum(x, weight, bias, x.new_zeros(len(x), len(weight)), tp)
     return y.add() if isinstance(y, PendingSum) else y
 

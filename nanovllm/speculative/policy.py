@@ -70,12 +70,12 @@ def count_drafts(seq: Sequence, num_drafts: int) -> None:
     """Counts the drafts of a step that is launched as if all were accepted, until `drop_refused` knows."""
     seq.num_tokens += num_drafts
     seq.num_computed_tokens += num_drafts
-    seq.num_unseen_drafts += num_drafts
+    seq.drafts.num_unseen += num_drafts
 
 
 def drop_refused(seq: Sequence, num_drafts: int, num_accepted: int) -> None:
     """Counts no longer the drafts of a step that were not accepted."""
-    seq.num_unseen_drafts -= num_drafts
+    seq.drafts.num_unseen -= num_drafts
     seq.num_tokens -= num_drafts - num_accepted
     if seq.row >= 0:  # else it runs no more, and nothing of it is computed
         seq.num_computed_tokens -= num_drafts - num_accepted

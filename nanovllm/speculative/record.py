@@ -16,12 +16,14 @@ class DraftRecord:
         num_proposed: drafts that there were for it behind the last step that it saw.
         acceptance: an estimate of the share of checked drafts that is accepted, at first hopeful.
         num_checked, num_accepted: drafts so far.
+        num_unseen: drafts of steps that are launched, and whose tokens are yet to be seen.
     """
 
     num_proposed: int = 0
     acceptance: float = 1.0
     num_checked: int = 0
     num_accepted: int = 0
+    num_unseen: int = 0
 
     def take_in(self, num_checked: int, num_accepted: int, num_proposed: int) -> None:
         """Counts the drafts of a step."""
