@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -172,11 +172,11 @@ def test_a_second_ctrl_c_takes_effect_where_it_may(is_breakable):
     with pytest.raises(KeyboardInterrupt), turns.take():
         signal.raise_signal(signal.SIGINT)
         reached.append("first")
-        turns.is_breakable = is_breakable
-        signal.raise_signal(signal.SIGINT)
-        reached.append("second")
+        with turns.breakable() if is_breakable else nullcontext():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("second")
     assert reached == (["first"] if is_breakable else ["first", "second"])
-    assert not turns.is_mine()
+    assert not turns.is_mine() and not turns.is_breakable
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, 0.05, 0.1])
@@ -230,6 +230,35 @@ def test_a_stream_that_ends_in_the_middle_of_a_step(llm, monkeypatch):
 
 
 # ---- turns ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_is_done_in_a_turn():
+    """At once, at the end of the thread's own turn, or of another thread's where Ctrl-C ends the waiting."""
+    turns, done = Turns(), []
+    turns.ask(lambda: done.append(("at once", turns.is_mine())))
+    with pytest.raises(LookupError), turns.take():
+        with turns.take():
+            turns.ask(lambda: done.append(("at its end", turns.is_mine())))
+        assert len(done) == 1
+        raise LookupError
+    assert done == [("at once", True), ("at its end", True)]
+    began, ends = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turns.take():
+            began.set()
+            ends.wait(20)
+
+    other = Background(hold)
+    assert began.wait(20)
+    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        turns.ask(lambda: done.append(("by another thread", threading.current_thread() is other.thread)))
+    assert len(done) == 2
+    ends.set()
+    other.join()
+    assert done[2:] == [("by another thread", True)] and not turns.asked
 
 
 def test_turns_come_in_the_order_of_asking():
