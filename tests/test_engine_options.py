@@ -24,7 +24,7 @@ from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
 from nanovllm.kernels import quantized_weight
 from nanovllm.options import choices
-from nanovllm.requests.defaults import default_sampling_params
+from nanovllm.sampling.defaults import default_sampling_params
 from nanovllm.text.tokenizer import load_tokenizer
 
 DEMO = str(Path(nanovllm.demo.__file__).parent)

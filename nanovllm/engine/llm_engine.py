@@ -24,12 +24,12 @@ from nanovllm.reports.metrics import Metric, read_metrics
 from nanovllm.reports.progress import ComputedTokens, Progress
 from nanovllm.reports.startup import print_startup
 from nanovllm.requests.admission import CheckedRequest, Params, read_added
-from nanovllm.requests.defaults import default_sampling_params
 from nanovllm.requests.intake import Intake
 from nanovllm.requests.open_requests import OpenRequests
 from nanovllm.requests.request import Request
-from nanovllm.requests.text_end import find_eos_token_ids
+from nanovllm.sampling.defaults import default_sampling_params
 from nanovllm.sampling.logprobs import take_in_logprobs
+from nanovllm.sampling.text_end import find_eos_token_ids
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.speculative.policy import take_in_drafts
 from nanovllm.text.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from operator import attrgetter
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.requests.text_end import ends_text
+from nanovllm.sampling.text_end import ends_text
 from nanovllm.speculative.policy import choose_num_drafts, count_drafts, drop_refused, num_ahead_of
 
 PRIORITY = attrgetter("priority")  # of all sequences the same, unless scheduling_policy="priority"

@@ -3,7 +3,7 @@
 import sys
 
 from nanovllm.config import Config
-from nanovllm.requests.defaults import SamplingDefaults
+from nanovllm.sampling.defaults import SamplingDefaults
 
 
 def print_startup(config: Config, weights: str, num_blocks: int, defaults: SamplingDefaults) -> None:
