@@ -19,6 +19,7 @@ from nanovllm.options.choices import FP8
 from nanovllm.options.folders import find_folders
 from nanovllm.options.spellings import spell_alike
 from nanovllm.quantization import Method
+from nanovllm.speculative.draft_config import draft_config_of
 from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "half", "float"]
@@ -89,9 +90,11 @@ class Config:
         speculative_config: {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": n,
             "prompt_lookup_min": m} checks up to k drafts of a request's next tokens in a step: what followed its last
             m to n tokens when they occurred before in its text. Without m or n both are the other, without both 5.
+            {"model": folder, "num_speculative_tokens": k} checks those of another model with the same tokens.
         scheduling_policy: "fcfs": requests are served in the order in which they come; "priority": by their
             `priority`, the lowest number first, and those of one priority in order.
         speculation: what that says; None: nothing.
+        draft_config: how the model of speculative_config is run, if it has one.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:
@@ -134,6 +137,7 @@ class Config:
     model_config: ModelConfig = field(init=False)
     quantization_method: Method | None = field(init=False, default=None)
     speculation: Speculation | None = field(init=False, default=None)
+    draft_config: "Config | None" = field(init=False, default=None)
     dtype_reason: str = field(init=False)
     attention_reason: str = field(init=False)
     lowers_max_model_len: bool = field(init=False, default=False)
@@ -158,6 +162,8 @@ class Config:
         self.attention_backend, self.attention_reason = choices.choose_attention(self)
         self.sampler_backend = choices.choose_sampler(self)
         self.kv_cache_dtype = choices.choose_kv_cache_dtype(self)
+        if self.speculation is not None and self.speculation.model is not None:
+            self.draft_config = draft_config_of(self)
 
     def _check_sizes(self) -> None:
         """Checks what the limits of single options leave open."""

@@ -67,6 +67,33 @@ def test_ranks_with_drafts(checkpoint, monkeypatch):
     )
 
 
+@GRAPHS
+@BACKENDS
+@pytest.mark.parametrize("drafter", ["qwen3", "llama"])
+def test_greedy_tokens_with_a_draft_model(checkpoint, monkeypatch, drafter, backend, enforce_eager):
+    """The model itself, whose drafts are all right, and another one."""
+    monkeypatch.setattr(policy, "pays", lambda records, num_drafts: True)
+    checkpoint, path, prompts = checkpoint("qwen3"), checkpoint(drafter).path, mixed_prompts()
+    config = {"model": path, "num_speculative_tokens": 4}
+    options = FLOAT32 | {"attention_backend": backend, "enforce_eager": enforce_eager, "num_kvcache_blocks": 25}
+    with engine(checkpoint.path, **options, speculative_config=config) as llm:
+        for _ in range(2):
+            results = generate(llm, prompts)
+            assert tokens(results) == expected(checkpoint, prompts)
+    num_checked = sum(result.num_draft_tokens for result in results)
+    num_accepted = sum(result.num_accepted_tokens for result in results)
+    assert num_checked > 0 and (num_accepted == num_checked) == (drafter == "qwen3")
+
+
+@needs_two_gpus
+def test_ranks_with_a_draft_model(checkpoint, monkeypatch):
+    monkeypatch.setattr(policy, "pays", lambda records, num_drafts: True)
+    config = {"model": checkpoint("llama").path, "num_speculative_tokens": 3}
+    check_scenario(
+        checkpoint("qwen3"), "all_at_once", 16, **FLOAT32, speculative_config=config, tensor_parallel_size=2
+    )
+
+
 @pytest.mark.parametrize("block_size", [64, 256])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_of_every_family(checkpoint, family, block_size):

@@ -30,6 +30,7 @@ from nanovllm.speculative import policy
 from nanovllm.speculative.params import MAX_CHECKED_TOKENS, Speculation, read_speculation
 from nanovllm.speculative.policy import pays
 from nanovllm.speculative.record import DraftRecord
+from nanovllm.utils.context import StepTensors
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 ASYNC = pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -144,7 +145,8 @@ def test_draws_have_the_models_distribution(checkpoint, always):
     with engine(checkpoint.path, speculative_config=NGRAM, max_num_seqs=32) as llm:
         runner = llm.ranks.runner
 
-        def propose(rows: torch.Tensor) -> None:
+        def propose(step: StepTensors) -> None:
+            rows = step.sample_rows
             runner.draft_rows.drafts[rows, 0] = likeliest[runner.rows.last_tokens[rows]].int()
             runner.draft_rows.num_drafts[rows] = 1
 
@@ -311,8 +313,8 @@ def oracle(llm: LLM, text: list[int]) -> Callable[[torch.Tensor], None]:
     """Proposes what follows in a text; shows that what proposes is a function of the rows on the device."""
     draft_rows, rows = llm.ranks.runner.draft_rows, llm.ranks.runner.rows
 
-    def propose(sampled_rows: torch.Tensor) -> None:
-        for row in sampled_rows.tolist():
+    def propose(step: StepTensors) -> None:
+        for row in step.sample_rows.tolist():
             length = int(rows.context_lens[row]) + 1
             assert draft_rows.history[row, :length].tolist()[: len(text)] == text[:length]
             drafts = text[length : length + 4]
@@ -534,7 +536,7 @@ def test_random_texts_are_left_alone(checkpoint):
     ],
 )
 def test_what_is_asked_for(options, expected):
-    assert read_speculation({"method": "ngram"} | options, 64) == expected
+    assert read_speculation({"method": "ngram"} | options, 64) == (*expected, None)
 
 
 @pytest.mark.parametrize(
@@ -543,7 +545,11 @@ def test_what_is_asked_for(options, expected):
         (["ngram"], TypeError, "speculative_config must be a dict, got ['ngram']"),
         ({}, ValueError, "'method' of speculative_config must be 'ngram'"),
         ({"method": "eagle"}, ValueError, "'method' of speculative_config must be 'ngram'"),
-        (NGRAM | {"model": "small"}, ValueError, "got 'model': 'small'"),
+        (NGRAM | {"model": "small"}, ValueError, "got 'prompt_lookup_max': 3"),
+        ({"method": "ngram", "model": "small"}, ValueError, "or with a 'model' 'draft_model', got 'ngram'"),
+        ({"method": "draft_model"}, ValueError, "or with a 'model' 'draft_model', got 'draft_model'"),
+        ({"model": 3}, TypeError, "'model' of speculative_config must be a folder or hub name, got 3"),
+        ({"model": "small"}, TypeError, "'num_speculative_tokens' of speculative_config must be of type int"),
         (NGRAM | {"draft_tensor_parallel_size": 2}, ValueError, "got 'draft_tensor_parallel_size': 2"),
         (
             {"method": "ngram"},

@@ -36,6 +36,7 @@ def config():
         kvcache_block_size=4,
         enable_prefix_caching=True,
         speculation=None,
+        draft_config=None,
     )
 
 
@@ -103,7 +104,7 @@ def test_texts_of_rows_that_join(scheduler, config):
     """Told only if drafts are looked up in them: a preempted sequence's with all that it has generated."""
     config.speculation = Speculation(3, 2, 1)
     rows = DeviceRows(config, torch.device("cpu"), BUDGET)
-    draft_rows = DraftRows(config, rows)
+    draft_rows = DraftRows(config, rows, tp=None, sampler=None)  # which a look-up has no need of
     assert rows.token_ring.shape == (RING_SIZE, MAX_NUM_SEQS + 1, REPORT_HEAD + 1 + 3)
     seqs, batch = mixed_batch(scheduler)
     assert build_step_input(batch, VOCAB_SIZE).joined_texts is None

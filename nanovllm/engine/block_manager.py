@@ -41,24 +41,24 @@ class BlockManager:
         numbers = token_ids if parent_hash is None else [parent_hash, *token_ids]
         return xxhash.xxh64_intdigest(array("Q", numbers))
 
-    def can_allocate(self, seq: Sequence) -> bool:
-        """Whether there are blocks for all of a waiting sequence's tokens."""
-        return self._fits(seq, self._find_cached(seq))
+    def can_allocate(self, seq: Sequence, num_ahead: int = 0) -> bool:
+        """Whether there are blocks for all of a waiting sequence's tokens, and for `num_ahead` that may follow."""
+        return self._fits(seq, self._find_cached(seq), num_ahead)
 
-    def allocate(self, seq: Sequence) -> None:
-        """Gives a waiting sequence blocks for all of its tokens, cached ones for as much of its prefix as there are.
+    def allocate(self, seq: Sequence, num_ahead: int = 0) -> None:
+        """Gives a waiting sequence these blocks, cached ones for as much of its prefix as there are.
 
         Raises:
             RuntimeError: too few blocks are free; nothing has changed then.
         """
         cached = self._find_cached(seq)
-        if not self._fits(seq, cached):
+        if not self._fits(seq, cached, num_ahead):
             raise RuntimeError(f"{seq.num_tokens} tokens do not fit into {len(self.free_block_ids)} free blocks")
         # The cached ones first: taking fresh ones could evict them.
         for block_id in cached:
             self.free_block_ids.pop(block_id, None)
             self.blocks[block_id].ref_count += 1
-        num_fresh = self._num_blocks(seq) - len(cached)
+        num_fresh = self._num_blocks(seq, num_ahead) - len(cached)
         seq.block_table = cached + [self._take_free() for _ in range(num_fresh)]
         seq.num_computed_tokens = len(cached) * self.block_size
         if seq.num_cached_tokens < 0:
@@ -66,7 +66,7 @@ class BlockManager:
 
     def num_lacking(self, seq: Sequence, num_ahead: int = 0) -> int:
         """How many more blocks a running sequence needs for its tokens and `num_ahead` that may follow."""
-        return max(-(-(seq.num_tokens + num_ahead) // self.block_size) - len(seq.block_table), 0)
+        return max(self._num_blocks(seq, num_ahead) - len(seq.block_table), 0)
 
     def can_append(self, seq: Sequence, num_ahead: int = 0) -> bool:
         """Whether a running sequence has, or can get, the blocks of its tokens and of `num_ahead` that may follow."""
@@ -103,14 +103,14 @@ class BlockManager:
             self.blocks[block_id].name = None
         self.hash_to_block_id.clear()
 
-    def _num_blocks(self, seq: Sequence) -> int:
-        """The blocks that hold all of a sequence's tokens, the last one perhaps in part."""
-        return -(-seq.num_tokens // self.block_size)
+    def _num_blocks(self, seq: Sequence, num_ahead: int) -> int:
+        """The blocks that hold all of a sequence's tokens and `num_ahead` more, the last one perhaps in part."""
+        return -(-(seq.num_tokens + num_ahead) // self.block_size)
 
-    def _fits(self, seq: Sequence, cached: list[int]) -> bool:
+    def _fits(self, seq: Sequence, cached: list[int], num_ahead: int) -> bool:
         """Whether the free blocks suffice; of the cached ones, only those in use need none."""
         num_in_use = sum(self.blocks[block_id].ref_count > 0 for block_id in cached)
-        return self._num_blocks(seq) - num_in_use <= len(self.free_block_ids)
+        return self._num_blocks(seq, num_ahead) - num_in_use <= len(self.free_block_ids)
 
     def _block_name(self, seq: Sequence, index: int) -> BlockName:
         """The name of a sequence's full block, which needs those of the blocks before it."""

@@ -309,7 +309,7 @@ class LLMEngine:
         if self.config.speculation is None:
             token_ids = [[told[row]] for row in sampled_rows]
         else:
-            token_ids = take_in_drafts(batch, [told[row] for row in sampled_rows])
+            token_ids = take_in_drafts(batch, [told[row] for row in sampled_rows], self.config.speculation)
         take_in_logprobs(batch, token_ids, output.logprobs, output.prompt_logprobs)
         finished = self.scheduler.postprocess(batch, token_ids)
         self.computed.count(batch, token_ids)

@@ -60,7 +60,8 @@ class ModelRunner:
         num_weights = sum(parameter.numel() for parameter in self.model.parameters())
         self.graphs = CudaGraphs(config, tp.stream, num_weights)
         self.rows = DeviceRows(config, self.device, max(config.max_num_batched_tokens, GRAPH_TOKENS[-1]))
-        self.draft_rows = DraftRows(config, self.rows) if config.speculation is not None else None
+        drafts = config.speculation is not None
+        self.draft_rows = DraftRows(config, self.rows, tp, self.sampler) if drafts else None
         self.adjusted_sampler = AdjustedSampler(tp, self.sampler, self.rows, config.model_config.vocab_size)
         self.counts = torch.arange(config.max_num_decodes + 2, dtype=torch.int32, device=self.device)
 
@@ -81,10 +82,14 @@ class ModelRunner:
         Raises:
             ValueError: a request of max_model_len tokens does not fit.
         """
-        block_bytes = bind_kv_cache(self.model, self.config, self.tp, num_blocks=1)
-        num_blocks = find_num_blocks(self.config, self.tp, block_bytes, self.warmup_model)
-        bind_kv_cache(self.model, self.config, self.tp, num_blocks)
+        num_blocks = find_num_blocks(self.config, self.tp, self._bind_kv_cache(1), self.warmup_model)
+        self._bind_kv_cache(num_blocks)
         return num_blocks
+
+    def _bind_kv_cache(self, num_blocks: int) -> int:
+        """Allocates a cache in place of the one before; returns the bytes."""
+        draft_bytes = self.draft_rows.bind_kv_cache(num_blocks) if self.draft_rows is not None else 0
+        return bind_kv_cache(self.model, self.config, self.tp, num_blocks) + draft_bytes
 
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
@@ -141,7 +146,7 @@ class ModelRunner:
         if self.draft_rows is None:
             store_tokens(packed, step.sample_rows, rows.last_tokens, rows.token_ring, rows.device_step_count)
         else:
-            self.draft_rows.store(packed, step.sample_rows)
+            self.draft_rows.store(packed, step)
 
     def lay_out(self, shape: StepShape, max_seqlen_q: int) -> StepTensors:
         """Lays out a step: one token of each row that decodes, then the prompts' parts, one behind the other.
@@ -191,7 +196,7 @@ class ModelRunner:
     def exit(self) -> None:
         """Frees the rank's memory."""
         self.graphs.clear()
-        del self.model, self.sampler, self.adjusted_sampler
+        del self.model, self.sampler, self.adjusted_sampler, self.draft_rows
         if self.device.type == "cuda":  # on a CPU nothing has to be found: it was freed by now
             gc.collect()
             torch._C._cuda_clearCublasWorkspaces()

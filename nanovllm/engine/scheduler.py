@@ -91,7 +91,7 @@ class Scheduler:
             # More may run than the budget holds, as those that wait for the host leave room for others to be admitted.
             if not batch.budget or seq.waits_for_host or self.end_is_due(seq):
                 continue
-            num_ahead = num_ahead_of(seq, batch.num_drafts, self.config.max_model_len)
+            num_ahead = num_ahead_of(seq, batch.num_drafts, self.config)
             while not self.block_manager.can_append(seq, num_ahead):
                 self.preempt(self.running[-1])
                 if seq.status is SequenceStatus.WAITING:
@@ -103,7 +103,7 @@ class Scheduler:
             return batch
         while batch.budget and self.admits_next():
             seq = self.waiting.popleft()
-            self.block_manager.allocate(seq)
+            self.block_manager.allocate(seq, num_ahead_of(seq, 0, self.config))
             seq.status = SequenceStatus.RUNNING
             seq.first_scheduled_time = seq.first_scheduled_time or time.time()
             seq.row = self.free_rows.pop()
@@ -157,7 +157,9 @@ class Scheduler:
 
     def admits_next(self) -> bool:
         """Whether the sequence that is to run next can."""
-        return bool(self.waiting and self.free_rows) and self.block_manager.can_allocate(self.waiting[0])
+        if not self.waiting or not self.free_rows:
+            return False
+        return self.block_manager.can_allocate(self.waiting[0], num_ahead_of(self.waiting[0], 0, self.config))
 
     def _compute(self, batch: Batch, seq: Sequence, num_new_blocks: int) -> None:
         """Adds to the batch as many of the sequence's tokens as its budget holds; its last blocks may be new."""

@@ -14,6 +14,9 @@ from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepInput
 from nanovllm.kernels.ngrams import propose_ngrams
 from nanovllm.kernels.verify_rows import REPORT_HEAD, lay_out_drafts, store_verified
+from nanovllm.layers.sampler import Sampler
+from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.speculative.draft_model import DraftModel
 from nanovllm.utils.context import Context, StepTensors
 
 
@@ -26,11 +29,11 @@ class DraftRows:
         history: int32 [R, max_model_len], the tokens by position, the last one included.
         drafts: int32 [R, K], tokens that may follow.
         num_drafts: int32 [R], how many of them are proposed.
-        propose: what fills `drafts` and `num_drafts` of the rows, int64 [B], that a step has drawn tokens for, and
-            reports the numbers to the host.
+        draft_model: what proposes them; None: a look-up in the texts.
+        propose: fills `drafts` and `num_drafts` of a step's rows, whose tokens are stored.
     """
 
-    def __init__(self, config: Config, rows: DeviceRows) -> None:
+    def __init__(self, config: Config, rows: DeviceRows, tp: TensorParallel, sampler: Sampler) -> None:
         """`config` asks for speculation; `rows` are the ones that are drafted for."""
         self.config = config
         self.rows = rows
@@ -39,7 +42,8 @@ class DraftRows:
         self.history = self._zeros(num_rows, config.max_model_len)
         self.drafts = self._zeros(num_rows, num_drafts)
         self.num_drafts = self._zeros(num_rows)
-        self.propose: Callable[[Tensor], None] = self._look_up
+        self.draft_model = DraftModel(config, rows, tp, sampler) if config.draft_config is not None else None
+        self.propose: Callable[[StepTensors], None] = self._look_up if self.draft_model is None else self._draft
 
     def apply_changes(self, step: StepInput) -> None:
         """Writes the texts of the rows that join, for which nothing is proposed yet."""
@@ -82,12 +86,16 @@ class DraftRows:
         of_each_token = rows[:, None].expand(-1, queries_per_row).flatten()
         return StepTensors(input_ids, positions, context, of_each_token, rows)
 
-    def store(self, packed: Tensor, rows: Tensor) -> None:
-        """Stores what a step has drawn, packed, for each of the rows, int64 [B], and proposes what may follow.
+    def bind_kv_cache(self, num_blocks: int) -> int:
+        """Allocates what the draft model, if there is one, has of the KV cache. Returns the bytes."""
+        return self.draft_model.bind_kv_cache(num_blocks) if self.draft_model is not None else 0
 
-        int64 [B * (1 + D)], where D drafts of each row were computed.
+    def store(self, packed: Tensor, step: StepTensors) -> None:
+        """Stores what a step has drawn, packed, for each of its rows, and proposes what may follow.
+
+        int64 [B * (1 + D)], where D drafts of each of B rows were computed.
         """
-        state = self.rows
+        state, rows = self.rows, step.sample_rows
         store_verified(
             packed,
             rows,
@@ -100,12 +108,18 @@ class DraftRows:
             state.device_step_count,
             self.config.max_model_len,
         )
-        self.propose(rows)
+        self.propose(step)
 
-    def _look_up(self, rows: Tensor) -> None:
+    def _draft(self, step: StepTensors) -> None:
+        rows, num_drafts = step.sample_rows, self.config.speculation.num_drafts_of(len(step.sample_rows))
+        self.drafts[rows, :num_drafts] = self.draft_model.draft(step, num_drafts).int()
+        num_left = self.config.max_model_len - 2 - self.rows.context_lens[rows]  # none may be a text's last token
+        self.num_drafts[rows] = num_left.clamp(0, num_drafts)
+
+    def _look_up(self, step: StepTensors) -> None:
         state, speculation = self.rows, self.config.speculation
         propose_ngrams(
-            rows,
+            step.sample_rows,
             self.history,
             state.context_lens,
             self.drafts,

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanovllm.kernels.verify_rows import NUM_CHECKED, NUM_PROPOSED, NUM_TOKENS, REPORT_HEAD
+from nanovllm.speculative.params import Speculation
 from nanovllm.speculative.record import DraftRecord
 
 if TYPE_CHECKING:
+    from nanovllm.config import Config
     from nanovllm.engine.scheduler import Batch, Scheduler
     from nanovllm.engine.sequence import Sequence
 
@@ -51,7 +53,7 @@ def choose_num_drafts(scheduler: Scheduler) -> int:
     )
     if not may_check:
         return 0
-    num_lacking = sum(blocks.num_lacking(seq, num_ahead_of(seq, num_drafts, config.max_model_len)) for seq in seqs)
+    num_lacking = sum(blocks.num_lacking(seq, num_ahead_of(seq, num_drafts, config)) for seq in seqs)
     return num_drafts if num_lacking <= len(blocks.free_block_ids) else 0
 
 
@@ -61,9 +63,11 @@ def may_check_drafts(seq: Sequence) -> bool:
     return seq.num_computed_tokens == seq.num_tokens - 1 and seq.adjustment is None and not tells_logprobs
 
 
-def num_ahead_of(seq: Sequence, num_drafts: int, max_model_len: int) -> int:
+def num_ahead_of(seq: Sequence, num_drafts: int, config: Config) -> int:
     """Tokens behind its own that a sequence needs blocks for; fewer than none if it counts some beyond its end."""
-    return min(num_drafts, max_model_len - seq.num_tokens)
+    if config.speculation is not None:
+        num_drafts += config.speculation.num_drafted_ahead
+    return min(num_drafts, config.max_model_len - seq.num_tokens)
 
 
 def count_drafts(seq: Sequence, num_drafts: int) -> None:
@@ -90,11 +94,13 @@ def list_texts(seqs: Items[Sequence]) -> np.ndarray:
     return np.concatenate(texts)
 
 
-def take_in_drafts(batch: Batch, reports: list[list[int]]) -> list[list[int]]:
+def take_in_drafts(batch: Batch, reports: list[list[int]], speculation: Speculation) -> list[list[int]]:
     """Counts the drafts of a step by what its rows report, see kernels/verify_rows.py; returns each row's tokens."""
     tokens = []
     for seq, report in zip(batch.seqs[: batch.num_samples], reports, strict=True):
         if not seq.is_finished:  # else the step is surplus
-            seq.drafts.take_in(report[NUM_CHECKED], report[NUM_TOKENS] - 1, report[NUM_PROPOSED])
+            # A look-up may find nothing; a model always has something to say.
+            num_proposed = report[NUM_PROPOSED] if speculation.model is None else speculation.num_speculative_tokens
+            seq.drafts.take_in(report[NUM_CHECKED], report[NUM_TOKENS] - 1, num_proposed)
         tokens.append(report[REPORT_HEAD : REPORT_HEAD + report[NUM_TOKENS]])
     return tokens
