@@ -309,7 +309,7 @@ def demo():
         yield llm
 
 
-def oracle(llm: LLM, text: list[int]) -> Callable[[torch.Tensor], None]:
+def oracle(llm: LLM, text: list[int]) -> Callable[[StepTensors], None]:
     """Proposes what follows in a text; shows that what proposes is a function of the rows on the device."""
     draft_rows, rows = llm.ranks.runner.draft_rows, llm.ranks.runner.rows
 
