@@ -123,7 +123,12 @@ def test_the_cache_has_room_for_both(checkpoint, monkeypatch):
     for config in (None, drafts_of(target)):
         with engine(target.path, speculative_config=config, max_num_seqs=64) as llm:
             numbers.append(len(llm.scheduler.block_manager.blocks))
+            runner = llm.ranks.runner
+            models = [runner.model] if config is None else [runner.model, runner.draft_rows.draft_model.model]
+            attention = [model.model.layers[0].self_attn.attn for model in models]
     assert numbers[1] == numbers[0] // 2
+    # Where decode kernels count their parts there is room for all tokens that a step checks.
+    assert {len(layer.semaphores) for layer in attention} == {64 * attention[0].k_cache.size(2)}
 
 
 @pytest.mark.parametrize(

@@ -43,4 +43,5 @@ def draft_config_of(config: Config) -> Config:
             f"the 'model' of speculative_config has {draft_config.max_model_len} positions, fewer than "
             f"max_model_len={config.max_model_len}"
         )
+    draft_config.speculation = config.speculation  # by which it is known how many tokens decodes may have
     return draft_config
