@@ -85,14 +85,15 @@ class Request:
 
     def _completion(self, index: int, seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
         """One sample's tokens: all of them, or with RequestOutputKind.DELTA those that were not handed out yet."""
-        record, token_ids = seq.logprobs, seq.completion_token_ids
+        record = seq.logprobs
         logprobs = record.logprobs if record is not None else None
         if self.reports_progress and self.params.output_kind is RequestOutputKind.DELTA:
             text = seq.detokenizer.take(seq.is_finished) if seq.detokenizer is not None else ""
-            token_ids = token_ids[seq.num_handed_out :]
+            token_ids = seq.token_ids[seq.num_prompt_tokens + seq.num_handed_out :]
             logprobs = logprobs[seq.num_handed_out :] if logprobs is not None else None
             seq.num_handed_out += len(token_ids)
         else:
+            token_ids = seq.completion_token_ids
             text = self._text(seq, token_ids, tokenizer)
             logprobs = list(logprobs) if logprobs is not None else None
         return CompletionOutput(
