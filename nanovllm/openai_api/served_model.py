@@ -13,12 +13,13 @@ from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest, Tokeniz
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
+    from nanovllm.server.async_llm import AsyncLLM
 
 
 class ServedModel:
     """The model of an engine, whose options and tokenizer are all that is used of it."""
 
-    def __init__(self, llm: LLM, name: str) -> None:
+    def __init__(self, llm: LLM | AsyncLLM, name: str) -> None:
         """Under the name that requests call it."""
         self.name = name
         self.config = llm.config

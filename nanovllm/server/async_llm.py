@@ -1,29 +1,41 @@
-"""An engine for coroutines: a thread that steps while there is work, and calls that can be awaited.
+"""An engine for coroutines: calls that can be awaited, of an engine that steps in a process of its own.
 
-All that touches the engine is done by that thread, between its steps, in the order in which it was asked for; so no
-event loop ever waits for a step. Nothing here knows of HTTP.
+A thread reads what the engine sends, and wakes those whom it concerns; so no event loop ever waits for a step. Nothing
+here knows of HTTP.
 """
 
 import asyncio
 import atexit
 import functools
+import itertools
+import multiprocessing
 import os
-import queue
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
+import torch
+
+from nanovllm.chat.template import ChatTemplate
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.inputs import Prompt
-from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.admission import CheckedRequest
+from nanovllm.requests.intake import Intake
+from nanovllm.requests.metrics import Metric
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.server.engine_process import run_engine
+from nanovllm.text.tokenizer import load_tokenizer
 
-IDLE_SECONDS = 1.0  # how soon a rank's death is noticed while there is no work
+CLOSE_SECONDS = 10.0  # that an engine may take for its last step and its end
 
 
 class Stream:
@@ -33,7 +45,7 @@ class Stream:
         loop: the event loop of the call.
         merges: whether outputs hold what is new, so that an unread one must not be replaced by the next.
         arrival_time: when the call was made, in seconds of `time.time`.
-        number: the engine's name of the request; None before it is queued.
+        checked: the request; None before it is queued.
         is_aborted: whether it is to end as soon as it is queued.
     """
 
@@ -41,7 +53,7 @@ class Stream:
         self.loop = asyncio.get_running_loop()
         self.merges = merges
         self.arrival_time = time.time()
-        self.number: int | None = None
+        self.checked: CheckedRequest | None = None
         self.is_aborted = False
         self._guard = threading.Lock()
         self._unread: RequestOutput | RuntimeError | None = None
@@ -67,6 +79,7 @@ class Stream:
             item, self._unread = self._unread, None
         if isinstance(item, RuntimeError):
             raise item
+        item["prompt"], item["prompt_token_ids"] = self.checked.prompt, self.checked.token_ids
         return item
 
 
@@ -80,19 +93,50 @@ class AsyncLLM:
     A call that reads slowly finds what came meanwhile in one output, and delays no other. Where the engine fails or is
     closed, all calls end with a RuntimeError that says why.
 
+    The engine has a process of its own, which imports nothing of the caller's: a script needs no main guard. It ends
+    with this process, however that ends.
+
     Attributes:
-        llm: the engine. Other threads may use it too, but for `add_request` and `step`, whose results are lost.
+        config: the engine's options, resolved.
+        tokenizer: the model's, None without one.
+        default_sampling_params: the parameters that are used where none are given.
+        failure: why the engine has failed or is closed; None while it lives.
+        streams: what the unfinished calls are yet to read, by their numbers.
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         """Starts an engine; arguments and errors are those of LLM."""
-        self.llm = LLM(model, **options)
-        self.streams: dict[str, Stream] = {}  # of unfinished calls, by the id of their request
-        self._results: dict[int, RequestOutput] = {}  # of finished requests, until they are handed out
-        self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the thread is to do
-        self.thread = threading.Thread(target=self._run, daemon=True, name="nanovllm-engine")
+        self.failure: str | None = None
+        self.streams: dict[int, Stream] = {}
+        self._numbers: dict[str, int] = {}  # of the unfinished calls, by the id of their request
+        self._next_number = itertools.count()
+        self._asked: deque[Future[list[Metric]]] = deque()  # for metrics
+        self._guard = threading.Lock()  # of all that is sent, and of whether it still concerns someone
+        self._caller = os.getpid()
+        self._connection, self._process = start_process()
+        try:
+            self._connection.send((run_engine, torch.get_num_threads(), model, options))
+            facts = self._connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the engine's process ended with exit code {self._process.wait()}") from None
+        except BaseException:
+            self._process.kill()
+            raise
+        if isinstance(facts, Exception):
+            raise facts
+        self.config, self.default_sampling_params, eos_token_ids = facts
+        self.tokenizer = load_tokenizer(self.config.tokenizer)
+        # It checks requests, and queues none.
+        scheduler = Scheduler(self.config, 1, eos_token_ids)
+        self._intake = Intake(self.config, self.tokenizer, self.default_sampling_params, scheduler)
+        self.thread = threading.Thread(target=self._listen, daemon=True, name="nanovllm-engine")
         self.thread.start()
-        atexit.register(self.close)  # a thread that the interpreter's end finds in a step would crash it
+        atexit.register(self.close)
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """What renders conversations, for models with a tokenizer. Made when it is first asked for."""
+        return ChatTemplate.from_folder(self.config.tokenizer)
 
     async def generate(
         self,
@@ -118,42 +162,63 @@ class AsyncLLM:
             TypeError, ValueError: a bad prompt or parameter, or an id in use.
             RuntimeError: the engine has failed or is closed.
         """
-        params = self.llm.default_sampling_params if sampling_params is None else sampling_params
+        params = self.default_sampling_params if sampling_params is None else sampling_params
         request_id = uuid.uuid4().hex if request_id is None else request_id
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, got {request_id!r}")
-        if request_id in self.streams:
+        number = next(self._next_number)
+        if self._numbers.setdefault(request_id, number) != number:
             raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
         is_delta = isinstance(params, SamplingParams) and params.output_kind is RequestOutputKind.DELTA
-        stream = self.streams[request_id] = Stream(merges=is_delta)
+        stream = self.streams[number] = Stream(merges=is_delta)
         try:
             self.check_health()
-            # In a thread of its own, as a long prompt takes long to tokenise.
-            checked = await asyncio.to_thread(self.llm.intake.check_one, prompt, params, priority, timeout)
-            self._ask(functools.partial(self._submit, request_id, stream, checked))
+
+            def submit() -> None:
+                checked = self._intake.check_one(prompt, params, priority, timeout)
+                self._submit(number, request_id, stream, checked)
+
+            await asyncio.to_thread(submit)  # as a long prompt takes long to tokenise
             output = None
             while output is None or not output.finished:
                 output = await stream.read()
                 yield output
         finally:
-            del self.streams[request_id]
-            self._ask(functools.partial(self._drop, stream))
+            with self._guard:
+                del self.streams[number], self._numbers[request_id]
+                self._send("drop", request_id)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request, whose call gets what there is of it, with the `finish_reason` "abort"."""
-        stream = self.streams.get(request_id)
-        if stream is not None:
-            self._ask(functools.partial(self._abort, stream))
+        with self._guard:
+            stream = self.streams.get(self._numbers.get(request_id))
+            if stream is not None:
+                stream.is_aborted = True
+                self._send("abort", request_id)
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far, as `LLM.get_metrics`, once a step has ended. Any thread may wait for it."""
+        with self._guard:
+            self.check_health()
+            self._asked.append(Future())
+            asked = self._asked[-1]
+            self._send("tell_metrics")
+        return asked.result()
 
     def check_health(self) -> None:
         """Raises RuntimeError, with the cause, if the engine has failed or is closed."""
-        if self.llm.failure is not None:
+        if self.failure is not None:
             raise self._death()
 
     def close(self) -> None:
         """Ends the engine, and with a RuntimeError every call that waits. Can be called again, and from any thread."""
-        self.llm.close()
-        self._ask(lambda: None)
+        if os.getpid() != self._caller:
+            return  # in a fork: the engine is not its own
+        with self._guard:
+            self.failure = self.failure or "it was closed"
+            self._send("close")
+        self.thread.join(CLOSE_SECONDS)
+        self._process.kill()  # if it hangs
         self.thread.join()
         atexit.unregister(self.close)
 
@@ -164,69 +229,74 @@ class AsyncLLM:
         await asyncio.to_thread(self.close)
 
     def _death(self) -> RuntimeError:
-        return RuntimeError(f"the engine is dead: {self.llm.failure}")
+        return RuntimeError(f"the engine is dead: {self.failure}")
 
-    def _ask(self, task: Callable[[], None]) -> None:
-        """Has the engine's thread do something before its next step."""
-        self._asked.put(task)
+    def _submit(self, number: int, request_id: str, stream: Stream, checked: CheckedRequest) -> None:
+        """Has a request queued, unless its call has ended meanwhile."""
+        with self._guard:
+            if number in self.streams:
+                stream.checked = checked
+                self._send("submit", number, request_id, checked, stream.arrival_time)
+                if stream.is_aborted:
+                    self._send("abort", request_id)
 
-    # ---- in the engine's thread --------------------------------------------------------------------------------
+    def _send(self, *message: Any) -> None:
+        """Asks the engine for something; in vain if it has ended, of which `_listen` will tell."""
+        with suppress(OSError):
+            self._connection.send(message)
 
-    def _run(self) -> None:
-        """Steps while there is work, until the engine is closed or fails."""
-        try:
+    # ---- in the thread ------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Does what the engine says, until it ends."""
+        with suppress(EOFError, OSError):
             while True:
-                self._do_asked()
-                outputs = self.llm.step()
-                while self._results:
-                    outputs.append(self._results.popitem()[1])
-                self._hand_out((output.request_id, output) for output in outputs)
-        except Exception as error:
-            self.llm.failure = self.llm.failure or repr(error)
-            self.llm.close()
-        # A call that begins behind this finds `failure` set.
-        self._hand_out((request_id, self._death()) for request_id in list(self.streams))
+                name, argument = self._connection.recv()
+                getattr(self, name)(argument)
+        self.fail(f"its process ended with exit code {self._process.wait()}")
 
-    def _do_asked(self) -> None:
-        """Does what was asked for; waits for something, but not long, where there is nothing else to do."""
-        may_wait = self.llm.is_finished() and not self._results
-        with suppress(queue.Empty):
-            while True:
-                self._asked.get(may_wait, IDLE_SECONDS)()
-                may_wait = False
-
-    def _submit(self, request_id: str, stream: Stream, checked: CheckedRequest) -> None:
-        """Queues a request, unless its call has ended meanwhile."""
-        if self.streams.get(request_id) is stream:
-            stream.number = self.llm.submit(checked, self._results, request_id)
-            self.llm.requests[stream.number].arrival_time = stream.arrival_time
-            if stream.is_aborted:
-                self._abort(stream)
-
-    def _abort(self, stream: Stream) -> None:
-        """Ends a call's request if it is unfinished."""
-        stream.is_aborted = True
-        if stream.number is not None:
-            self.llm.abort_request(stream.number)
-
-    def _drop(self, stream: Stream) -> None:
-        """Ends the request of a call that has ended, so that nothing of it reaches a later one of the same id."""
-        self._abort(stream)
-        self._results.pop(stream.number, None)
-
-    def _hand_out(self, items: Iterable[tuple[str, RequestOutput | RuntimeError]]) -> None:
-        """Gives outputs, or why there will be no more, to the calls of the requests named."""
+    def hand_out(self, items: Iterable[tuple[int, RequestOutput | RuntimeError]]) -> None:
+        """Gives outputs, or why there will be no more, to calls by their numbers."""
         # One message to a loop: each costs a system call, within which another thread may take the interpreter.
         woken: dict[asyncio.AbstractEventLoop, list[Stream]] = defaultdict(list)
-        for request_id, item in items:
-            stream = self.streams.get(request_id)
-            if stream is None or (stream.number is None and isinstance(item, RequestOutput)):
-                continue  # its call has ended, though there may be a new one of the same id
-            if stream.put(item):
+        for number, item in items:
+            stream = self.streams.get(number)
+            if stream is not None and stream.put(item):  # else its call has ended, or has yet to read
                 woken[stream.loop].append(stream)
         for loop, streams in woken.items():
             with suppress(RuntimeError):  # the loop has ended, and its calls with it
                 loop.call_soon_threadsafe(wake_all, streams)
+
+    def take_metrics(self, metrics: list[Metric]) -> None:
+        """Gives the engine's metrics to who has asked first."""
+        self._asked.popleft().set_result(metrics)
+
+    def fail(self, reason: str) -> None:
+        """Ends all calls, as the engine has failed. Only the first reason counts."""
+        with self._guard:
+            self.failure = self.failure or reason
+        # A call that begins behind this finds `failure` set.
+        self.hand_out((number, self._death()) for number in list(self.streams))
+        while self._asked:
+            self._asked.popleft().set_exception(self._death())
+
+
+def start_process() -> tuple[multiprocessing.connection.Connection, subprocess.Popen]:
+    """A new interpreter that obeys what comes through the pipe, see `engine_process.main`.
+
+    Not one of multiprocessing's: a fork would not survive CUDA and other threads, and what else that starts imports
+    the caller's script, which needs a main guard then.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    code = f"import sys; sys.path[:] = {sys.path!r}; from nanovllm.server.engine_process import main; "
+    command = [sys.executable, "-c", f"{code}main({theirs.fileno()}, {os.getpid()})"]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the process inherits
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return ours, process
 
 
 def wake_all(streams: list[Stream]) -> None:

@@ -56,7 +56,7 @@ def supervise(server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int) -
     while engine.thread.is_alive() and not server.should_exit:
         engine.thread.join(POLL_SECONDS)
     if not server.should_exit:
-        print(f"nano-vllm: the engine is dead: {engine.llm.failure}", file=sys.stderr, flush=True)
+        print(f"nano-vllm: the engine is dead: {engine.failure}", file=sys.stderr, flush=True)
         time.sleep(END_SECONDS)
         server.should_exit = True
         return 1
