@@ -12,8 +12,8 @@ from nanovllm.openai_api.errors import Refused, from_validation
 from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 
 if TYPE_CHECKING:
+    from nanovllm.async_engine.async_llm import AsyncLLM
     from nanovllm.llm import LLM
-    from nanovllm.server.async_llm import AsyncLLM
 
 
 class ServedModel:

@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 import nanovllm
+from nanovllm.async_engine.async_llm import AsyncLLM
 from nanovllm.inputs import Prompt
 from nanovllm.openai_api.answers import Answer
 from nanovllm.openai_api.errors import Refused
@@ -21,7 +22,6 @@ from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest, Detoken
 from nanovllm.openai_api.served_model import ServedModel
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.async_llm import AsyncLLM
 from nanovllm.server.errors import from_body, from_http, respond
 from nanovllm.server.gate import Gate
 from nanovllm.server.prometheus import exposition

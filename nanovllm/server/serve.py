@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import uvicorn
 from fastapi import FastAPI
 
-from nanovllm.server.async_llm import AsyncLLM
+from nanovllm.async_engine.async_llm import AsyncLLM
 
 POLL_SECONDS = 0.2
 END_SECONDS = 2  # for which clients can hear of the engine's end

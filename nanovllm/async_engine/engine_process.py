@@ -5,10 +5,13 @@ A message is the name of a method of the other side's, with its arguments. The c
 the engine's are those of AsyncLLM that come last, of which `hand_out` comes once a step, for all requests.
 """
 
+import multiprocessing
 import os
 import pickle
 import queue
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -147,3 +150,46 @@ def main(file: int, caller: int) -> None:
     run, num_threads, *arguments = connection.recv()
     torch.set_num_threads(num_threads)
     run(connection, *arguments)
+
+
+def start_engine(
+    model: str | os.PathLike[str], options: dict[str, Any]
+) -> tuple[Connection, subprocess.Popen[bytes], EngineFacts]:
+    """Starts an engine; returns the pipe to it, its process, and what it is.
+
+    Raises:
+        Exception: what LLM raises.
+        RuntimeError: the process has ended.
+    """
+    connection, process = start_process()
+    try:
+        connection.send((run_engine, torch.get_num_threads(), model, options))
+        reply = connection.recv()
+    except (EOFError, ConnectionError):
+        raise RuntimeError(f"the engine is dead: its process ended with exit code {process.wait()}") from None
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if isinstance(reply, Exception):
+        process.wait()
+        raise reply
+    return connection, process, reply
+
+
+def start_process() -> tuple[Connection, subprocess.Popen[bytes]]:
+    """A new interpreter, which does what comes through the pipe, see `main`.
+
+    Not one of multiprocessing's: a fork would not survive CUDA and other threads, and what else that starts imports
+    the caller's script, which needs a main guard then.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    code = f"import sys; sys.path[:] = {sys.path!r}; from nanovllm.async_engine.engine_process import main; "
+    command = [sys.executable, "-c", f"{code}main({theirs.fileno()}, {os.getpid()})"]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the process inherits
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return ours, process

@@ -8,13 +8,8 @@ import asyncio
 import atexit
 import functools
 import itertools
-import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Iterable
@@ -22,8 +17,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-import torch
-
+from nanovllm.async_engine.engine_process import start_engine
+from nanovllm.async_engine.stream import Stream, wake_all
 from nanovllm.chat.template import ChatTemplate
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.inputs import Prompt
@@ -32,55 +27,9 @@ from nanovllm.requests.admission import CheckedRequest
 from nanovllm.requests.intake import Intake
 from nanovllm.requests.metrics import Metric
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.server.engine_process import run_engine
 from nanovllm.text.tokenizer import load_tokenizer
 
 CLOSE_SECONDS = 10.0  # that an engine may take for its last step and its end
-
-
-class Stream:
-    """What one call is yet to read: never more than one output, however slowly it reads.
-
-    Attributes:
-        loop: the event loop of the call.
-        merges: whether outputs hold what is new, so that an unread one must not be replaced by the next.
-        arrival_time: when the call was made, in seconds of `time.time`.
-        checked: the request; None before it is queued.
-        is_aborted: whether it is to end as soon as it is queued.
-    """
-
-    def __init__(self, merges: bool) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.merges = merges
-        self.arrival_time = time.time()
-        self.checked: CheckedRequest | None = None
-        self.is_aborted = False
-        self._guard = threading.Lock()
-        self._unread: RequestOutput | RuntimeError | None = None
-        self._has_unread = asyncio.Event()
-
-    def put(self, item: RequestOutput | RuntimeError) -> bool:
-        """Adds an output, or why there will be none; returns whether the reader is to be woken. In any thread."""
-        with self._guard:
-            earlier, self._unread = self._unread, item
-            if self.merges and isinstance(earlier, RequestOutput) and isinstance(item, RequestOutput):
-                prepend(earlier, item)
-        return earlier is None
-
-    def wake(self) -> None:
-        """Tells the reader that there is something to read. In its event loop."""
-        self._has_unread.set()
-
-    async def read(self) -> RequestOutput:
-        """Waits for the next output. Raises RuntimeError if the engine has failed or is closed."""
-        await self._has_unread.wait()
-        self._has_unread.clear()
-        with self._guard:
-            item, self._unread = self._unread, None
-        if isinstance(item, RuntimeError):
-            raise item
-        item["prompt"], item["prompt_token_ids"] = self.checked.prompt, self.checked.token_ids
-        return item
 
 
 class AsyncLLM:
@@ -102,6 +51,8 @@ class AsyncLLM:
         default_sampling_params: the parameters that are used where none are given.
         failure: why the engine has failed or is closed; None while it lives.
         streams: what the unfinished calls are yet to read, by their numbers.
+        process: that of the engine.
+        thread: what hears of the engine; it ends with it.
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
@@ -113,17 +64,7 @@ class AsyncLLM:
         self._asked: deque[Future[list[Metric]]] = deque()  # for metrics
         self._guard = threading.Lock()  # of all that is sent, and of whether it still concerns someone
         self._caller = os.getpid()
-        self._connection, self._process = start_process()
-        try:
-            self._connection.send((run_engine, torch.get_num_threads(), model, options))
-            facts = self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"the engine's process ended with exit code {self._process.wait()}") from None
-        except BaseException:
-            self._process.kill()
-            raise
-        if isinstance(facts, Exception):
-            raise facts
+        self._connection, self.process, facts = start_engine(model, options)
         self.config, self.default_sampling_params, eos_token_ids = facts
         self.tokenizer = load_tokenizer(self.config.tokenizer)
         # It checks requests, and queues none.
@@ -218,7 +159,7 @@ class AsyncLLM:
             self.failure = self.failure or "it was closed"
             self._send("close")
         self.thread.join(CLOSE_SECONDS)
-        self._process.kill()  # if it hangs
+        self.process.kill()  # if it hangs
         self.thread.join()
         atexit.unregister(self.close)
 
@@ -253,7 +194,7 @@ class AsyncLLM:
             while True:
                 name, argument = self._connection.recv()
                 getattr(self, name)(argument)
-        self.fail(f"its process ended with exit code {self._process.wait()}")
+        self.fail(f"its process ended with exit code {self.process.wait()}")
 
     def hand_out(self, items: Iterable[tuple[int, RequestOutput | RuntimeError]]) -> None:
         """Gives outputs, or why there will be no more, to calls by their numbers."""
@@ -279,36 +220,3 @@ class AsyncLLM:
         self.hand_out((number, self._death()) for number in list(self.streams))
         while self._asked:
             self._asked.popleft().set_exception(self._death())
-
-
-def start_process() -> tuple[multiprocessing.connection.Connection, subprocess.Popen]:
-    """A new interpreter that obeys what comes through the pipe, see `engine_process.main`.
-
-    Not one of multiprocessing's: a fork would not survive CUDA and other threads, and what else that starts imports
-    the caller's script, which needs a main guard then.
-    """
-    ours, theirs = multiprocessing.Pipe()
-    code = f"import sys; sys.path[:] = {sys.path!r}; from nanovllm.server.engine_process import main; "
-    command = [sys.executable, "-c", f"{code}main({theirs.fileno()}, {os.getpid()})"]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the process inherits
-    try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-    return ours, process
-
-
-def wake_all(streams: list[Stream]) -> None:
-    """Wakes the readers of streams of one event loop, in it."""
-    for stream in streams:
-        stream.wake()
-
-
-def prepend(earlier: RequestOutput, later: RequestOutput) -> None:
-    """Puts what an unread output has new before what the next one has new."""
-    for before, after in zip(earlier.outputs, later.outputs, strict=True):
-        for key in ("text", "token_ids", "logprobs"):
-            if after[key] is not None:
-                after[key] = before[key] + after[key]
-    later.text, later.token_ids = later.outputs[0].text, later.outputs[0].token_ids
