@@ -389,19 +389,23 @@ async def read(max_tokens):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return [output async for output in llm.generate("Hello", params)][-1]
 
+def tell():
+    print(llm.process.pid, *children(llm.process.pid), flush=True)
+
 llm = AsyncLLM({model!r}, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=20)
 threading.Thread(target=asyncio.run, args=[read(2000)], daemon=True).start()
 while not any(metric.value for metric in llm.get_metrics() if metric.name.endswith("generation_tokens")):
     time.sleep(0.02)
-print(llm.process.pid, *children(llm.process.pid), flush=True)
 """
 INTERRUPTED = """
 try:
+    tell()
     time.sleep(60)
 except KeyboardInterrupt:
     print(len(asyncio.run(read(5)).token_ids), len(llm.streams))
 """
 FORKED = """
+tell()
 if os.fork() == 0:
     sys.exit()
 os.wait()
@@ -412,8 +416,8 @@ print(len(asyncio.run(read(5)).token_ids), len(llm.streams))
 @pytest.mark.parametrize(
     ("end", "number", "returncode", "output"),
     [
-        ("print('end')", None, 0, "end"),
-        ("time.sleep(60)", signal.SIGKILL, -signal.SIGKILL, ""),
+        ("tell(); print('end')", None, 0, "end"),
+        ("tell(); time.sleep(60)", signal.SIGKILL, -signal.SIGKILL, ""),
         (INTERRUPTED, signal.SIGINT, 0, "5 1"),
         (FORKED, None, 0, "5 1"),
     ],

@@ -110,13 +110,14 @@ class AsyncLLM:
         number = next(self._next_number)
         if self._numbers.setdefault(request_id, number) != number:
             raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
-        is_delta = isinstance(params, SamplingParams) and params.output_kind is RequestOutputKind.DELTA
-        stream = self.streams[number] = Stream(merges=is_delta)
+        stream = self.streams[number] = Stream(getattr(params, "output_kind", None))
         try:
             self.check_health()
 
             def submit() -> None:
                 checked = self._intake.check_one(prompt, params, priority, timeout)
+                if stream.kind is RequestOutputKind.CUMULATIVE:
+                    checked.params.output_kind = RequestOutputKind.DELTA
                 self._submit(number, request_id, stream, checked)
 
             await asyncio.to_thread(submit)  # as a long prompt takes long to tokenise

@@ -6,6 +6,7 @@ import time
 
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.admission import CheckedRequest
+from nanovllm.sampling_params import RequestOutputKind
 
 
 class Stream:
@@ -13,27 +14,28 @@ class Stream:
 
     Attributes:
         loop: the event loop of the call.
-        merges: whether outputs hold what is new, so that an unread one must not be replaced by the next.
+        kind: what the call wants to read. All so far is made here of what is new, lest it be sent with every token.
         arrival_time: when the call was made, in seconds of `time.time`.
         checked: the request; None before it is queued.
         is_aborted: whether it is to end as soon as it is queued.
     """
 
-    def __init__(self, merges: bool) -> None:
+    def __init__(self, kind: RequestOutputKind) -> None:
         self.loop = asyncio.get_running_loop()
-        self.merges = merges
+        self.kind = kind
         self.arrival_time = time.time()
         self.checked: CheckedRequest | None = None
         self.is_aborted = False
         self._guard = threading.Lock()
         self._unread: RequestOutput | RuntimeError | None = None
+        self._latest: RequestOutput | None = None  # that was read
         self._has_unread = asyncio.Event()
 
     def put(self, item: RequestOutput | RuntimeError) -> bool:
         """Adds an output, or why there will be none; returns whether the reader is to be woken. In any thread."""
         with self._guard:
             earlier, self._unread = self._unread, item
-            if self.merges and isinstance(earlier, RequestOutput) and isinstance(item, RequestOutput):
+            if isinstance(earlier, RequestOutput) and isinstance(item, RequestOutput):
                 prepend(earlier, item)
         return earlier is None
 
@@ -50,6 +52,10 @@ class Stream:
         if isinstance(item, RuntimeError):
             raise item
         item["prompt"], item["prompt_token_ids"] = self.checked.prompt, self.checked.token_ids
+        if self.kind is RequestOutputKind.CUMULATIVE:
+            if self._latest is not None:
+                prepend(self._latest, item)
+            self._latest = item
         return item
 
 
@@ -60,7 +66,7 @@ def wake_all(streams: list[Stream]) -> None:
 
 
 def prepend(earlier: RequestOutput, later: RequestOutput) -> None:
-    """Puts what an unread output has new before what the next one has new."""
+    """Puts what an output has before what the next one has new."""
     for before, after in zip(earlier.outputs, later.outputs, strict=True):
         for key in ("text", "token_ids", "logprobs"):
             if after[key] is not None:
