@@ -8,13 +8,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from async_engines import WatchedEngine, check_nothing_left, num_unfinished, watched
-from faults import FaultyRank, children, processes, wait_until
+from faults import FaultyRank, children, processes, traces, wait_until
 
 import nanovllm.demo
 from nanovllm import LLM, AsyncLLM, SamplingParams
@@ -361,6 +362,22 @@ def test_errors_at_the_start_are_those_of_llm(monkeypatch, tmp_path, fault, opti
     with pytest.raises(want.type) as got, watched(DEMO, WatchedEngine(faulty), **options):
         pass
     assert got.type is want.type and str(got.value) == str(want.value)
+    assert children() == before
+
+
+def test_closing_leaves_nothing():
+    before = traces()
+    for _ in range(2):
+        with watched(DEMO, **OPTIONS) as llm:
+            asyncio.run(read(llm, "Hello", SHORT))
+        assert traces() == before
+
+
+def test_ctrl_c_at_the_start():
+    before = children()
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        AsyncLLM(DEMO, **OPTIONS)
     assert children() == before
 
 

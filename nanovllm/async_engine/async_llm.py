@@ -195,6 +195,8 @@ class AsyncLLM:
             while True:
                 name, argument = self._connection.recv()
                 getattr(self, name)(argument)
+        with self._guard:
+            self._connection.close()
         self.fail(f"its process ended with exit code {self.process.wait()}")
 
     def hand_out(self, items: Iterable[tuple[int, RequestOutput | RuntimeError]]) -> None:
