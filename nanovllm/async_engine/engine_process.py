@@ -45,7 +45,10 @@ class Call(NamedTuple):
 
 
 class EngineProcess:
-    """Does what the caller asks for, in that order, and steps while there is work."""
+    """Does what the caller asks for, in that order, and steps while there is work.
+
+    Two threads take and send messages: the caller waits for no step, and no step for a caller that is slow to listen.
+    """
 
     def __init__(self, llm: LLM, connection: Connection) -> None:
         self.llm = llm
@@ -53,18 +56,26 @@ class EngineProcess:
         self.calls: dict[str, Call] = {}  # those that have not ended, by the id of their request
         self.results: dict[int, RequestOutput] = {}  # of finished requests, until they are handed out
         self.asked: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()  # None: there will be no more
         self.is_closed = False
+        self.speaker = threading.Thread(target=self._speak, daemon=True, name="nanovllm-speak")
+        self.speaker.start()
         threading.Thread(target=self._listen, daemon=True, name="nanovllm-listen").start()
 
     def run(self) -> None:
         """Until it is closed, or the engine fails."""
-        while not self.is_closed:
-            outputs = self.llm.step()
-            while self.results:
-                outputs.append(self.results.popitem()[1])
-            if outputs:
-                self._hand_out(outputs)
-            self._do_asked()
+        try:
+            while not self.is_closed:
+                outputs = self.llm.step()
+                while self.results:
+                    outputs.append(self.results.popitem()[1])
+                if outputs:
+                    self._hand_out(outputs)
+                self._do_asked()
+        except Exception as error:
+            self.answers.put(("fail", self.llm.failure or repr(error)))
+        self.answers.put(None)
+        self.speaker.join()
 
     def submit(self, number: int, request_id: str, checked: CheckedRequest, arrival_time: float) -> None:
         """Queues a request of the call `number`."""
@@ -86,7 +97,7 @@ class EngineProcess:
 
     def tell_metrics(self) -> None:
         """Sends the engine's metrics."""
-        self.connection.send(("take_metrics", self.llm.get_metrics()))
+        self.answers.put(("take_metrics", self.llm.get_metrics()))
 
     def close(self) -> None:
         """Has the process end."""
@@ -108,10 +119,17 @@ class EngineProcess:
             if call is not None:
                 output["prompt"] = output["prompt_token_ids"] = None  # which the caller has
                 items.append((call.number, output))
-        self.connection.send_bytes(pickle.dumps(("hand_out", items), pickle.HIGHEST_PROTOCOL))
+        self.answers.put(("hand_out", items))
+
+    def _speak(self) -> None:
+        """Sends what there is to say, in a thread."""
+        with suppress(OSError):
+            while (answer := self.answers.get()) is not None:
+                # By another pickler than `send` has, which takes longer.
+                self.connection.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
 
     def _listen(self) -> None:
-        """Takes messages in a thread of its own, so that no caller waits for a step to end."""
+        """Takes in what is asked for, in a thread."""
         with suppress(EOFError, OSError):
             while True:
                 self.asked.put(self.connection.recv())
@@ -127,10 +145,7 @@ def run_engine(connection: Connection, model: str | os.PathLike[str], options: d
         return
     with llm:
         connection.send(EngineFacts(llm.config, llm.default_sampling_params, llm.scheduler.eos_token_ids))
-        try:
-            EngineProcess(llm, connection).run()
-        except Exception as error:
-            connection.send(("fail", llm.failure or repr(error)))
+        EngineProcess(llm, connection).run()
 
 
 def sendable(error: Exception) -> Exception:
