@@ -312,6 +312,16 @@ def test_a_failing_step_ends_all_calls():
         check_dead(asyncio.run(errors_of(llm, lambda: None)), llm, "division by zero")
 
 
+class Unreadable:
+    def __reduce__(self) -> tuple:
+        return int, ("x",)
+
+
+def test_a_message_that_cannot_be_read_ends_all_calls():
+    with watched(DEMO, **OPTIONS) as llm:
+        check_dead(asyncio.run(errors_of(llm, lambda: llm._send(Unreadable()))), llm, "invalid literal for int")
+
+
 def test_a_killed_rank_ends_all_calls(tmp_path):
     engine = WatchedEngine(FaultyRank("decode", "kill", tmp_path))
     with watched(DEMO, engine, **OPTIONS, tensor_parallel_size=2) as llm:

@@ -110,7 +110,8 @@ class AsyncLLM:
         number = next(self._next_number)
         if self._numbers.setdefault(request_id, number) != number:
             raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
-        stream = self.streams[number] = Stream(getattr(params, "output_kind", None))
+        is_typed = isinstance(params, SamplingParams)  # else it will be refused
+        stream = self.streams[number] = Stream(params.output_kind if is_typed else RequestOutputKind.FINAL_ONLY)
         try:
             self.check_health()
 
@@ -133,7 +134,7 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """Ends a request, whose call gets what there is of it, with the `finish_reason` "abort"."""
         with self._guard:
-            stream = self.streams.get(self._numbers.get(request_id))
+            stream = self.streams.get(self._numbers.get(request_id, -1))
             if stream is not None:
                 stream.is_aborted = True
                 self._send("abort", request_id)

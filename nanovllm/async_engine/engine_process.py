@@ -1,8 +1,8 @@
 """The engine of an AsyncLLM, in a process of its own: in one process, its steps and an event loop would wait for each
 other, as an interpreter runs one thread at a time.
 
-A message is the name of a method of the other side's, with its arguments. The caller's are methods of EngineProcess;
-the engine's are those of AsyncLLM that come last, of which `hand_out` comes once a step, for all requests.
+A message is the name of a method of the other side's, with its arguments. The caller names methods of EngineProcess,
+the engine those of AsyncLLM that come last, of which `hand_out` comes once a step, for all requests.
 """
 
 import multiprocessing
@@ -103,6 +103,10 @@ class EngineProcess:
         """Has the process end."""
         self.is_closed = True
 
+    def give_up(self, error: Exception) -> None:
+        """Ends it by an error."""
+        raise error
+
     def _do_asked(self) -> None:
         """Does what was asked for; waits for something, but not long, where there is nothing else to do."""
         may_wait = self.llm.is_finished() and not self.results
@@ -130,10 +134,13 @@ class EngineProcess:
 
     def _listen(self) -> None:
         """Takes in what is asked for, in a thread."""
-        with suppress(EOFError, OSError):
+        try:
             while True:
                 self.asked.put(self.connection.recv())
-        os._exit(1)  # the caller is gone
+        except (EOFError, OSError):
+            os._exit(1)  # the caller is gone
+        except Exception as error:  # what was sent is nothing here
+            self.asked.put(("give_up", error))
 
 
 def run_engine(connection: Connection, model: str | os.PathLike[str], options: dict[str, Any]) -> None:
