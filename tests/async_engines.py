@@ -16,7 +16,7 @@ from integrity import check_integrity
 from nanovllm import LLM, AsyncLLM
 from nanovllm.async_engine import engine_process
 from nanovllm.parallel import ranks
-from nanovllm.requests.metrics import PREFIX
+from nanovllm.reports.metrics import PREFIX
 
 
 @dataclass

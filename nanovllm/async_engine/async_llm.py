@@ -23,9 +23,9 @@ from nanovllm.chat.template import ChatTemplate
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.inputs import Prompt
 from nanovllm.outputs import RequestOutput
+from nanovllm.reports.metrics import Metric
 from nanovllm.requests.admission import CheckedRequest
 from nanovllm.requests.intake import Intake
-from nanovllm.requests.metrics import Metric
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.tokenizer import load_tokenizer
 
