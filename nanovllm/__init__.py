@@ -2,13 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from nanovllm.async_engine.async_llm import AsyncLLM
 from nanovllm.compat.engine_args import EngineArgs
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, RequestError, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.async_llm import AsyncLLM
 
 __all__ = [
     "LLM",

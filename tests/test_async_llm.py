@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
-from contextlib import aclosing, closing
+import threading
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import check_idle
-from faults import FaultyRank, wait_until
+from async_engines import WatchedEngine, check_nothing_left, num_unfinished, watched
+from faults import FaultyRank, children, processes, traces, wait_until
 
 import nanovllm.demo
-from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.parallel import ranks
+from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.async_engine.engine_process import sendable
 from nanovllm.sampling_params import RequestOutputKind
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,25 +31,27 @@ ENDLESS = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
 KINDS = list(RequestOutputKind)
 
 
-def start(**options) -> AsyncLLM:
-    options = {"device": "cpu", "kvcache_block_size": 16, "num_kvcache_blocks": 400, "max_num_seqs": 16} | options
-    return AsyncLLM(DEMO, **options)
+OPTIONS = {"device": "cpu", "kvcache_block_size": 16, "num_kvcache_blocks": 400, "max_num_seqs": 16}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = start()
-    yield engine
-    engine.close()
+    with watched(DEMO, **OPTIONS) as engine:
+        yield engine
 
 
 @pytest.fixture
 def llm(engine):
     """An engine that must have nothing left after the test."""
     yield engine
-    assert wait_until(engine.llm.is_finished, 10) and not engine.streams
-    engine.llm.step()  # its own turn, behind the engine's thread
-    check_idle(engine.llm)
+    check_nothing_left(engine)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What the answers are to be compared with."""
+    with LLM(DEMO, **OPTIONS) as llm:
+        yield llm
 
 
 async def read(llm: AsyncLLM, prompt, params: SamplingParams, request_id: str | None = None, **urgency) -> list:
@@ -90,9 +95,9 @@ def logprobs(outputs: list, kind: RequestOutputKind) -> list[float]:
     ],
     ids=str,
 )
-def test_answers_are_those_of_llm(llm, kind, options):
+def test_answers_are_those_of_llm(llm, plain, kind, options):
     params = SamplingParams(max_tokens=40, output_kind=kind, **options)
-    results = llm.llm.generate(PROMPTS, params, False)
+    results = plain.generate(PROMPTS, params, False)
     got = asyncio.run(gather(llm, PROMPTS, params))
     for outputs, result in zip(got, results, strict=True):
         assert whole(outputs, kind) == whole([result], RequestOutputKind.FINAL_ONLY)
@@ -104,24 +109,22 @@ def test_answers_are_those_of_llm(llm, kind, options):
         assert max(map(len, got)) > 3, "parts come while the request runs"
 
 
-def test_more_callers_than_rows(llm):
-    want = [result["token_ids"] for result in llm.llm.generate([[i, 5, 6] for i in range(60)], SHORT, False)]
+def test_more_callers_than_rows(llm, plain):
+    want = [result["token_ids"] for result in plain.generate([[i, 5, 6] for i in range(60)], SHORT, False)]
     got = asyncio.run(gather(llm, [[i, 5, 6] for i in range(60)], SHORT))
     assert [outputs[-1].token_ids for outputs in got] == want
 
 
-def test_several_event_loops_and_threads_share_an_engine(llm):
-    want = llm.llm.generate(PROMPTS, SHORT, use_tqdm=False)
+def test_several_event_loops_and_threads_share_an_engine(llm, plain):
+    want = plain.generate(PROMPTS, SHORT, use_tqdm=False)
 
     async def in_threads() -> list:
         calls = [asyncio.to_thread(lambda: asyncio.run(gather(llm, PROMPTS, SHORT))) for _ in range(3)]
-        calls.append(asyncio.to_thread(llm.llm.generate, PROMPTS, SHORT, False))
-        return await asyncio.gather(*calls)
+        return await asyncio.gather(*calls, gather(llm, PROMPTS, SHORT))
 
-    *got, plain = asyncio.run(in_threads())
     texts = [result.text for result in want]
-    assert [[outputs[-1].text for outputs in answers] for answers in got] == [texts] * 3
-    assert [result.text for result in plain] == texts
+    got = asyncio.run(in_threads())
+    assert [[outputs[-1].text for outputs in answers] for answers in got] == [texts] * 4
 
 
 def test_structured_outputs(llm):
@@ -168,12 +171,12 @@ def test_urgent_requests_go_first():
     async def ask_all(llm: AsyncLLM) -> None:
         first = asyncio.create_task(read(llm, [5, 6], ENDLESS, "first"))
         calls = [asyncio.create_task(ask(llm, priority)) for priority in (3, 1, 2)]
-        while len(llm.llm.requests) < 4:
+        while await asyncio.to_thread(num_unfinished, llm) < 4:
             await asyncio.sleep(0.01)
         await llm.abort("first")
         await asyncio.gather(first, *calls)
 
-    with closing(start(max_num_seqs=1, scheduling_policy="priority")) as llm:
+    with watched(DEMO, **OPTIONS | {"max_num_seqs": 1, "scheduling_policy": "priority"}) as llm:
         asyncio.run(ask_all(llm))
     assert ended == [1, 2, 3]
 
@@ -197,9 +200,9 @@ def read_aborted(llm: AsyncLLM, kind: RequestOutputKind, seconds: float) -> tupl
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_abort(llm, kind):
+def test_abort(llm, plain, kind):
     _, token_ids, reason, _ = read_aborted(llm, kind, 0.1)
-    (result,) = llm.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
+    (result,) = plain.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
     assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
 
 
@@ -215,9 +218,9 @@ def test_abort_of_a_request_that_is_not_queued_yet(llm, kind):
     assert reason == "abort"
 
 
-def test_an_id_may_be_used_again_at_once(llm):
+def test_an_id_may_be_used_again_at_once(llm, plain):
     """And nothing of the call that was cancelled reaches the new one."""
-    (want,) = llm.llm.generate([[5, 6]], SHORT, use_tqdm=False)
+    (want,) = plain.generate([[5, 6]], SHORT, use_tqdm=False)
     params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, output_kind=kind) for kind in KINDS]
 
     async def cancel_and_ask_again() -> None:
@@ -258,7 +261,7 @@ def test_breaking_off_aborts_the_request(llm):
     asyncio.run(break_off())
 
 
-def test_a_slow_reader_delays_nobody_and_loses_nothing(llm):
+def test_a_slow_reader_delays_nobody_and_loses_nothing(llm, plain):
     params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
 
     async def race() -> list:
@@ -266,14 +269,14 @@ def test_a_slow_reader_delays_nobody_and_loses_nothing(llm):
         async with aclosing(llm.generate("Hello", params)) as slow:
             parts.append(await anext(slow))
             await read(llm, "Hello", params)
-            while not all(request.is_finished for request in llm.llm.requests.values()):
+            while await asyncio.to_thread(num_unfinished, llm):
                 await asyncio.sleep(0.01)
             parts += [part async for part in slow]
         return parts
 
     parts = asyncio.run(race())
     assert len(parts) <= 3, "what was not read is merged"
-    (result,) = llm.llm.generate("Hello", params, False)
+    (result,) = plain.generate("Hello", params, False)
     assert whole(parts, RequestOutputKind.DELTA) == whole([result], RequestOutputKind.FINAL_ONLY)
 
 
@@ -291,60 +294,177 @@ async def errors_of(llm: AsyncLLM, then) -> list[BaseException]:
 def check_dead(errors: list[BaseException], llm: AsyncLLM, cause: str) -> None:
     assert [type(error) for error in errors] == [RuntimeError] * 5
     assert all(cause in str(error) for error in errors)
-    with pytest.raises(RuntimeError, match=cause):
-        llm.check_health()
+    for ask in (llm.check_health, llm.get_metrics):
+        with pytest.raises(RuntimeError, match=cause):
+            ask()
     llm.thread.join(10)
-    assert not llm.thread.is_alive() and not llm.streams
-    llm.close()
+    assert not llm.thread.is_alive() and not llm.streams and llm.process.returncode is not None
 
 
 def test_closing_ends_all_calls():
-    llm = start()
-    check_dead(asyncio.run(errors_of(llm, llm.close)), llm, "it was closed")
+    with watched(DEMO, **OPTIONS) as llm:
+        check_dead(asyncio.run(errors_of(llm, llm.close)), llm, "it was closed")
+        assert llm.process.returncode == 0
 
 
-def test_a_failing_step_ends_all_calls(monkeypatch):
-    llm = start()
-
-    def fail() -> None:
-        monkeypatch.setattr(llm.llm, "_launch", lambda: 1 / 0)
-
-    check_dead(asyncio.run(errors_of(llm, fail)), llm, "division by zero")
+def test_a_failing_step_ends_all_calls():
+    with watched(DEMO, WatchedEngine(num_steps=50), **OPTIONS) as llm:
+        check_dead(asyncio.run(errors_of(llm, lambda: None)), llm, "division by zero")
 
 
-def test_a_killed_rank_ends_all_calls(monkeypatch, tmp_path):
-    monkeypatch.setattr(ranks, "run_rank", FaultyRank("decode", "kill", tmp_path))
-    llm = start(tensor_parallel_size=2)
-    check_dead(asyncio.run(errors_of(llm, lambda: None)), llm, "exit code -9")
+class Unreadable:
+    def __reduce__(self) -> tuple:
+        return int, ("x",)
+
+
+def test_a_message_that_cannot_be_read_ends_all_calls():
+    with watched(DEMO, **OPTIONS) as llm:
+        check_dead(asyncio.run(errors_of(llm, lambda: llm._send(Unreadable()))), llm, "invalid literal for int")
+
+
+def test_a_killed_rank_ends_all_calls(tmp_path):
+    engine = WatchedEngine(FaultyRank("decode", "kill", tmp_path))
+    with watched(DEMO, engine, **OPTIONS, tensor_parallel_size=2) as llm:
+        check_dead(asyncio.run(errors_of(llm, lambda: None)), llm, "rank 1 ended with exit code -9")
 
 
 def test_a_rank_killed_while_idle_is_noticed():
-    llm = start(tensor_parallel_size=2)
-    llm.llm.ranks.processes[0].kill()
-    assert wait_until(lambda: llm.llm.failure is not None, 10)
-    with pytest.raises(RuntimeError, match="exit code -9"):
-        asyncio.run(read(llm, "Hello", SHORT))
-    llm.close()
+    with watched(DEMO, **OPTIONS, tensor_parallel_size=2) as llm:
+        (rank,) = children(llm.process.pid)
+        os.kill(rank, signal.SIGKILL)
+        assert wait_until(lambda: llm.failure is not None, 10)
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            asyncio.run(read(llm, "Hello", SHORT))
 
 
-UNCLOSED = """
-import asyncio, time
+def test_a_killed_engine_ends_all_calls_and_its_ranks():
+    with watched(DEMO, **OPTIONS, tensor_parallel_size=2) as llm:
+        (rank,) = children(llm.process.pid)
+        check_dead(asyncio.run(errors_of(llm, llm.process.kill)), llm, "its process ended with exit code -9")
+        assert wait_until(lambda: rank not in processes(), 10)
+
+
+def test_an_engine_that_hangs_is_killed(monkeypatch):
+    monkeypatch.setattr("nanovllm.async_engine.async_llm.CLOSE_SECONDS", 0.5)
+    with watched(DEMO, **OPTIONS) as llm:
+        llm.process.send_signal(signal.SIGSTOP)
+        llm.close()
+        assert llm.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        (None, {"max_num_seqs": 0}),
+        (None, {"foo": 1}),
+        (None, {"max_model_len": 600, "num_kvcache_blocks": 2}),
+        ("exception", {"tensor_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_errors_at_the_start_are_those_of_llm(monkeypatch, tmp_path, fault, options):
+    before, options = children(), OPTIONS | options
+    faulty = FaultyRank("loading", fault, tmp_path) if fault else None
+    if faulty:
+        monkeypatch.setattr("nanovllm.parallel.ranks.run_rank", faulty)
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as want:
+        LLM(DEMO, **options)
+    with pytest.raises(want.type) as got, watched(DEMO, WatchedEngine(faulty), **options):
+        pass
+    assert got.type is want.type and str(got.value) == str(want.value)
+    assert children() == before
+
+
+def test_closing_leaves_nothing():
+    before = traces()
+    for _ in range(2):
+        with watched(DEMO, **OPTIONS) as llm:
+            asyncio.run(read(llm, "Hello", SHORT))
+        assert traces() == before
+
+
+def test_ctrl_c_at_the_start():
+    before = children()
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        AsyncLLM(DEMO, **OPTIONS)
+    assert children() == before
+
+
+def test_a_process_that_ends_at_the_start(monkeypatch):
+    monkeypatch.setattr("nanovllm.async_engine.engine_process.run_engine", print)
+    with pytest.raises(RuntimeError, match="exit code 0"):
+        AsyncLLM(DEMO, **OPTIONS)
+
+
+def test_an_error_that_cannot_be_sent_is_told():
+    class Picky(Exception):
+        def __init__(self, one: str, two: str) -> None:
+            super().__init__(one + two)
+
+    assert str(sendable(Picky("a", "b"))) == "Picky: ab"
+    assert type(sendable(KeyError("a"))) is KeyError
+
+
+# Scripts without a main guard, though a rank is started.
+BEGINNING = """
+import asyncio, os, sys, threading, time
+from faults import children
 from nanovllm import AsyncLLM, SamplingParams
 
-if __name__ == "__main__":
-    llm = AsyncLLM({model!r}, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=20)
-    asyncio.run(anext(llm.generate("Hello")))
-    llm.llm.add_request("Hello", SamplingParams(max_tokens=2000, ignore_eos=True))
-    time.sleep(0.3)
-    print(llm.llm.get_num_unfinished_requests())
+async def read(max_tokens):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return [output async for output in llm.generate("Hello", params)][-1]
+
+def tell():
+    print(llm.process.pid, *children(llm.process.pid), flush=True)
+
+llm = AsyncLLM({model!r}, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=20)
+threading.Thread(target=asyncio.run, args=[read(2000)], daemon=True).start()
+while not any(metric.value for metric in llm.get_metrics() if metric.name.endswith("generation_tokens")):
+    time.sleep(0.02)
+"""
+INTERRUPTED = """
+try:
+    tell()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print(len(asyncio.run(read(5)).token_ids), len(llm.streams))
+"""
+FORKED = """
+tell()
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print(len(asyncio.run(read(5)).token_ids), len(llm.streams))
 """
 
 
-def test_a_program_that_ends_in_the_middle_of_a_step(tmp_path):
+@pytest.mark.parametrize(
+    ("end", "number", "returncode", "output"),
+    [
+        ("tell(); print('end')", None, 0, "end"),
+        ("tell(); time.sleep(60)", signal.SIGKILL, -signal.SIGKILL, ""),
+        (INTERRUPTED, signal.SIGINT, 0, "5 1"),
+        (FORKED, None, 0, "5 1"),
+    ],
+    ids=["in the middle of a step", "killed", "interrupted", "forked"],
+)
+def test_a_program_that_ends_leaves_nothing(tmp_path, end, number, returncode, output):
+    """Ctrl-C reaches all processes of a terminal, of which the engine leaves it to the caller's."""
     script = tmp_path / "script.py"
-    script.write_text(UNCLOSED.format(model=DEMO))
-    process = subprocess.run([sys.executable, script], capture_output=True, encoding="utf-8", timeout=60)
-    assert (process.returncode, process.stdout) == (0, "1\n"), process.stderr
+    script.write_text(BEGINNING.format(model=DEMO) + end)
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        engine, rank = map(int, process.stdout.readline().split())
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        elif number is not None:
+            process.send_signal(number)
+        assert process.stdout.read().strip() == output
+        assert process.wait(30) == returncode
+    assert wait_until(lambda: not {engine, rank} & set(processes()), 10)
 
 
 # ---- many ----------------------------------------------------------------------------------------------------------
@@ -392,7 +512,7 @@ def test_a_thousand_slow_readers(llm):
     async def run() -> list:
         calls = [asyncio.create_task(read_slowly(index)) for index in range(1000)]
         assert len((await read(llm, "Hello", SHORT))[-1].token_ids) == 12
-        while llm.llm.requests or len(llm.streams) < 1000:
+        while await asyncio.to_thread(num_unfinished, llm) or len(llm.streams) < 1000:
             await asyncio.sleep(0.05)
         readers_go_on.set()
         return await asyncio.gather(*calls)

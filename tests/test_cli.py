@@ -103,7 +103,7 @@ def test_importing_the_package_imports_no_command():
     program = "import sys, nanovllm; print([name for name in sys.modules if name.startswith('nanovllm.')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
     assert "nanovllm.engine.scheduler" in done.stdout
-    others = ("nanovllm.cli", "run_batch", "nanovllm.server.app", "nanovllm.openai_api", "nanovllm.ray")
+    others = ("nanovllm.cli", "run_batch", "nanovllm.server", "nanovllm.openai_api", "nanovllm.ray")
     assert not any(name in done.stdout for name in others)
 
 

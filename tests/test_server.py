@@ -7,15 +7,15 @@ import json
 import re
 import socket
 import threading
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Literal
 
 import pytest
-from engines import check_idle
+from async_engines import check_nothing_left, metric, num_unfinished, watched
 from faults import wait_until
 
 import nanovllm
-from nanovllm import AsyncLLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.reports.metrics import HELP, PREFIX
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
@@ -24,7 +24,7 @@ import httpx  # noqa: E402 (needs the packages, as those below)
 import openai  # noqa: E402
 import pydantic  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
-from servers import OPTIONS, make_folder, serving  # noqa: E402
+from servers import DEMO, OPTIONS, make_folder, serving  # noqa: E402
 
 from nanovllm.batch.run_batch import run_batch  # noqa: E402
 
@@ -39,9 +39,15 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    engine = AsyncLLM(make_folder(tmp_path_factory.mktemp("demo")), **OPTIONS)
-    yield engine
-    engine.close()
+    with watched(make_folder(tmp_path_factory.mktemp("demo")), **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def llm(engine):
+    """What the answers are to be compared with."""
+    with LLM(engine.config.model, **OPTIONS) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +64,8 @@ def client(engine, url):
     check_nothing_left(engine)
 
 
-def check_nothing_left(engine: AsyncLLM) -> None:
-    assert wait_until(lambda: engine.llm.is_finished() and not engine.streams, 20)
-    engine.llm.step()
-    check_idle(engine.llm)
-
-
-def plain(engine: AsyncLLM, prompts, **params) -> list:
-    return engine.llm.generate(prompts, SamplingParams(**params), use_tqdm=False)
+def plain(llm: LLM, prompts, **params) -> list:
+    return llm.generate(prompts, SamplingParams(**params), use_tqdm=False)
 
 
 def stream_texts(stream) -> tuple[dict[int, str], dict[int, str], openai.types.CompletionUsage | None]:
@@ -97,9 +97,9 @@ def stream_chat(stream) -> dict[str, object]:
 # ---- completions ---------------------------------------------------------------------------------------------------
 
 
-def test_completions_are_those_of_llm(client, engine):
+def test_completions_are_those_of_llm(client, llm):
     prompts = [PROMPT, "What is a block table?", "Hello"]
-    want = plain(engine, prompts, temperature=0, max_tokens=30)
+    want = plain(llm, prompts, temperature=0, max_tokens=30)
     got = client.completions.create(model="demo", prompt=prompts, temperature=0, max_tokens=30)
     assert [choice.text for choice in got.choices] == [result.text for result in want]
     assert [choice.finish_reason for choice in got.choices] == [result.finish_reason for result in want]
@@ -109,8 +109,8 @@ def test_completions_are_those_of_llm(client, engine):
     assert got.usage.total_tokens == got.usage.prompt_tokens + got.usage.completion_tokens
 
 
-def test_prompts_of_token_ids(client, engine):
-    want = plain(engine, [[5, 6, 7], [8, 9]], temperature=0, max_tokens=8)
+def test_prompts_of_token_ids(client, llm):
+    want = plain(llm, [[5, 6, 7], [8, 9]], temperature=0, max_tokens=8)
     for prompt, number in [([[5, 6, 7], [8, 9]], 2), ([5, 6, 7], 1)]:
         extra = {"return_token_ids": True}
         got = client.completions.create(model="demo", prompt=prompt, temperature=0, max_tokens=8, extra_body=extra)
@@ -128,10 +128,10 @@ def test_prompts_of_token_ids(client, engine):
     ],
     ids=str,
 )
-def test_parameters_reach_the_engine_streamed_or_not(client, engine, options):
+def test_parameters_reach_the_engine_streamed_or_not(client, llm, options):
     params = {"max_tokens": 16} | options | options.get("extra_body", {})
     params.pop("extra_body", None)
-    (want,) = plain(engine, PROMPT, **params)
+    (want,) = plain(llm, PROMPT, **params)
     texts = {sample.index: sample.text for sample in want.outputs}
     ends = {sample.index: sample.finish_reason for sample in want.outputs}
     got = client.completions.create(model="demo", prompt=PROMPT, **options)
@@ -151,9 +151,9 @@ def stream_details(completion):
     return completion.usage.prompt_tokens_details
 
 
-def test_streams_of_several_prompts(client, engine):
+def test_streams_of_several_prompts(client, llm):
     prompts = [PROMPT, "Hello", "What is a block table?"]
-    want = plain(engine, prompts, temperature=0, max_tokens=12)
+    want = plain(llm, prompts, temperature=0, max_tokens=12)
     stream = client.completions.create(model="demo", prompt=prompts, temperature=0, max_tokens=12, stream=True)
     texts, ends, usage = stream_texts(stream)
     assert [texts[index] for index in range(3)] == [result.text for result in want]
@@ -161,8 +161,8 @@ def test_streams_of_several_prompts(client, engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_of_completions(client, engine, stream):
-    (want,) = plain(engine, PROMPT, temperature=0, max_tokens=6, logprobs=2)
+def test_logprobs_of_completions(client, llm, stream):
+    (want,) = plain(llm, PROMPT, temperature=0, max_tokens=6, logprobs=2)
     got = client.completions.create(
         model="demo", prompt=PROMPT, temperature=0, max_tokens=6, logprobs=2, stream=stream
     )
@@ -182,8 +182,8 @@ def test_logprobs_of_completions(client, engine, stream):
 # ---- chats ---------------------------------------------------------------------------------------------------------
 
 
-def test_chats_are_those_of_llm(client, engine):
-    (want,) = engine.llm.chat(CHAT, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
+def test_chats_are_those_of_llm(client, llm):
+    (want,) = llm.chat(CHAT, SamplingParams(temperature=0, max_tokens=None), use_tqdm=False)
     got = client.chat.completions.create(model="demo", messages=CHAT, temperature=0)
     assert got.choices[0].message.content == want.text and got.choices[0].message.role == "assistant"
     assert got.choices[0].finish_reason == want.finish_reason == "stop"
@@ -198,8 +198,8 @@ def test_chats_are_those_of_llm(client, engine):
     assert again.usage.completion_tokens == 3 and again.usage.prompt_tokens_details.cached_tokens >= 16
 
 
-def test_logprobs_of_chats(client, engine):
-    (want,) = engine.llm.chat(CHAT, SamplingParams(temperature=0, max_tokens=5, logprobs=3), use_tqdm=False)
+def test_logprobs_of_chats(client, llm):
+    (want,) = llm.chat(CHAT, SamplingParams(temperature=0, max_tokens=5, logprobs=3), use_tqdm=False)
     options = {"model": "demo", "messages": CHAT, "temperature": 0, "max_tokens": 5, "logprobs": True}
     got = client.chat.completions.create(**options, top_logprobs=3).choices[0].logprobs.content
     for entry, logprobs in zip(got, want.outputs[0].logprobs, strict=True):
@@ -215,7 +215,7 @@ def test_logprobs_of_chats(client, engine):
 
 
 def test_answers_of_a_form(client, engine):
-    texts = map(engine.llm.tokenizer.token_text, range(2048))
+    texts = map(engine.tokenizer.token_text, range(2048))
     whitespace = [token_id for token_id, text in enumerate(texts) if text.isspace()]
 
     class Answer(pydantic.BaseModel):
@@ -288,17 +288,17 @@ def test_reasoning_is_split_off(client, stream, is_opened):
     assert (reasoning, content) == ("let me think", "paris")
 
 
-def test_the_asynchronous_client(url, engine):
+def test_the_asynchronous_client(url, llm):
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
             calls = [client.completions.create(model="demo", prompt=[i, 5, 6], temperature=0) for i in range(40)]
             return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
 
-    want = plain(engine, [[i, 5, 6] for i in range(40)], temperature=0, max_tokens=16)
+    want = plain(llm, [[i, 5, 6] for i in range(40)], temperature=0, max_tokens=16)
     assert asyncio.run(ask()) == [result.text for result in want]
 
 
-def test_batches_are_answered_alike(client, engine, url, tmp_path):
+def test_batches_are_answered_alike(client, llm, url, tmp_path):
     """Tools, reasoning and logprobs are those of the same requests to the server."""
     thinking = {"guided_choice": ["<think>\nlet me think\n</think>\n\nparis"]}
     bodies = [
@@ -315,7 +315,7 @@ def test_batches_are_answered_alike(client, engine, url, tmp_path):
     want = [httpx.post(url + path, json=body).json() for path, body in zip(urls, bodies, strict=True)]
     lines = [{"custom_id": str(index), "url": urls[index], "body": body} for index, body in enumerate(bodies)]
     (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
-    run_batch(engine.llm, tmp_path / "in", tmp_path / "out", "demo", use_tqdm=False)
+    run_batch(llm, tmp_path / "in", tmp_path / "out", "demo", use_tqdm=False)
     records = sorted(map(json.loads, (tmp_path / "out").read_text().splitlines()), key=lambda each: each["custom_id"])
     got = [record["response"]["body"] for record in records]
     for index, body in enumerate(got):
@@ -399,7 +399,7 @@ ERROR_KEYS = {"message", "type", "param", "code"}
 
 
 def check_shows_no_path(text: str, engine: AsyncLLM) -> None:
-    for path in (engine.llm.config.model, nanovllm.__path__[0], "site-packages"):
+    for path in (engine.config.model, nanovllm.__path__[0], "site-packages"):
         assert path not in text
 
 
@@ -461,20 +461,20 @@ def test_unknown_paths_and_methods(url):
         assert "access-control-allow-origin" not in response.headers
 
 
-def test_a_request_that_fails_while_it_runs(client, engine, url, monkeypatch):
-    """As one whose logits are not finite does."""
-    append = type(engine.llm.scheduler)._take_in
-
-    def take_in(self, seq, token_id):
-        append(self, seq, -1 if len(seq.completion_token_ids) == 3 else token_id)
-
-    monkeypatch.setattr(type(engine.llm.scheduler), "_take_in", take_in)
+def test_a_request_that_fails_while_it_runs(client, engine, url):
+    """As one whose logits are not finite does: its parameters leave it no third token."""
+    (token_id,) = engine.tokenizer.encode("a")
+    limits = {"allowed_token_ids": [token_id], "bad_words": ["aaa"], "ignore_eos": True}
+    options = ENDLESS | {"extra_body": limits}
     with pytest.raises(openai.InternalServerError) as caught:
-        client.completions.create(model="demo", prompt="a", **ENDLESS)
+        client.completions.create(model="demo", prompt="x", **options)
     assert "no finite maximum" in str(caught.value)
     check_shows_no_path(str(caught.value), engine)
+    texts = []
     with pytest.raises(openai.APIError, match="no finite maximum"):
-        list(client.completions.create(model="demo", prompt="a", stream=True, **ENDLESS))
+        for chunk in client.completions.create(model="demo", prompt="x", stream=True, **options):
+            texts.append(chunk.choices[0].text)
+    assert "".join(texts) == "aa"
 
 
 def test_a_bad_prompt_among_several_ends_a_stream_by_an_error(client):
@@ -526,8 +526,8 @@ def test_a_client_that_gives_up_waiting(client, engine):
     assert count_aborts(engine) == before + 40
 
 
-def count_aborts(engine: AsyncLLM) -> int:
-    return engine.llm.requests.ended.reasons["abort"]
+def count_aborts(engine: AsyncLLM) -> float:
+    return metric(engine, "request_success", "abort")
 
 
 @pytest.mark.parametrize("num_chunks", [1, 5])
@@ -536,7 +536,7 @@ def test_a_client_that_vanishes_in_mid_stream(client, engine, num_chunks):
     stream = client.chat.completions.create(model="demo", messages=CHAT, stream=True, **ENDLESS)
     for _ in range(num_chunks):
         next(iter(stream))
-    assert engine.llm.requests
+    assert num_unfinished(engine)
     stream.close()
     check_nothing_left(engine)
     assert count_aborts(engine) == before + 1
@@ -565,20 +565,20 @@ def read_all(client: socket.socket) -> str:
     return "".join(map(json.loads, texts))
 
 
-def test_a_slow_reader_delays_nobody_and_loses_nothing(client, engine, url):
+def test_a_slow_reader_delays_nobody_and_loses_nothing(client, engine, llm, url):
     with unread_stream(url, 1500) as slow:
         assert wait_until(lambda: len(engine.streams) == 1, 10)
         for _ in range(3):
             client.completions.create(model="demo", prompt="a", temperature=0)
-        assert wait_until(engine.llm.is_finished, 60)
-        (want,) = plain(engine, [[5]], temperature=0, ignore_eos=True, max_tokens=1500)
+        assert wait_until(lambda: not num_unfinished(engine), 60)
+        (want,) = plain(llm, [[5]], temperature=0, ignore_eos=True, max_tokens=1500)
         assert read_all(slow) == want.text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_thousand_slow_readers(client, engine, url):
-    (want,) = plain(engine, [[5]], temperature=0, ignore_eos=True, max_tokens=20)
+def test_a_thousand_slow_readers(client, engine, llm, url):
+    (want,) = plain(llm, [[5]], temperature=0, ignore_eos=True, max_tokens=20)
     texts = []
 
     def read_slowly() -> None:
@@ -591,7 +591,7 @@ def test_a_thousand_slow_readers(client, engine, url):
     for reader in readers:
         reader.start()
     assert client.completions.create(model="demo", prompt="a", temperature=0).choices
-    assert wait_until(lambda: engine.llm.is_finished() and not engine.streams, 400)
+    assert wait_until(lambda: not num_unfinished(engine) and not engine.streams, 400)
     readers_go_on.set()
     for reader in readers:
         reader.join()
@@ -600,7 +600,7 @@ def test_a_thousand_slow_readers(client, engine, url):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_thousand_requests_half_of_them_cancelled(client, engine, url):
+def test_two_thousand_requests_half_of_them_cancelled(client, llm, url):
     async def ask(http: httpx.AsyncClient, slots: asyncio.Semaphore, index: int, want: list[str]) -> str:
         body = {"prompt": [index % 50 + 2, 5], "temperature": 0, "ignore_eos": True, "max_tokens": 30}
         async with slots:  # httpx itself is slow with many requests at once
@@ -620,7 +620,7 @@ def test_two_thousand_requests_half_of_them_cancelled(client, engine, url):
         async with httpx.AsyncClient(base_url=url, timeout=300) as http:
             return await asyncio.gather(*(ask(http, slots, index, want) for index in range(2000)))
 
-    results = plain(engine, [[i + 2, 5] for i in range(50)], temperature=0, ignore_eos=True, max_tokens=30)
+    results = plain(llm, [[i + 2, 5] for i in range(50)], temperature=0, ignore_eos=True, max_tokens=30)
     ends = asyncio.run(ask_all([result.text for result in results]))
     assert ends.count("finished") >= 1000 and ends.count("cancelled") > 100
 
@@ -630,20 +630,20 @@ def test_two_thousand_requests_half_of_them_cancelled(client, engine, url):
 
 def test_models_version_and_health(client, url, engine):
     (model,) = client.models.list().data
-    assert model.id == "demo" and model.max_model_len == engine.llm.config.max_model_len
+    assert model.id == "demo" and model.max_model_len == engine.config.max_model_len
     assert client.models.retrieve("demo").id == "demo"
     assert httpx.get(f"{url}/version").json() == {"version": nanovllm.__version__}
     assert httpx.get(f"{url}/health").status_code == 200
 
 
-def test_tokens(url, engine):
-    tokenizer = engine.llm.tokenizer
+def test_tokens(url, engine, llm):
+    tokenizer = engine.tokenizer
     got = httpx.post(f"{url}/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).json()
     assert got["tokens"] == tokenizer.encode(PROMPT) and got["count"] == len(got["tokens"])
-    assert "".join(got["token_strs"]) == PROMPT and got["max_model_len"] == engine.llm.config.max_model_len
+    assert "".join(got["token_strs"]) == PROMPT and got["max_model_len"] == engine.config.max_model_len
     assert httpx.post(f"{url}/detokenize", json={"tokens": got["tokens"]}).json() == {"prompt": PROMPT}
     chat = httpx.post(f"{url}/tokenize", json={"messages": CHAT}).json()["tokens"]
-    (result,) = engine.llm.chat(CHAT, SamplingParams(max_tokens=1), use_tqdm=False)
+    (result,) = llm.chat(CHAT, SamplingParams(max_tokens=1), use_tqdm=False)
     assert chat == result.prompt_token_ids
     for body in ({}, {"prompt": "a", "messages": CHAT}, {"prompt": 5}):
         assert httpx.post(f"{url}/tokenize", json=body).status_code == 400
@@ -669,9 +669,9 @@ def test_metrics(client, url, engine):
 
 
 def test_urgent_requests_go_first(tmp_path):
-    engine = AsyncLLM(make_folder(tmp_path), **OPTIONS | {"max_num_seqs": 1, "scheduling_policy": "priority"})
+    options = OPTIONS | {"max_num_seqs": 1, "scheduling_policy": "priority"}
     ended, body = [], {"prompt": "a", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
-    with closing(engine), serving(engine) as url:
+    with watched(make_folder(tmp_path), **options) as engine, serving(engine) as url:
 
         def ask(priority: int) -> None:
             httpx.post(f"{url}/v1/completions", json=body | {"priority": priority}, timeout=60).raise_for_status()
@@ -680,15 +680,15 @@ def test_urgent_requests_go_first(tmp_path):
         threads = [threading.Thread(target=ask, args=(priority,)) for priority in (2, 3, 1)]
         for number, thread in enumerate(threads, 1):
             thread.start()
-            assert wait_until(lambda number=number: len(engine.llm.requests) == number, 20)
+            assert wait_until(lambda number=number: num_unfinished(engine) == number, 20)
         for thread in threads:
             thread.join()
     assert ended == [2, 1, 3], "the first has the only row"
 
 
 def test_a_model_without_a_tokenizer():
-    llm = AsyncLLM(nanovllm.demo.__path__[0], skip_tokenizer_init=True, **OPTIONS)
-    with serving(llm) as url:
+    options = OPTIONS | {"skip_tokenizer_init": True}
+    with LLM(DEMO, **options) as llm, watched(DEMO, **options) as engine, serving(engine) as url:
         (want,) = plain(llm, [[5, 6]], temperature=0, max_tokens=7, ignore_eos=True)
         body = {"prompt": [5, 6], "temperature": 0, "max_tokens": 7, "ignore_eos": True, "return_token_ids": True}
         (choice,) = httpx.post(f"{url}/v1/completions", json=body | {"logprobs": 1}).json()["choices"]
@@ -702,13 +702,11 @@ def test_a_model_without_a_tokenizer():
         ]:
             response = httpx.post(f"{url}/{path}", json=wrong)
             assert response.status_code == 400 and "tokenizer" in response.json()["error"]["message"]
-    llm.close()
 
 
 def test_a_dead_engine(tmp_path):
-    llm = AsyncLLM(make_folder(tmp_path), **OPTIONS)
-    with serving(llm) as url:
-        llm.close()
+    with watched(make_folder(tmp_path), **OPTIONS) as engine, serving(engine) as url:
+        engine.close()
         for response in (
             httpx.get(f"{url}/health"),
             httpx.get(f"{url}/metrics"),

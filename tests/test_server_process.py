@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults import children, wait_until
+from faults import children, processes, wait_until
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(package, reason=f"needs {package}, which the extra [test] brings")
@@ -73,18 +73,21 @@ def test_ctrl_c_while_idle(tmp_path):
         assert server.process.wait(20) == 0 and "Traceback" not in server.output
 
 
-def test_a_killed_rank(tmp_path):
+@pytest.mark.parametrize("victim", ["rank", "engine"])
+def test_a_killed_process(tmp_path, victim):
     with ServerProcess(tmp_path, "--tensor-parallel-size=2") as server, ThreadPoolExecutor(8) as pool:
         url = server.url
         calls = [pool.submit(ask, url, index, ENDLESS) for index in range(8)]
         assert wait_until(lambda: is_computing(url, 8), 60)
-        (rank,) = children(server.process.pid)
-        os.kill(rank, signal.SIGKILL)
+        (engine,) = children(server.process.pid)
+        (rank,) = children(engine)
+        os.kill({"rank": rank, "engine": engine}[victim], signal.SIGKILL)
         assert wait_until(lambda: httpx.get(f"{url}/health").status_code == 503, 10)
         for call in calls:
             assert call.result()["error"]["type"] == "server_error"
         assert server.process.wait(20) == 1
         assert "exit code -9" in server.output
+        assert wait_until(lambda: not {engine, rank} & set(processes()), 10)
 
 
 def test_the_key_comes_from_the_environment(tmp_path):

@@ -6,9 +6,9 @@ import argparse
 import os
 from contextlib import closing
 
+from nanovllm.async_engine.async_llm import AsyncLLM
 from nanovllm.cli.engine_options import MODEL_HELP, add_engine_arguments, add_name_argument, read_options, served_name
 from nanovllm.server.app import build_app
-from nanovllm.server.async_llm import AsyncLLM
 from nanovllm.server.serve import serve
 
 API_KEY_VARIABLE = "NANOVLLM_API_KEY"

@@ -107,7 +107,7 @@ class Answer:
         self.choices: dict[int, dict[str, Any]] = {}  # whole ones, by index
         self.streamed: dict[int, Choice] = {}  # those of which a stream has told something, by index
         self.ended: set[int] = set()  # those of them of which it has told the end
-        self._counts: dict[int, tuple[int, int]] = {}  # by prompt: its tokens, and those of them that were cached
+        self._latest: dict[int, RequestOutput] = {}  # by prompt
         self._num_completion_tokens = 0
 
     def add(self, number: int, output: RequestOutput) -> None:
@@ -141,20 +141,22 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """The tokens of all outputs that are in."""
-        num_prompt_tokens = sum(num_tokens for num_tokens, _ in self._counts.values())
+        num_prompt_tokens = sum(len(output.prompt_token_ids) for output in self._latest.values())
+        num_cached_tokens = sum(output.num_cached_tokens for output in self._latest.values())
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self._num_completion_tokens,
             "total_tokens": num_prompt_tokens + self._num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(num_cached for _, num_cached in self._counts.values())},
+            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": self.kind.part_object, "choices": choices}
 
     def _count(self, number: int, output: RequestOutput) -> None:
-        self._counts[number] = len(output.prompt_token_ids), output.num_cached_tokens
-        self._num_completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        self._latest[number] = output
+        for sample in output.outputs:
+            self._num_completion_tokens += len(sample.token_ids)
 
 
 def ending(sample: CompletionOutput, reason: str | None) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from nanovllm.openai_api.errors import Refused, from_validation
 from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 
 if TYPE_CHECKING:
+    from nanovllm.async_engine.async_llm import AsyncLLM
     from nanovllm.llm import LLM
 
 
 class ServedModel:
     """The model of an engine, whose options and tokenizer are all that is used of it."""
 
-    def __init__(self, llm: LLM, name: str) -> None:
+    def __init__(self, llm: LLM | AsyncLLM, name: str) -> None:
         """Under the name that requests call it."""
         self.name = name
         self.config = llm.config

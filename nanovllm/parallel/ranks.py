@@ -248,7 +248,7 @@ def can_fork(config: Config) -> bool:
 
 def run_rank(config: Config, rank: int, caller: int, connection: Connection, num_threads: int) -> None:
     """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
-    threading.Thread(target=_exit_with, args=(caller,), daemon=True).start()
+    threading.Thread(target=exit_with, args=(caller,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the caller's handler
     try:
         torch.set_num_threads(1 if config.device == "cuda" else num_threads)  # a fork has not the caller's threads
@@ -269,7 +269,7 @@ def run_rank(config: Config, rank: int, caller: int, connection: Connection, num
     os._exit(1)
 
 
-def _exit_with(caller: int) -> None:
+def exit_with(caller: int) -> None:
     """Ends this process when the caller's is gone. A pipe would not tell if the caller has forked."""
     while os.getppid() == caller:
         time.sleep(1)

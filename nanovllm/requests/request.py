@@ -5,6 +5,7 @@ Nothing here knows of steps or devices; what the samples' tokens are, they know 
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nanovllm.config import Config
 from nanovllm.engine.sequence import Sequence
@@ -46,10 +47,15 @@ class Request:
         """Whether all samples have ended."""
         return all(seq.is_finished for seq in self.seqs)
 
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        """Those of the prompt, which all outputs share: a copy for each token would take long."""
+        return self.seqs[0].token_ids[: self.seqs[0].num_prompt_tokens]
+
     def output(self, tokenizer: Tokenizer | None) -> RequestOutput:
         """What the request gives back so far."""
         outputs = [self._completion(index, seq, tokenizer) for index, seq in enumerate(self.seqs)]
-        first, seqs = self.seqs[0], self.seqs
+        first, seqs, is_finished = self.seqs[0], self.seqs, self.is_finished
         output = RequestOutput(
             text=outputs[0].text,
             token_ids=outputs[0].token_ids,
@@ -59,15 +65,15 @@ class Request:
             num_accepted_tokens=sum(seq.drafts.num_accepted for seq in seqs),
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            prompt_token_ids=self.prompt_token_ids,
             prompt_logprobs=first.logprobs.prompt_logprobs if first.logprobs is not None else None,
             outputs=outputs,
-            finished=self.is_finished,
+            finished=is_finished,
             metrics=RequestMetrics(
                 arrival_time=self.arrival_time,
                 first_scheduled_time=first.first_scheduled_time,
                 first_token_time=first.first_token_time,
-                finished_time=max(seq.finished_time for seq in seqs) if self.is_finished else None,
+                finished_time=max(seq.finished_time for seq in seqs) if is_finished else None,
             ),
         )
         if self.error is not None:
@@ -85,14 +91,15 @@ class Request:
 
     def _completion(self, index: int, seq: Sequence, tokenizer: Tokenizer | None) -> CompletionOutput:
         """One sample's tokens: all of them, or with RequestOutputKind.DELTA those that were not handed out yet."""
-        record, token_ids = seq.logprobs, seq.completion_token_ids
+        record = seq.logprobs
         logprobs = record.logprobs if record is not None else None
         if self.reports_progress and self.params.output_kind is RequestOutputKind.DELTA:
             text = seq.detokenizer.take(seq.is_finished) if seq.detokenizer is not None else ""
-            token_ids = token_ids[seq.num_handed_out :]
+            token_ids = seq.token_ids[seq.num_prompt_tokens + seq.num_handed_out :]
             logprobs = logprobs[seq.num_handed_out :] if logprobs is not None else None
             seq.num_handed_out += len(token_ids)
         else:
+            token_ids = seq.completion_token_ids
             text = self._text(seq, token_ids, tokenizer)
             logprobs = list(logprobs) if logprobs is not None else None
         return CompletionOutput(

@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 import nanovllm
+from nanovllm.async_engine.async_llm import AsyncLLM
 from nanovllm.inputs import Prompt
 from nanovllm.openai_api.answers import Answer
 from nanovllm.openai_api.errors import Refused
@@ -21,7 +22,6 @@ from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest, Detoken
 from nanovllm.openai_api.served_model import ServedModel
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.async_llm import AsyncLLM
 from nanovllm.server.errors import from_body, from_http, respond
 from nanovllm.server.gate import Gate
 from nanovllm.server.prometheus import exposition
@@ -36,8 +36,7 @@ class Service:
 
     def __init__(self, engine: AsyncLLM, name: str, max_waiting_requests: int) -> None:
         self.engine = engine
-        self.llm = engine.llm
-        self.model = ServedModel(engine.llm, name)
+        self.model = ServedModel(engine, name)
         self.max_waiting_requests = max_waiting_requests
 
     async def answer(self, request: Request, body: CompletionRequest | ChatRequest) -> Response:
@@ -49,7 +48,7 @@ class Service:
         """
         self.model.check_name(body.model)
         prompts = await asyncio.to_thread(self.model.prompts, body)
-        params = body.sampling_params(self.llm.default_sampling_params)
+        params = body.sampling_params(self.engine.default_sampling_params)
         self._admit(len(prompts))
         answer, outputs = Answer(body, self.model.name), self._outputs(body, prompts, params)
         if body.stream:
@@ -89,7 +88,7 @@ class Service:
 
     def _admit(self, number: int) -> None:
         """Raises Refused if so many requests more would be too many."""
-        num_unfinished, num_seqs = len(self.engine.streams), self.llm.config.max_num_seqs
+        num_unfinished, num_seqs = len(self.engine.streams), self.engine.config.max_num_seqs
         if num_unfinished + number > num_seqs + self.max_waiting_requests:
             raise Refused(
                 429,
@@ -102,13 +101,13 @@ class Service:
     def describe_model(self) -> dict[str, Any]:
         """The model, as OpenAI's API lists it."""
         fields = {"id": self.model.name, "object": "model", "created": int(time.time()), "owned_by": "nanovllm"}
-        return fields | {"max_model_len": self.llm.config.max_model_len}
+        return fields | {"max_model_len": self.engine.config.max_model_len}
 
     def explain(self, error: Exception) -> Refused:
         """What a client is told of an error; of those of the server, little."""
         if isinstance(error, (Refused, TypeError, ValueError)):
             return self.model.refusal(error)
-        if self.llm.failure is not None:
+        if self.engine.failure is not None:
             return Refused(503, "the engine has failed, or is closed")
         return Refused(500, "the server has made a mistake")
 
@@ -165,7 +164,7 @@ def add_generation_routes(app: FastAPI, service: Service) -> None:
 
 def add_other_routes(app: FastAPI, service: Service) -> None:
     """What tells of the server, its model and its tokenizer."""
-    llm = service.llm
+    engine = service.engine
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
@@ -173,7 +172,7 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        service.engine.check_health()
+        engine.check_health()
         return Response()
 
     @app.get("/version")
@@ -182,7 +181,7 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:  # in a thread, as it waits for the end of a step
-        return Response(exposition(llm.get_metrics(), service.model.name), media_type="text/plain; version=0.0.4")
+        return Response(exposition(engine.get_metrics(), service.model.name), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -202,7 +201,7 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
         else:
             token_ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
         texts = {"token_strs": list(map(tokenizer.token_text, token_ids))} if body.return_token_strs else {}
-        return {"count": len(token_ids), "max_model_len": llm.config.max_model_len, "tokens": token_ids} | texts
+        return {"count": len(token_ids), "max_model_len": engine.config.max_model_len, "tokens": token_ids} | texts
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
@@ -212,6 +211,6 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
 
 def require_tokenizer(service: Service) -> Any:
     """The engine's tokenizer. Raises ValueError if it has none."""
-    if service.llm.tokenizer is None:
+    if service.engine.tokenizer is None:
         raise ValueError("the model has no tokenizer")
-    return service.llm.tokenizer
+    return service.engine.tokenizer

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import uvicorn
 from fastapi import FastAPI
 
-from nanovllm.server.async_llm import AsyncLLM
+from nanovllm.async_engine.async_llm import AsyncLLM
 
 POLL_SECONDS = 0.2
 END_SECONDS = 2  # for which clients can hear of the engine's end
@@ -56,7 +56,7 @@ def supervise(server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int) -
     while engine.thread.is_alive() and not server.should_exit:
         engine.thread.join(POLL_SECONDS)
     if not server.should_exit:
-        print(f"nano-vllm: the engine is dead: {engine.llm.failure}", file=sys.stderr, flush=True)
+        print(f"nano-vllm: the engine is dead: {engine.failure}", file=sys.stderr, flush=True)
         time.sleep(END_SECONDS)
         server.should_exit = True
         return 1

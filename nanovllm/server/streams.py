@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class ClientGone(Exception):
@@ -62,7 +63,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 def event(data: dict[str, Any]) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + ENCODER.encode(data).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
