@@ -251,7 +251,7 @@ def test_programs_run(program, tmp_path):
     """On the demo; one that asks a server has one."""
     (tmp_path / "questions.txt").write_text("What is a block table?\nWhat is a token?\n", encoding="utf-8")
     demo = str(PACKAGE / "demo")
-    program = program.replace('"Qwen/Qwen3-0.6B"', repr(demo))
+    program = re.sub(r'"Qwen/Qwen3-\w+(\.\w+)?"', repr(demo), program)
     if "127.0.0.1:8000" in program:
         run_beside_a_server(program, tmp_path)
         return
