@@ -306,8 +306,8 @@ class Soak:
         num_drafts = pick([0, 0, 1, 4, 10])
         if 0 < num_drafts < self.options["max_num_batched_tokens"]:
             lookup = {"prompt_lookup_max": pick([1, 3]), "prompt_lookup_min": 1}
-            speculation = {"method": "ngram", "num_speculative_tokens": num_drafts} | lookup
-            self.options["speculative_config"] = speculation
+            drafter = pick([{"method": "ngram"} | lookup, {"method": "ngram"} | lookup, {"model": self.folder}])
+            self.options["speculative_config"] = {"num_speculative_tokens": num_drafts} | drafter
         self.counts["engines"] += 1
         self.timed = set()
         with LLM(self.folder, device="cpu", tensor_parallel_size=self.ranks, **self.options) as llm:
