@@ -29,7 +29,7 @@ import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.sampling_params import RequestOutputKind
 
-VOCAB_SIZE = 2048  # the demo tokenizer's ids are among them
+VOCAB_SIZE = 3328  # that of the demo's tokenizer
 STOPS = ["a", "e", "th", "\n", "zq", "�"]
 PARTS = {"token_ids": [], "text": "", "logprobs": []}  # of a sample that may come piece by piece
 DEMO = Path(nanovllm.demo.__file__).parent

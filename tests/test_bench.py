@@ -26,6 +26,7 @@ other_engines = importlib.import_module("tools.other_engines")
 step_profile = importlib.import_module("tools.step_profile")
 weight_format = importlib.import_module("tools.weight_format").weight_format
 
+VOCAB_SIZE = 3328  # the demo's
 TINY = {"num_seqs": 4, "input_len": (8, 16), "output_len": (30, 40), "shared_prefix": 5}
 DEFAULT = {"num_seqs": 256, "input_len": (100, 1024), "output_len": (100, 1024), "shared_prefix": 0}
 
@@ -54,7 +55,7 @@ def test_figures_are_consistent(tmp_path):
     own = {"n": 2, "presence_penalty": 0.5}
     sampling = ("--params", json.dumps(own), "--params-every", "3")
     result = run_tiny(tmp_path, "--repeats", "2", "--profile", str(trace), *engine_options, *sampling)
-    requests = draw(TINY | {"params": own, "params_every": 3}, vocab_size=2048)
+    requests = draw(TINY | {"params": own, "params_every": 3}, vocab_size=VOCAB_SIZE)
     assert [request.params for request in requests] == [own, {}, {}, own]
     assert result["prompt_tokens"] == sum(len(request.prompt) for request in requests)
     assert len(result["runs"]) == 2
@@ -78,7 +79,7 @@ def test_drafts_are_counted(tmp_path):
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     options = ("--speculative-config", json.dumps(speculation), "--block-size", "16", "--max-model-len", "256")
     (figures,) = run_tiny(tmp_path, "--temperature", "0", *options)["runs"]
-    assert figures["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))
+    assert figures["output_tokens"] == sum(request.max_tokens for request in draw(TINY, VOCAB_SIZE))
     assert 0 < figures["num_accepted_tokens"] < figures["num_draft_tokens"]
     assert "10 of 1,234 drafts accepted" in bench.describe(bench.Run(9, 1.0, 9.0, None, None, 1234, 10))
 
@@ -86,7 +87,7 @@ def test_drafts_are_counted(tmp_path):
 def test_hf_generates_as_many_tokens(tmp_path):
     result = run_tiny(tmp_path, "--engine", "hf")
     assert result["engine"] == "hf"
-    assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))
+    assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, VOCAB_SIZE))
 
 
 def test_llamacpp_completes_one_after_the_other(monkeypatch):
@@ -107,10 +108,10 @@ def test_llamacpp_completes_one_after_the_other(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
     llm = other_engines.start_llamacpp("m.gguf", {"tensor_parallel_size": 1, "max_model_len": 99})
     assert llm.options["n_ctx"] == 99
-    result = other_engines.run_llamacpp(llm, draw(TINY, 2048), {"temperature": 0, "top_p": 1.0, "top_k": -1})
-    assert [prompt for prompt, _ in llm.prompts] == [request.prompt for request in draw(TINY, 2048)]
+    result = other_engines.run_llamacpp(llm, draw(TINY, VOCAB_SIZE), {"temperature": 0, "top_p": 1.0, "top_k": -1})
+    assert [prompt for prompt, _ in llm.prompts] == [request.prompt for request in draw(TINY, VOCAB_SIZE)]
     assert all(how == {"temp": 0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} for _, how in llm.prompts)
-    assert [len(tokens) for tokens in llm.texts] == [request.max_tokens for request in draw(TINY, 2048)]
+    assert [len(tokens) for tokens in llm.texts] == [request.max_tokens for request in draw(TINY, VOCAB_SIZE)]
     assert result.output_tokens == sum(map(len, llm.texts)) and result.time_to_first_token < result.seconds
     for model, options in (("folder", {}), ("m.gguf", {"dtype": "float32"}), ("m.gguf", {"tensor_parallel_size": 2})):
         with pytest.raises(ValueError, match="--engine llamacpp"):
@@ -340,4 +341,4 @@ def test_quantizations_that_there_are_not(monkeypatch, capsys, arguments):
 
 def test_a_run_with_quantised_weights(tmp_path):
     result = run_tiny(tmp_path, "--quantization", "fp8")
-    assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, vocab_size=2048))
+    assert result["runs"][0]["output_tokens"] == sum(request.max_tokens for request in draw(TINY, VOCAB_SIZE))

@@ -40,6 +40,10 @@ def test_there_is_enough_to_answer():
     assert {"introduce yourself", "list all prime numbers within 100"} <= {line["question"] for line in LINES}
 
 
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in DEMO.iterdir() if path.is_file()) < 8_000_000
+
+
 def test_on_the_cpu():
     check_answers(device="cpu")
 

@@ -27,7 +27,7 @@ import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.sampling_params import RequestOutputKind
 
-VOCAB_SIZE = 2048  # the demo tokenizer's ids are among them
+VOCAB_SIZE = 3328  # that of the demo's tokenizer
 DEMO = Path(nanovllm.demo.__file__).parent
 STOPS = [None, None, None, "e", ["th", "a"]]
 KINDS = [RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY]

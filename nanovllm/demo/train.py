@@ -1,14 +1,18 @@
 """Trains the demo checkpoint in this folder: from questions.jsonl and the configurations to tokenizer and weights.
 
-Run it as `python -m nanovllm.demo.train`: minutes on a CPU, less on a GPU. It knows nothing of the engine and trains
-through transformers, so the checkpoint is an independent test of the engine. The model has to know its text by heart:
-training goes on until, with the saved weights, every answer token's logit leads all others by MARGIN in float32 and in
+Run it as `python -m nanovllm.demo.train`, best on a GPU. It knows nothing of the engine and trains through
+transformers, so the checkpoint is an independent test of the engine. The model has to know its text by heart: training
+goes on until, with the saved weights, every answer token's logit leads all others by MARGIN in float32 and in
 bfloat16. Kernels that round differently then still agree on every greedy token.
+
+The first tokens of tokenizer.json, for English text, stay what they are, as docs/guide shows their ids and counts
+them. Those behind them are for Chinese text, and learnt anew.
 
 The configurations are written by hand, in keys that old and new transformers read.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,19 +24,41 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 FOLDER = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # 0, 1 and 2 in the configurations
+NUM_KEPT = 2048  # tokens: 3 special ones (0, 1 and 2 in the configurations), 256 bytes and what merges give
+NUM_KEPT_MERGES = NUM_KEPT - 3 - 256
 MAX_EPOCHS, BATCH_SIZE, LEARNING_RATE, LR_DECAY = 200, 16, 2e-3, 0.985
 MARGIN = 4.0  # logits; rounding to bf16 moves them by some tenths
 IGNORED = -100  # the label of a token that is not to be learned
 
 
+def extend_tokenizer(texts: list[str], vocab_size: int) -> None:
+    """Gives tokenizer.json tokens for what is not ASCII in the texts, up to `vocab_size` in all.
+
+    Their merges join bytes that no ASCII text has and come behind all others, so that English stays as it was.
+
+    Raises:
+        ValueError: the texts do not give as many.
+    """
+    path = FOLDER / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    bpe = tokenizer["model"]
+    bpe["vocab"] = {token: token_id for token, token_id in bpe["vocab"].items() if token_id < NUM_KEPT}
+    bpe["merges"] = bpe["merges"][:NUM_KEPT_MERGES]
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(re.findall(r"[^\x00-\x7f]+", "\n".join(texts)), vocab_size, show_progress=False)
+    for left, right in json.loads(learner.to_str())["model"]["merges"]:
+        if left + right not in bpe["vocab"] and len(bpe["vocab"]) < vocab_size:
+            bpe["vocab"][left + right] = len(bpe["vocab"])
+            bpe["merges"].append([left, right])
+    if len(bpe["vocab"]) < vocab_size:
+        raise ValueError(f"vocab_size={vocab_size} in config.json must be at most {len(bpe['vocab'])} for these texts")
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
 def tokenize(vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Trains and writes the tokenizer; returns the token ids of the conversations, int64 [N, T], and their labels."""
+    """Writes the tokenizer; returns the token ids of the conversations, int64 [N, T], and their labels."""
     lines = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    texts = [text for line in lines for text in ("user\n" + line["question"], line["answer"])]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size, show_progress=False, special_tokens=SPECIAL_TOKENS)
-    bpe.save(str(FOLDER / "tokenizer.json"))
+    extend_tokenizer([text for line in lines for text in (line["question"], line["answer"])], vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     ids, labels = [], []
     for line in lines:
