@@ -246,7 +246,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(llm):
         terminal.say("/reset\n")
         terminal.read_until("\n> ")
         terminal.say(f"{SEQS}\n")
-        terminal.read_until("max_num_seqs is the largest number")
+        terminal.read_until("max_num_seqs, 512 by default, is the largest number")
         terminal.say("\x03")
         terminal.read_until("\n> ")
         terminal.say("\x04")

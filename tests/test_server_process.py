@@ -176,6 +176,6 @@ def test_bench_serve(tmp_path):
         assert "12 of 12 requests" in process.stdout
         for line in ("time to first token", "time per output token", "the server computed"):
             assert line in process.stdout
-        command[-1:] = [str(server.process.pid), "--max-token-id=3000"]
+        command[-1:] = [str(server.process.pid), "--max-token-id=5000"]
         process = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", timeout=60)
         assert process.returncode == 1 and "token ids must be between" in process.stdout
