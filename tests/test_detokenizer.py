@@ -96,18 +96,18 @@ def test_whole_characters(text):
 
 
 def test_a_character_begun_in_the_prompt_is_broken():
-    rest = encode("👋")[1:]
+    rest = encode("🦀")[1:]
     assert "".join(pieces(rest + encode("a"))) == TOKENIZER.decode(rest) + "a" != "a"
 
 
 def test_characters_are_split_between_tokens_here():
     """Otherwise the tests above would show nothing."""
-    assert all(len(encode(character)) > 1 for character in ("👋", "中", "ï"))
-    assert "\ufffd" in TOKENIZER.decode(encode("👋")[:-1])
+    assert all(len(encode(character)) > 1 for character in ("🦀", "猫", "ï"))
+    assert "\ufffd" in TOKENIZER.decode(encode("🦀")[:-1])
 
 
 def test_an_incomplete_character_at_the_end_is_held_back():
-    assert "".join(pieces(encode("done 👋")[:-1])) == "done "
+    assert "".join(pieces(encode("done 🦀")[:-1])) == "done "
 
 
 TOKEN_IDS = st.lists(st.one_of(st.integers(0, 3327), st.integers(0, 255)), max_size=60)
@@ -132,8 +132,8 @@ def test_text_does_not_depend_on_when_tokens_come(token_ids, cuts):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    text=st.text(st.sampled_from("ab中👋 "), max_size=30),
-    stop=st.lists(st.text(st.sampled_from("ab中👋 "), min_size=1, max_size=4), min_size=1, max_size=3),
+    text=st.text(st.sampled_from("ab猫🦀 "), max_size=30),
+    stop=st.lists(st.text(st.sampled_from("ab猫🦀 "), min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_stop_strings_cut_the_text(text, stop):
     """The text ends before the stop string that is complete first; nothing of it is ever streamed."""

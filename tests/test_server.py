@@ -215,7 +215,7 @@ def test_logprobs_of_chats(client, llm):
 
 
 def test_answers_of_a_form(client, engine):
-    texts = map(engine.tokenizer.token_text, range(2048))
+    texts = map(engine.tokenizer.token_text, range(3328))
     whitespace = [token_id for token_id, text in enumerate(texts) if text.isspace()]
 
     class Answer(pydantic.BaseModel):
@@ -347,7 +347,7 @@ BAD_COMPLETIONS = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [["a"]]}, "prompt"),
-    ({"prompt": [3000]}, "token ids"),
+    ({"prompt": [5000]}, "token ids"),
     ({"prompt": [5] * 3000}, "max_model_len"),
     ({"echo": True}, "echo"),
     ({"suffix": "end"}, "suffix is not supported"),
