@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from checkpoints import CONFIGS, SEED, SEEDS, Checkpoint
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs and servers that tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:

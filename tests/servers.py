@@ -31,7 +31,13 @@ TEMPLATE = """{% if tools %}<|im_start|>system
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% if enable_thinking %}<think>
 {% endif %}{% endif %}"""
-OPTIONS = {"device": "cpu", "kvcache_block_size": 16, "num_kvcache_blocks": 600, "max_num_seqs": 16}
+OPTIONS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 600,
+    "max_num_seqs": 16,
+}
 
 
 def make_folder(path: Path) -> str:

@@ -31,7 +31,13 @@ ENDLESS = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
 KINDS = list(RequestOutputKind)
 
 
-OPTIONS = {"device": "cpu", "kvcache_block_size": 16, "num_kvcache_blocks": 400, "max_num_seqs": 16}
+OPTIONS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 400,
+    "max_num_seqs": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -454,8 +460,10 @@ def test_a_program_that_ends_leaves_nothing(tmp_path, end, number, returncode, o
     """Ctrl-C reaches all processes of a terminal, of which the engine leaves it to the caller's."""
     script = tmp_path / "script.py"
     script.write_text(BEGINNING.format(model=DEMO) + end)
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # the script imports `faults`
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
     ) as process:
         engine, rank = map(int, process.stdout.readline().split())
         if number == signal.SIGINT:

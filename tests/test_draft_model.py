@@ -14,7 +14,9 @@ from nanovllm import SamplingParams
 from nanovllm.memory import num_blocks
 from nanovllm.speculative import policy
 
-ASYNC = pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
+ASYNC = pytest.mark.parametrize(
+    "async_scheduling", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["async", "sync"]
+)
 LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 

@@ -565,6 +565,7 @@ def read_all(client: socket.socket) -> str:
     return "".join(map(json.loads, texts))
 
 
+@pytest.mark.slow
 def test_a_slow_reader_delays_nobody_and_loses_nothing(client, engine, llm, url):
     with unread_stream(url, 1500) as slow:
         assert wait_until(lambda: len(engine.streams) == 1, 10)
