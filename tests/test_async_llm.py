@@ -451,8 +451,8 @@ print(len(asyncio.run(read(5)).token_ids), len(llm.streams))
     [
         ("tell(); print('end')", None, 0, "end"),
         ("tell(); time.sleep(60)", signal.SIGKILL, -signal.SIGKILL, ""),
-        (INTERRUPTED, signal.SIGINT, 0, "5 1"),
-        (FORKED, None, 0, "5 1"),
+        pytest.param(INTERRUPTED, signal.SIGINT, 0, "5 1", marks=pytest.mark.slow),
+        pytest.param(FORKED, None, 0, "5 1", marks=pytest.mark.slow),
     ],
     ids=["in the middle of a step", "killed", "interrupted", "forked"],
 )

@@ -240,7 +240,7 @@ def test_extras_exist():
 
 
 PROGRAMS = [
-    pytest.param(program, id=f"{path.name}-{index}")
+    pytest.param(program, id=f"{path.name}-{index}", marks=() if path == ENGLISH else pytest.mark.slow)
     for path in [ENGLISH, *DETAILS]
     for index, program in enumerate(block for language, block in FENCE.findall(read(path)) if language == "python")
 ]

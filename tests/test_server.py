@@ -669,6 +669,7 @@ def test_metrics(client, url, engine):
     assert set(HELP) <= names
 
 
+@pytest.mark.slow
 def test_urgent_requests_go_first(tmp_path):
     options = OPTIONS | {"max_num_seqs": 1, "scheduling_policy": "priority"}
     ended, body = [], {"prompt": "a", "max_tokens": 500, "temperature": 0, "ignore_eos": True}

@@ -54,6 +54,7 @@ def test_sigterm_finishes_what_runs_and_admits_nothing(tmp_path):
         assert server.process.wait(20) == 0, server.output
 
 
+@pytest.mark.slow
 def test_sigterm_waits_no_longer_than_it_is_told_to(tmp_path):
     with ServerProcess(tmp_path, "--shutdown-timeout=1") as server, ThreadPoolExecutor(8) as pool:
         url = server.url
@@ -66,6 +67,7 @@ def test_sigterm_waits_no_longer_than_it_is_told_to(tmp_path):
         assert all(call.result()["error"]["type"] == "server_error" for call in calls)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_idle(tmp_path):
     with ServerProcess(tmp_path) as server:
         assert server.url
@@ -90,6 +92,7 @@ def test_a_killed_process(tmp_path, victim):
         assert wait_until(lambda: not {engine, rank} & set(processes()), 10)
 
 
+@pytest.mark.slow
 def test_the_key_comes_from_the_environment(tmp_path):
     arguments = ["--served-model-name=mine", "--max-body-bytes=100", "--max-waiting-requests=3"]
     with ServerProcess(tmp_path, *arguments, env=os.environ | {API_KEY_VARIABLE: "secret"}) as server:
@@ -103,6 +106,7 @@ def test_the_key_comes_from_the_environment(tmp_path):
         assert "secret" not in server.output
 
 
+@pytest.mark.slow
 def test_a_server_that_others_can_reach_says_so(tmp_path):
     with ServerProcess(tmp_path, "--host=0.0.0.0") as server:
         assert wait_until(lambda: "other machines can reach it" in server.output, 60)
@@ -126,6 +130,7 @@ def test_wrong_arguments(arguments, words):
     assert process.returncode in (1, 2) and words in process.stderr and "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_port_in_use(tmp_path):
     with ServerProcess(tmp_path) as server:
         port = server.url.rpartition(":")[2]
@@ -163,6 +168,7 @@ def test_sigterm_under_load_of_streams(tmp_path):
         assert server.process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_bench_serve(tmp_path):
     """Of random weights that have no tokenizer, as on a GPU."""
     arguments = ["--load-format=dummy", "--skip-tokenizer-init"]
