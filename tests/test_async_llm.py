@@ -167,6 +167,11 @@ def test_mistaken_urgency_is_refused(llm):
             asyncio.run(ask(**options))
 
 
+async def until_unfinished(llm: AsyncLLM, number: int) -> None:
+    while await asyncio.to_thread(num_unfinished, llm) < number:
+        await asyncio.sleep(0.01)
+
+
 def test_urgent_requests_go_first():
     ended = []
 
@@ -176,9 +181,9 @@ def test_urgent_requests_go_first():
 
     async def ask_all(llm: AsyncLLM) -> None:
         first = asyncio.create_task(read(llm, [5, 6], ENDLESS, "first"))
+        await until_unfinished(llm, 1)  # else another may come before it, as each is checked in a thread
         calls = [asyncio.create_task(ask(llm, priority)) for priority in (3, 1, 2)]
-        while await asyncio.to_thread(num_unfinished, llm) < 4:
-            await asyncio.sleep(0.01)
+        await until_unfinished(llm, 4)
         await llm.abort("first")
         await asyncio.gather(first, *calls)
 

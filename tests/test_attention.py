@@ -21,6 +21,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import Context
 
 
+@pytest.mark.slow
 @plain_test
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():

@@ -18,6 +18,7 @@ TOKENS = (1, FEW_TOKENS, FEW_TOKENS + 1, 40) if INTERPRETED else (1, 2, 4, 5, 16
 SHAPES = [(8, 2), (5, 3), (128, 8)]  # experts, of a token
 
 
+@pytest.mark.slow
 @plain_test
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():

@@ -331,6 +331,7 @@ def end_by_dropping(llm: LLM) -> None:
 ENDS = [end_by_close, end_by_leaving_a_block, end_by_an_error, end_by_dropping]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "number"), [(1, 12), (2, 4)])
 def test_engines_made_and_dropped(leaves_nothing, path, want, ranks, number):
     left = []

@@ -18,6 +18,7 @@ from nanovllm.kernels.store_kvcache import rope_store_kvcache, rope_store_kvcach
 E4M3 = torch.float8_e4m3fn
 
 
+@pytest.mark.slow
 @plain_test
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():

@@ -112,7 +112,7 @@ def test_prompts_are_drawn_as_they_are_needed(llm):
 
 
 def test_nothing_is_kept_of_what_was_yielded(llm):
-    """What there is after 300 prompts is all that there is after 1,500."""
+    """What there is after 300 prompts is all that there is after 900."""
 
     def count_objects() -> int:
         gc.collect()
@@ -122,7 +122,7 @@ def test_nothing_is_kept_of_what_was_yielded(llm):
     counts, sizes = [], []
     tracemalloc.start()
     try:
-        for number, _ in enumerate(itertools.islice(results, 1500), start=1):
+        for number, _ in enumerate(itertools.islice(results, 900), start=1):
             if number % 300 == 0:
                 counts.append(count_objects())
                 sizes.append(tracemalloc.get_traced_memory()[0])

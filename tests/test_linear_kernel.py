@@ -5,37 +5,22 @@ As in test_kernels.py, `test_in_the_interpreter` runs the kernel tests in a chil
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import run_in_interpreter
+from interpreter import DEVICE, INTERPRETED, kernel_test, plain_test, run_in_interpreter
 
 from nanovllm.kernels import HAS_TRITON, quantized_products, quantized_weight
 from nanovllm.kernels import linear as linear_module
 from nanovllm.kernels.linear import LARGE_WEIGHT_BYTES, linear, takes_few_rows
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers.
 DOT_DTYPES = DTYPES[:2] if INTERPRETED else DTYPES
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 COMBINATIONS = list(itertools.product(*[[False, True]] * 3, [None, "silu", "gelu_tanh"]))
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def kernel_test(test):
-    """Runs a test in the interpreter's child process, and on a GPU."""
-    return test if INTERPRETED else pytest.mark.gpu(needs_gpu(test))
-
-
-def plain_test(test):
-    """Runs a test once: not in the child process."""
-    return pytest.mark.skipif(INTERPRETED, reason="the parent process runs it")(test)
 
 
 def inputs(rows, n, k, dtype, biased, normed, added, gate, device=DEVICE):
@@ -244,7 +229,6 @@ def test_e4m3_that_kernels_cannot_read(monkeypatch, rows):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("size", [1024, math.isqrt(LARGE_WEIGHT_BYTES // 2)])
 def test_a_chain_of_layers_in_a_cuda_graph(size, rows):

@@ -88,7 +88,7 @@ OPTIONS = [
     {"async_scheduling": False},
     {"max_num_batched_tokens": 12},
     {"num_kvcache_blocks": 19, "max_num_seqs": 4},
-    {"tensor_parallel_size": 2},
+    pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.slow),
     pytest.param({"device": "cuda", "gpu_memory_utilization": 0.3, "num_kvcache_blocks": 19}, marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "attention_backend": "torch", "num_kvcache_blocks": 19}, marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "enforce_eager": True, "num_kvcache_blocks": 19}, marks=pytest.mark.gpu),

@@ -7,12 +7,14 @@ import dataclasses
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -144,12 +146,21 @@ def test_imports_of_vllm_are_imports_here():
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
-def help_of(module: str) -> str:
-    """What a command says of its options."""
-    done = subprocess.run(
-        [sys.executable, *module.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout
+def help_of(command: str) -> str:
+    """What a command says of its options. It runs in this process, as an import of torch takes seconds."""
+    words = [*command.split(), "--help"]
+    run = runpy.run_path
+    if words[0] == "-m":
+        run = runpy.run_module
+        del words[0]
+    with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", words)
+        try:
+            run(words[0], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from nanovllm.kernels.rope_decode import rope_decode, rope_decode_torch
 E4M3 = torch.float8_e4m3fn
 
 
+@pytest.mark.slow
 @plain_test
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():

@@ -6,13 +6,12 @@ of the steps.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
 from checkpoints import Checkpoint, random_prompt
 from engines import Trace, engine, tokens
-from interpreter import run_in_interpreter
+from interpreter import INTERPRETED, run_in_interpreter
 from sampling_oracle import check_prompt, check_sample
 from shared_ranks import MAX_PART_ROWS, SharedFiles, SharingRank
 
@@ -21,7 +20,6 @@ from nanovllm.kernels import HAS_TRITON
 from nanovllm.parallel import peer_memory, ranks
 from nanovllm.parallel.tensor_parallel import TensorParallel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's child process")
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [random_prompt(length, length) for length in (26, 3, 15)]  # which take two steps

@@ -95,7 +95,7 @@ def wait_for_requests(llm: LLM, number: int) -> None:
     ids=str,
 )
 def test_random_calls_of_eight_threads(folder, options, seed):
-    calls = draw_calls(8, 12, seed)
+    calls = draw_calls(8, 8, seed)
     with make_engine(folder, **options) as llm:
         want = [[Caller(llm).make(call) for call in group] for group in calls]
         llm.reset_prefix_cache()

@@ -51,7 +51,10 @@ def odd_checkpoint(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("name", "num_ranks"), [("tied", 2), ("biased", 4), ("sparse", 2), ("normalised heads", 2)])
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [("tied", 2), ("sparse", 2), ("normalised heads", 2), pytest.param("biased", 4, marks=pytest.mark.slow)],
+)
 def test_uneven_ranks(odd_checkpoint, name, num_ranks):
     """KV heads that several ranks have, and shares of everything else of which the last is the smallest."""
     checkpoint = odd_checkpoint(name)

@@ -115,7 +115,8 @@ class Caller:
         self.step()
         self.llm.abort_request(request_id)
         assert request_id not in self.llm.requests
-        self.handed_out.pop(request_id, None)  # it may have ended before
+        self.step()  # hands out its result if it had ended before, by a step of another thread's
+        self.handed_out.pop(request_id, None)
 
     def refuse(self, call: Call) -> Any:
         try:
