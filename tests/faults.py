@@ -139,3 +139,9 @@ def traces() -> dict[str, object]:
         "files": dict(Counter(links)),
         "shared memory": sorted(os.listdir("/dev/shm")),
     }
+
+
+def assert_nothing_left(before: dict[str, object]) -> None:
+    """Soon, as a thread that was joined is there a little longer."""
+    wait_until(lambda: traces() == before, 3)
+    assert traces() == before

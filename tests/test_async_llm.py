@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from async_engines import WatchedEngine, check_nothing_left, num_unfinished, watched
-from faults import FaultyRank, children, processes, traces, wait_until
+from faults import FaultyRank, assert_nothing_left, children, processes, traces, wait_until
 
 import nanovllm.demo
 from nanovllm import LLM, AsyncLLM, SamplingParams
@@ -391,7 +391,7 @@ def test_closing_leaves_nothing():
     for _ in range(2):
         with watched(DEMO, **OPTIONS) as llm:
             asyncio.run(read(llm, "Hello", SHORT))
-        assert traces() == before
+        assert_nothing_left(before)
 
 
 def test_ctrl_c_at_the_start():

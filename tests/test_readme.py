@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tokenize
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -153,7 +154,8 @@ def help_of(command: str) -> str:
     if words[0] == "-m":
         run = runpy.run_module
         del words[0]
-    with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
+    with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of modules that this one has imported
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", words)
         try:
