@@ -131,6 +131,51 @@ def test_a_sum_of_packets(dtype, rows, size, num_ranks):
 
 
 @kernel_test
+@pytest.mark.parametrize("form", ["packets"] if INTERPRETED else ["packets", "parts"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_sums_of_other_sizes_in_the_same_places(num_ranks, form):
+    """Two places take turns, each laid out by the rows of its sum; on a GPU the ranks wait for nothing but values."""
+    size, dtype = 72, DTYPES[1]
+    torch.manual_seed(0)
+    all_rows = torch.randint(1, 9, (6 if INTERPRETED else 100,)).tolist()
+    parts = [torch.randn(num_ranks, rows, size, device=DEVICE).to(dtype) for rows in all_rows]
+    place_bytes = num_ranks * 8 * size * dtype.itemsize
+    ranks = make_ranks(2 * place_bytes, form, num_ranks)
+
+    def peers_of(peers: Peers, number: int) -> Peers:
+        return peers._replace(offset=peers.offset + number % 2 * place_bytes)
+
+    def add(peers: Peers, number: int) -> torch.Tensor:
+        x = torch.zeros(all_rows[number], size, dtype=dtype, device=DEVICE)
+        return rms_norm(x, None, 0.0, peers_of(peers, number))
+
+    def add_all(peers: Peers) -> torch.Tensor:
+        sums = []
+        for number, values in enumerate(parts):
+            send_part(values[peers.rank], peers_of(peers, number))
+            sums.append(add(peers, number))
+        return torch.cat(sums)
+
+    if DEVICE == "cuda":
+        load_kernels(add_all, ranks)
+        for peers in ranks:
+            peers.buffers[peers.rank][OFFSET:] = 255
+        got = side_by_side(add_all, ranks)
+    else:  # nothing runs beside
+        sums = []
+        for number, values in enumerate(parts):
+            for peers in ranks:
+                send_part(values[peers.rank], peers_of(peers, number))
+            sums.append([add(peers, number) for peers in ranks])
+        got = [torch.cat(of_rank) for of_rank in zip(*sums, strict=True)]
+    want = torch.cat([values.float().sum(0).to(dtype) for values in parts])
+    for sums in got:
+        torch.testing.assert_close(sums, want, rtol=1e-2, atol=1e-2)
+    for peers in ranks:
+        assert (peers.buffers[peers.rank][OFFSET:] == 255).all()
+
+
+@kernel_test
 @pytest.mark.parametrize("rows", [9, 64, 70])
 def test_a_product_that_is_a_part(rows):
     """It lies in its own rank's place, for the next kernel to send it."""

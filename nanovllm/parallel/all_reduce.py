@@ -14,8 +14,9 @@ its weights meanwhile. A sum is made by a kernel that normalises it too (`add_su
 Packets and parts need no flag and no fence: where a value may come, all bits are set until it is there (as in the
 Lamport protocol of TensorRT-LLM), which is a NaN that no arithmetic gives, and who has read it sets them again. Two
 places take turns, so that nothing is sent to where a rank still reads: what a rank sends for the next sum says that
-its kernel that read the last one has ended. Nor may a kernel look for values before those ahead of it have ended: it
-could find what was sent two sums ago. Sums of shares need one place, as the ranks meet before and after.
+its kernel that read the last one has ended. Such a place is empty, so that a sum of other rows may lay it out in
+another way. Nor may a kernel look for values before those ahead of it have ended: it could find what was sent two sums
+ago. Sums of shares need one place, as the ranks meet before and after.
 
 `max_over_ranks`, for the tokens that the ranks sample, works as sums of parts do, with int64.
 """
