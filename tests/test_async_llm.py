@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from async_engines import WatchedEngine, check_nothing_left, num_unfinished, watched
+from async_engines import WatchedEngine, check_nothing_left, metric, num_unfinished, watched
 from faults import FaultyRank, assert_nothing_left, children, processes, traces, wait_until
 
 import nanovllm.demo
@@ -195,13 +195,20 @@ def test_urgent_requests_go_first():
 # ---- ends ----------------------------------------------------------------------------------------------------------
 
 
-def read_aborted(llm: AsyncLLM, kind: RequestOutputKind, seconds: float) -> tuple:
-    """The only choice of a request that is aborted after some time, more than once, and others that are not there."""
+def num_generated(llm: AsyncLLM) -> float:
+    return metric(llm, "generation_tokens")
+
+
+def read_aborted(llm: AsyncLLM, kind: RequestOutputKind, has_tokens: bool) -> tuple:
+    """The only choice of a request that is aborted more than once, and others that are not there; at once or later."""
     params = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True, output_kind=kind)
+    before = num_generated(llm)
 
     async def abort() -> list:
         call = asyncio.create_task(read(llm, "Hello", params, "x"))
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(0)
+        while has_tokens and await asyncio.to_thread(num_generated, llm) == before:
+            await asyncio.sleep(0.01)
         for request_id in ("x", "x", "unknown"):
             await llm.abort(request_id)
         return await call
@@ -212,7 +219,7 @@ def read_aborted(llm: AsyncLLM, kind: RequestOutputKind, seconds: float) -> tupl
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_abort(llm, plain, kind):
-    _, token_ids, reason, _ = read_aborted(llm, kind, 0.1)
+    _, token_ids, reason, _ = read_aborted(llm, kind, True)
     (result,) = plain.generate("Hello", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True), False)
     assert reason == "abort" and token_ids and token_ids[:300] == result["token_ids"][: len(token_ids)]
 
@@ -225,7 +232,7 @@ def test_a_deadline(llm, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_abort_of_a_request_that_is_not_queued_yet(llm, kind):
-    _, _, reason, _ = read_aborted(llm, kind, 0)
+    _, _, reason, _ = read_aborted(llm, kind, False)
     assert reason == "abort"
 
 
