@@ -233,7 +233,7 @@ def test_a_stream_that_ends_in_the_middle_of_a_step(llm, monkeypatch):
 
 
 def test_what_is_asked_for_is_done_in_a_turn():
-    """At once, at the end of the thread's own turn, or of another thread's where Ctrl-C ends the waiting."""
+    """At once, or at the end of the turn that a thread has, be it another; asking waits for nobody."""
     turns, done = Turns(), []
     turns.ask(lambda: done.append(("at once", turns.is_mine())))
     with pytest.raises(LookupError), turns.take():
@@ -251,14 +251,52 @@ def test_what_is_asked_for_is_done_in_a_turn():
 
     other = Background(hold)
     assert began.wait(20)
-    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
-    with pytest.raises(KeyboardInterrupt):
-        timer.start()
-        turns.ask(lambda: done.append(("by another thread", threading.current_thread() is other.thread)))
+    turns.ask(lambda: done.append(("by another thread", threading.current_thread() is other.thread)))
     assert len(done) == 2
     ends.set()
     other.join()
     assert done[2:] == [("by another thread", True)] and not turns.asked
+
+
+def test_the_garbage_collector_asks_in_the_middle_of_taking_a_turn(monkeypatch):
+    """It ends streams that nobody reads any more, in whatever a thread is doing."""
+    turns, done = Turns(), []
+
+    class Guard:
+        """Within which it ends one at the beginning, and one at the end."""
+
+        def __init__(self) -> None:
+            self.guard, self.num_asked, self.is_asking = turns._guard, 0, False
+
+        def __enter__(self) -> None:
+            self.guard.acquire()
+            self.ask()
+
+        def __exit__(self, *exception: object) -> None:
+            self.ask()
+            self.guard.release()
+
+        def ask(self) -> None:
+            if not self.is_asking:
+                self.is_asking = True
+                self.num_asked += 1
+                turns.ask(lambda: done.append(turns.is_mine()))
+                self.is_asking = False
+
+    def take_turns() -> None:
+        for _ in range(200):
+            with turns.take():
+                pass
+
+    guard = Guard()
+    monkeypatch.setattr(turns, "_guard", guard)
+    threads = [threading.Thread(target=take_turns, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert done == [True] * guard.num_asked and len(done) >= 4 * 200 * 4 and not turns.asked
 
 
 def test_turns_come_in_the_order_of_asking():

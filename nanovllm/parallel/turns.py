@@ -49,7 +49,8 @@ class Turns:
     def __init__(self) -> None:
         self.is_breakable = False
         self.asked: list[Callable[[], None]] = []
-        self._guard = threading.Lock()  # of what follows, held for a few instructions
+        # Of what follows, held for a few instructions; the garbage collector may ask in the middle of them.
+        self._guard = threading.RLock()
         self._owner: int | None = None
         self._waiting: deque[tuple[int, threading.Lock]] = deque()  # threads, and the gates that let them go on
 
@@ -90,12 +91,19 @@ class Turns:
             self.is_breakable = False
 
     def ask(self, task: Callable[[], None]) -> None:
-        """Has something done in a turn: now, or at the end of this thread's own.
+        """Has something done in a turn: now if nobody has it, else at the end of the one that a thread has.
 
-        If Ctrl-C ends the waiting for a turn, another thread does it.
+        So nobody waits here, where the garbage collector may have ended a stream: this thread may have the turn, or
+        be about to get it.
         """
         self.asked.append(task)
-        if not self.is_mine():  # as where the garbage collector ends a stream in the middle of a step
+        self._do_asked()
+
+    def _do_asked(self) -> None:
+        """Does what was asked for, unless a thread has the turn, which will."""
+        with self._guard:
+            is_free = self._owner is None
+        if is_free:
             with self.take():
                 pass
 
@@ -130,7 +138,9 @@ class Turns:
     def _release(self) -> None:
         """Ends the turn; the thread that waits longest has the next one."""
         with self._guard:
-            self._owner = None
-            if self._waiting:
-                self._owner, gate = self._waiting.popleft()
+            # At once, lest the garbage collector take a turn in between.
+            self._owner, gate = self._waiting.popleft() if self._waiting else (None, None)
+            if gate is not None:
                 gate.release()
+        if self.asked:  # at the last moment
+            self._do_asked()
