@@ -328,6 +328,37 @@ def test_a_preempted_request_hits_what_it_computed():
     driver.check_end()
 
 
+def test_who_came_late_to_the_queue_has_its_place_there():
+    """As a request whose grammar took its time."""
+    driver = Driver(32, max_num_seqs=1)
+    first, second, third = (Sequence(index, [7, 8], SamplingParams(), 0) for index in range(3))
+    for seq in (first, third, second):
+        driver.scheduler.add(seq)
+    assert list(driver.scheduler.waiting) == [first, second, third]
+
+
+def test_whoever_leaves_a_long_queue_is_found_at_once():
+    num_compared = 0
+
+    class ComparedSequence(Sequence):
+        __hash__ = Sequence.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal num_compared
+            num_compared += 1
+            return self is other
+
+    scheduler = Driver(32).scheduler
+    seqs = [ComparedSequence(index, [7, 8], SamplingParams(), 0, priority=index % 3) for index in range(3000)]
+    for seq in seqs:
+        scheduler.add(seq)
+    for seq in seqs[::-7]:
+        scheduler.finish(seq)
+    assert num_compared == 0 and all(seq.is_finished for seq in seqs[::-7])
+    left = [seq.seq_id for seq in seqs if not seq.is_finished]
+    assert [seq.seq_id for seq in scheduler.waiting] == sorted(left, key=lambda index: (index % 3, index))
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_the_lowest_number_goes_first(is_async):
     driver = Driver(32, is_async, max_num_seqs=1)

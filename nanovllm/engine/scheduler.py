@@ -7,7 +7,7 @@ a step can be scheduled before the tokens of the one before it are known. Nothin
 """
 
 import time
-from bisect import insort_left, insort_right
+from bisect import bisect_left, insort_right
 from collections import deque
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -19,6 +19,7 @@ from nanovllm.sampling.text_end import ends_text
 from nanovllm.speculative.policy import choose_num_drafts, count_drafts, drop_refused, num_ahead_of
 
 PRIORITY = attrgetter("priority")  # of all sequences the same, unless scheduling_policy="priority"
+ORDER = attrgetter("priority", "seq_id")  # of those that wait: no two have the same
 
 
 @dataclass(slots=True)
@@ -80,8 +81,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, seq: Sequence) -> None:
-        """Queues a sequence behind all others of its priority."""
-        insort_right(self.waiting, seq, key=PRIORITY)
+        """Queues a sequence behind all of its priority that came before it."""
+        insort_right(self.waiting, seq, key=ORDER)
 
     def schedule(self) -> Batch:
         """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
@@ -113,11 +114,11 @@ class Scheduler:
         return batch
 
     def preempt(self, seq: Sequence) -> None:
-        """Sends a running sequence back to the queue, in front of all of its priority, to be computed anew."""
+        """Sends a running sequence back to its place in the queue, to be computed anew."""
         self._release(seq)
         self.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
-        insort_left(self.waiting, seq, key=PRIORITY)
+        self.add(seq)
 
     def postprocess(self, batch: Batch, token_ids: list[list[int]]) -> list[Sequence]:
         """Takes in the tokens that a step has sampled for each of its first `num_samples` sequences.
@@ -145,7 +146,7 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
         else:
-            self.waiting.remove(seq)
+            del self.waiting[bisect_left(self.waiting, ORDER(seq), key=ORDER)]
         seq.end(seq.finish_reason)
 
     def end_is_due(self, seq: Sequence) -> bool:
