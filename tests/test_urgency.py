@@ -153,6 +153,17 @@ def test_a_request_ends_at_its_deadline(checkpoint, clock, async_scheduling):
         assert llm.generate([PROMPT], LONG, use_tqdm=False)[0].token_ids == want.token_ids
 
 
+def test_deadlines_of_ended_requests_are_forgotten(llm, clock):
+    kept = llm.add_request(PROMPT, LONG, timeout=500)
+    for _ in range(1500):
+        llm.abort_request(llm.add_request(PROMPT, LONG, timeout=1000))
+    llm.step()
+    assert len(llm.intake.deadlines) == 1
+    clock.now += 501
+    results = [result for _ in range(2) for result in llm.step() if result.finished]
+    assert [(result.request_id, result.finish_reason) for result in results] == [(str(kept), "timeout")]
+
+
 def test_deadlines_of_a_call(llm, clock, monkeypatch):
     """`generate` returns what there is; the clock runs with the steps."""
     schedule = llm.scheduler.schedule

@@ -27,6 +27,7 @@ from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.tokenizer import Tokenizer
 
 COMPILE_POLL_SECONDS = 0.05
+FEW_DEADLINES = 1000  # that may be kept of requests that have ended before
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the seeds of 2**64 engines differ
 
 
@@ -133,6 +134,9 @@ class Intake:
 
     def take_overdue(self, requests: Mapping[int, Request]) -> list[Request]:
         """Those of the unfinished requests whose time is over; each is told of once."""
+        if len(self.deadlines) > 2 * len(requests) + FEW_DEADLINES:  # most are of requests that have ended
+            self.deadlines = [deadline for deadline in self.deadlines if deadline[1] in requests]
+            heapq.heapify(self.deadlines)
         overdue = []
         while self.deadlines and self.deadlines[0][0] <= time.monotonic():
             _, number = heapq.heappop(self.deadlines)
