@@ -85,6 +85,13 @@ def test_unfinished_and_aborted_requests(llm):
     assert metrics["e2e_request_latency_seconds"].count == 0 and metrics["time_to_first_token_seconds"].count == 4
 
 
+def test_prompts_that_are_computed_whatever_is_cached(llm):
+    for num_logprobs in (None, 1):
+        llm.generate([[5] * 40], SamplingParams(max_tokens=1, prompt_logprobs=num_logprobs), False)
+    metrics = read(llm)
+    assert metrics["prompt_tokens"].value == 80 and metrics["prefix_cache_queries"].value == 40
+
+
 def test_requests_that_reach_their_deadline(llm):
     params = SamplingParams(n=2, max_tokens=50, ignore_eos=True)
     (result,) = llm.generate([PROMPTS[0]], params, False, timeout=0)

@@ -123,7 +123,7 @@ def count_tokens(seqs: Iterable[Sequence]) -> Counts[str]:
         counts["generation_tokens"] += len(seq.completion_token_ids)
         if seq.first_token_time is not None:
             counts["prompt_tokens"] += seq.num_prompt_tokens
-        if seq.num_cached_tokens >= 0:
+        if seq.num_cached_tokens >= 0 and not seq.wants_prompt_logprobs:  # which are computed, cached or not
             counts["prefix_cache_queries"] += seq.num_prompt_tokens
             counts["prefix_cache_hits"] += seq.num_cached_tokens
     return counts
