@@ -420,6 +420,19 @@ def test_a_grammar_and_bad_words_hold_both(models):
     assert set(np.flatnonzero(~model.allowed(make_constraint(None, [(a, b)])))) == set()
 
 
+def test_a_structure_is_read_where_nobody_waits(model, monkeypatch):
+    """It may take seconds, and an AsyncLLM's engine has not validated it."""
+    rules, readers = model.compiler._rules, []
+
+    def recorded_rules(*source: object) -> tuple[str, bool]:
+        readers.append(threading.current_thread())
+        return rules(*source)
+
+    monkeypatch.setattr(model.compiler, "_rules", recorded_rules)
+    assert not model.allowed(model.constraint(json=PERSON)).all()
+    assert len(readers) == 1 and readers[0] is not threading.current_thread()
+
+
 def test_equal_grammars_are_compiled_once(model):
     first, second = (model.constraint(json=json.dumps(PERSON)) for _ in range(2))
     size = model.compiler.compiler.get_cache_size_bytes()

@@ -65,13 +65,13 @@ class GrammarCompiler:
         self._rules(*_source(structure))
 
     def compile(self, structure: StructuredOutputsParams) -> "Future[xgrammar.CompiledGrammar]":
-        """xgrammar's compiled grammar of a structure, once a thread has made it.
+        """xgrammar's compiled grammar of a structure, once a thread has made it; or the error of `validate`."""
+        return self.threads.submit(self._compile, structure)
 
-        Raises:
-            ValueError: as `validate` does.
-        """
+    def _compile(self, structure: StructuredOutputsParams) -> "xgrammar.CompiledGrammar":
+        # Here too, as it takes seconds for a large one that this process has not validated.
         rules, is_lark = self._rules(*_source(structure))
-        return self.threads.submit(self.compiler.compile_lark if is_lark else self.compiler.compile_grammar, rules)
+        return self.compiler.compile_lark(rules) if is_lark else self.compiler.compile_grammar(rules)
 
     def _new_rules(self, kind: str, text: str, is_compact: bool) -> tuple[str, bool]:
         """The checked grammar of what `_source` gives, in EBNF or in Lark's dialect; and whether it is in the latter.
