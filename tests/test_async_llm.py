@@ -20,6 +20,7 @@ from faults import FaultyRank, assert_nothing_left, children, processes, traces,
 import nanovllm.demo
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.async_engine.engine_process import sendable
+from nanovllm.async_engine.stream import Stream
 from nanovllm.sampling_params import RequestOutputKind
 
 pytestmark = pytest.mark.timeout(120)
@@ -119,6 +120,39 @@ def test_more_callers_than_rows(llm, plain):
     want = [result["token_ids"] for result in plain.generate([[i, 5, 6] for i in range(60)], SHORT, False)]
     got = asyncio.run(gather(llm, [[i, 5, 6] for i in range(60)], SHORT))
     assert [outputs[-1].token_ids for outputs in got] == want
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_logprobs_of_the_prompt_are_sent_once(llm, plain, monkeypatch, kind):
+    """But are there whenever something is read."""
+    sent, hand_out = [], llm.hand_out
+
+    def recorded_hand_out(items):
+        sent.extend(output["prompt_logprobs"] for _, output in items)
+        hand_out(items)
+
+    monkeypatch.setattr(llm, "hand_out", recorded_hand_out)
+    params = replace(SHORT, prompt_logprobs=3, output_kind=kind)
+    outputs = asyncio.run(read(llm, PROMPTS[0], params))
+    (want,) = plain.generate(PROMPTS[0], params, use_tqdm=False)
+    assert all(
+        [list(entry or ()) for entry in output.prompt_logprobs]
+        == [list(entry or ()) for entry in want.prompt_logprobs]
+        for output in outputs
+    )
+    assert len(sent) >= len(outputs) and sum(logprobs is not None for logprobs in sent) == 1
+
+
+def test_a_result_that_has_come_is_read_though_the_engine_fails(plain):
+    async def read_late() -> str:
+        stream = Stream(RequestOutputKind.FINAL_ONLY)
+        stream.checked = plain.intake.check_one(PROMPTS[0], SHORT)
+        (result,) = plain.generate(PROMPTS[0], SHORT, use_tqdm=False)
+        assert stream.put(result) and not stream.put(RuntimeError("it was closed"))
+        stream.wake()
+        return (await stream.read()).finish_reason
+
+    assert asyncio.run(read_late()) == "length"
 
 
 def test_several_event_loops_and_threads_share_an_engine(llm, plain):
@@ -338,6 +372,26 @@ class Unreadable:
 def test_a_message_that_cannot_be_read_ends_all_calls():
     with watched(DEMO, **OPTIONS) as llm:
         check_dead(asyncio.run(errors_of(llm, lambda: llm._send(Unreadable()))), llm, "invalid literal for int")
+
+
+class UnreadableText(str):
+    __reduce__ = Unreadable.__reduce__
+
+
+def test_a_request_that_cannot_be_read_ends_its_call_alone(llm, plain):
+    params = replace(SHORT, stop=[UnreadableText("zzz")])
+    with pytest.raises(RuntimeError, match="cannot read the request: ValueError"):
+        asyncio.run(read(llm, "Hello", params))
+    (want,) = plain.generate(["Hello"], SHORT, use_tqdm=False)
+    output = asyncio.run(read(llm, UnreadableText("Hello"), SHORT, UnreadableText("a")))[-1]
+    assert (output.prompt, output.request_id, output.text) == ("Hello", "a", want.text)
+
+
+def test_a_fork_is_refused(llm, monkeypatch):
+    monkeypatch.setattr(llm, "_caller", os.getppid())
+    with pytest.raises(RuntimeError, match="in a fork"):
+        asyncio.run(read(llm, "Hello", SHORT))
+    monkeypatch.undo()
 
 
 def test_a_killed_rank_ends_all_calls(tmp_path):

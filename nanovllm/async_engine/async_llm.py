@@ -9,6 +9,7 @@ import atexit
 import functools
 import itertools
 import os
+import pickle
 import threading
 import uuid
 from collections import defaultdict, deque
@@ -107,6 +108,7 @@ class AsyncLLM:
         request_id = uuid.uuid4().hex if request_id is None else request_id
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, got {request_id!r}")
+        request_id = str.__str__(request_id)  # no class of the caller's, which the engine's process may not know
         number = next(self._next_number)
         if self._numbers.setdefault(request_id, number) != number:
             raise ValueError(f"request_id must be of no unfinished request, got {request_id!r}")
@@ -149,7 +151,9 @@ class AsyncLLM:
         return asked.result()
 
     def check_health(self) -> None:
-        """Raises RuntimeError, with the cause, if the engine has failed or is closed."""
+        """Raises RuntimeError, with the cause, if the engine has failed, is closed, or is another process's."""
+        if os.getpid() != self._caller:
+            raise RuntimeError("an AsyncLLM cannot be used in a fork of its process; make another one there")
         if self.failure is not None:
             raise self._death()
 
@@ -176,10 +180,11 @@ class AsyncLLM:
 
     def _submit(self, number: int, request_id: str, stream: Stream, checked: CheckedRequest) -> None:
         """Has a request queued, unless its call has ended meanwhile."""
+        packed = pickle.dumps(checked._replace(prompt=None), pickle.HIGHEST_PROTOCOL)  # only the tokens are computed
         with self._guard:
             if number in self.streams:
                 stream.checked = checked
-                self._send("submit", number, request_id, checked, stream.arrival_time)
+                self._send("submit", number, request_id, packed, stream.arrival_time)
                 if stream.is_aborted:
                     self._send("abort", request_id)
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from nanovllm.config import Config
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.parallel.ranks import exit_with
-from nanovllm.requests.admission import CheckedRequest
 from nanovllm.sampling_params import SamplingParams
 
 IDLE_SECONDS = 1.0  # how soon a rank's death is noticed while there is no work
@@ -37,11 +37,13 @@ class EngineFacts(NamedTuple):
     eos_token_ids: frozenset[int]
 
 
-class Call(NamedTuple):
-    """A call's number, and the engine's number of its request."""
+@dataclass
+class Call:
+    """A call's number, the engine's number of its request, and whether the caller has what was told of the prompt."""
 
     number: int
     request_number: int
+    knows_prompt: bool = False
 
 
 class EngineProcess:
@@ -77,8 +79,14 @@ class EngineProcess:
         self.answers.put(None)
         self.speaker.join()
 
-    def submit(self, number: int, request_id: str, checked: CheckedRequest, arrival_time: float) -> None:
-        """Queues a request of the call `number`."""
+    def submit(self, number: int, request_id: str, packed: bytes, arrival_time: float) -> None:
+        """Queues a request of the call `number`, a CheckedRequest as pickle packs it."""
+        try:
+            checked = pickle.loads(packed)
+        except Exception as error:  # it has a class that only the caller's script knows: a mistake of that call alone
+            reason = RuntimeError(f"the engine's process cannot read the request: {error!r}")
+            self.answers.put(("hand_out", [(number, reason)]))
+            return
         request_number = self.llm.submit(checked, self.results, request_id)
         self.llm.requests[request_number].arrival_time = arrival_time
         self.calls[request_id] = Call(number, request_number)
@@ -122,6 +130,9 @@ class EngineProcess:
             call = self.calls.get(output["request_id"])
             if call is not None:
                 output["prompt"] = output["prompt_token_ids"] = None  # which the caller has
+                if call.knows_prompt:
+                    output["prompt_logprobs"] = None
+                call.knows_prompt |= len(output["token_ids"]) > 0  # they are complete then
                 items.append((call.number, output))
         self.answers.put(("hand_out", items))
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import Logprobs, RequestOutput
 from nanovllm.requests.admission import CheckedRequest
 from nanovllm.sampling_params import RequestOutputKind
 
@@ -29,14 +29,20 @@ class Stream:
         self._guard = threading.Lock()
         self._unread: RequestOutput | RuntimeError | None = None
         self._latest: RequestOutput | None = None  # that was read
+        self._prompt_logprobs: list[Logprobs | None] | None = None  # which come once
         self._has_unread = asyncio.Event()
 
     def put(self, item: RequestOutput | RuntimeError) -> bool:
         """Adds an output, or why there will be none; returns whether the reader is to be woken. In any thread."""
         with self._guard:
             earlier, self._unread = self._unread, item
-            if isinstance(earlier, RequestOutput) and isinstance(item, RequestOutput):
-                prepend(earlier, item)
+            if isinstance(item, RequestOutput):
+                self._prompt_logprobs = item["prompt_logprobs"] or self._prompt_logprobs
+                item["prompt_logprobs"] = self._prompt_logprobs
+                if earlier is not None:
+                    prepend(earlier, item)
+            elif earlier is not None and earlier.finished:
+                self._unread = earlier  # what happens to the engine then is not this call's concern
         return earlier is None
 
     def wake(self) -> None:
