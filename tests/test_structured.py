@@ -7,6 +7,7 @@ import json
 import random
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -20,7 +21,7 @@ from nanovllm import SamplingParams
 from nanovllm.expressions.formats import FORMATS
 from nanovllm.sampling.constraints import BadWords, Constraint, make_constraint
 from nanovllm.sampling_params import GuidedDecodingParams, StructuredOutputsParams
-from nanovllm.structured import GrammarCompiler
+from nanovllm.structured import GrammarCompiler, compiler
 from nanovllm.structured.compiler import token_bytes
 from nanovllm.text.tokenizer import load_tokenizer
 
@@ -351,7 +352,7 @@ def test_tokens_are_the_bytes_that_they_are_decoded_to(models, kind):
 def test_tokens_whose_text_depends_on_others_are_refused(tmp_path, kind):
     KINDS[kind](tmp_path)
     with pytest.raises(ValueError, match="structured_outputs cannot be used with this model's tokenizer"):
-        GrammarCompiler(load_tokenizer(str(tmp_path)), 100, [2])
+        GrammarCompiler(load_tokenizer(str(tmp_path)), 100, [2]).validate(StructuredOutputsParams(regex="a"))
 
 
 def test_the_end_is_allowed_where_the_grammar_ends_only(models):
@@ -421,16 +422,20 @@ def test_a_grammar_and_bad_words_hold_both(models):
 
 
 def test_a_structure_is_read_where_nobody_waits(model, monkeypatch):
-    """It may take seconds, and an AsyncLLM's engine has not validated it."""
-    rules, readers = model.compiler._rules, []
+    """It may take seconds, as may the first one's import; and an AsyncLLM's engine has not validated it."""
+    readers = []
 
-    def recorded_rules(*source: object) -> tuple[str, bool]:
-        readers.append(threading.current_thread())
-        return rules(*source)
+    def recorded(function: Callable) -> Callable:
+        return lambda *arguments: (readers.append((function, threading.current_thread())), function(*arguments))[1]
 
-    monkeypatch.setattr(model.compiler, "_rules", recorded_rules)
-    assert not model.allowed(model.constraint(json=PERSON)).all()
-    assert len(readers) == 1 and readers[0] is not threading.current_thread()
+    monkeypatch.setattr(compiler, "token_bytes", recorded(token_bytes))
+    monkeypatch.setattr(compiler, "regex_rules", recorded(compiler.regex_rules))
+    grammar = GrammarCompiler(model.tokenizer, model.vocab_size, [model.eos]).compile(
+        StructuredOutputsParams(regex="[ab]{2}")
+    )
+    assert make_constraint(grammar.result(), []) is not None
+    functions, threads = zip(*readers, strict=True)
+    assert len(functions) == 2 and threading.current_thread() not in threads
 
 
 def test_equal_grammars_are_compiled_once(model):

@@ -54,7 +54,7 @@ class Intake:
 
     @functools.cached_property
     def grammars(self) -> GrammarCompiler:
-        """What compiles grammars; made when the first one is asked for, as it reads the whole vocabulary."""
+        """What compiles grammars; made when the first one is asked for."""
         facts = self.config.model_config
         return GrammarCompiler(self.tokenizer, facts.vocab_size, self.scheduler.eos_token_ids)
 

@@ -37,7 +37,16 @@ class GrammarCompiler:
     """Compiles the structures of one model's requests; equal ones once. Any thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        """`vocab_size` is the number of logits, perhaps more than the tokenizer's; eos_token_ids end a text.
+        """`vocab_size` is the number of logits, perhaps more than the tokenizer's; eos_token_ids end a text."""
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-grammar")
+        self._rules = functools.lru_cache(NUM_KEPT)(self._new_rules)
+
+    @functools.cached_property
+    def vocabulary(self) -> "xgrammar.TokenizerInfo":
+        """The model's, as xgrammar wants it. Made when the first structure is read, as xgrammar takes long to import.
 
         Raises:
             ValueError: xgrammar is not installed, or the tokenizer is of a kind that it cannot follow.
@@ -47,21 +56,26 @@ class GrammarCompiler:
         except ImportError as error:
             reason = 'structured_outputs need the package xgrammar: pip install "nano-vllm[structured]"'
             raise ValueError(reason) from error
-        self.vocabulary = xgrammar.TokenizerInfo(
-            token_bytes(tokenizer, vocab_size),
+        return xgrammar.TokenizerInfo(
+            token_bytes(self.tokenizer, self.vocab_size),
             xgrammar.VocabType.RAW,
-            vocab_size=vocab_size,
-            stop_token_ids=sorted(token_id for token_id in eos_token_ids if token_id < vocab_size),
+            vocab_size=self.vocab_size,
+            stop_token_ids=sorted(token_id for token_id in self.eos_token_ids if token_id < self.vocab_size),
         )
+
+    @functools.cached_property
+    def compiler(self) -> "xgrammar.GrammarCompiler":
+        """What compiles, with threads of its own; it keeps what it has compiled."""
+        import xgrammar
+
         num_threads = max(1, min(8, (os.cpu_count() or 1) // 2))
-        self.compiler = xgrammar.GrammarCompiler(
-            self.vocabulary, max_threads=num_threads, cache_limit_bytes=CACHE_BYTES
-        )
-        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="nanovllm-grammar")
-        self._rules = functools.lru_cache(NUM_KEPT)(self._new_rules)
+        return xgrammar.GrammarCompiler(self.vocabulary, max_threads=num_threads, cache_limit_bytes=CACHE_BYTES)
 
     def validate(self, structure: StructuredOutputsParams) -> None:
-        """Raises ValueError, naming what is wrong, for a structure that cannot be compiled or would not be kept to."""
+        """Raises ValueError, naming what is wrong, for a structure that cannot be compiled or would not be kept to.
+
+        Or as `vocabulary` does.
+        """
         self._rules(*_source(structure))
 
     def compile(self, structure: StructuredOutputsParams) -> "Future[xgrammar.CompiledGrammar]":
@@ -69,7 +83,7 @@ class GrammarCompiler:
         return self.threads.submit(self._compile, structure)
 
     def _compile(self, structure: StructuredOutputsParams) -> "xgrammar.CompiledGrammar":
-        # Here too, as it takes seconds for a large one that this process has not validated.
+        # All of it here: a large one takes seconds to read, as does xgrammar, if this process has not validated it.
         rules, is_lark = self._rules(*_source(structure))
         return self.compiler.compile_lark(rules) if is_lark else self.compiler.compile_grammar(rules)
 
@@ -78,6 +92,7 @@ class GrammarCompiler:
 
         It stays a text, since xgrammar may alter a Grammar that it has read before it compiles that.
         """
+        vocabulary = self.vocabulary
         import xgrammar
 
         given = text
@@ -86,7 +101,7 @@ class GrammarCompiler:
                 raise ValueError(f"it must have at most {MOST_CHARACTERS} characters, got {len(text)}")
             is_lark = kind == "grammar" and not EBNF_RULE.search(text)
             if is_lark:
-                xgrammar.Grammar.from_lark(text, tokenizer_info=self.vocabulary)
+                xgrammar.Grammar.from_lark(text, tokenizer_info=vocabulary)
                 return text, True
             if kind == "json":
                 text = _json_rules(_parsed(text), is_compact)
