@@ -32,6 +32,7 @@ CASES = [  # text, has tools, is reasoning; then reasoning, content, calls
     ('<tool_call>{"name": "now"}</tool_call>', True, False, "", "", [("now", {})]),
     ("<tool_call>no json</tool_call> end", True, False, "", "<tool_call>no json</tool_call>end", []),
     ("<tool_call>[1]</tool_call>", True, False, "", "<tool_call>[1]</tool_call>", []),
+    ('<tool_call>{"name": 5}</tool_call>', True, False, "", '<tool_call>{"name": 5}</tool_call>', []),
     ('a <tool_call>{"name": ', True, False, "", 'a<tool_call>{"name": ', []),
     ("1 < 2 <tool", True, False, "", "1 < 2 <tool", []),
 ]
@@ -44,6 +45,11 @@ def parse(pieces: list[str], has_tools: bool, is_reasoning: bool) -> tuple:
     assert [call["index"] for call in calls] == list(range(parser.num_calls))
     functions = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
     return "".join(part.reasoning for part in parts), "".join(part.content for part in parts), functions
+
+
+def test_a_call_that_is_nested_too_deeply_is_content():
+    text = "<tool_call>" + "[" * 100_000 + "</tool_call>"
+    assert parse([text], True, False) == ("", text, [])
 
 
 @pytest.mark.parametrize(("text", "has_tools", "is_reasoning", "reasoning", "content", "calls"), CASES)

@@ -15,7 +15,7 @@ from tokenizer_kinds import KINDS
 from transformers import AutoTokenizer, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.chat.template import ChatTemplate
+from nanovllm.chat.template import MOST_ROLES, NUM_KEPT, ChatTemplate
 
 AS_STRINGS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 CONCATENATED = "{% for m in messages %}{{ '[' + m.role + '] ' + m.content }}{% endfor %}"
@@ -141,6 +141,18 @@ def test_a_part_that_is_no_text(template, source, part, match):
 def test_bad_messages(template, messages, error, match):
     with pytest.raises(error, match=match):
         template(AS_STRINGS).render(messages)
+
+
+def test_what_is_known_of_roles_is_bounded(template):
+    """They are whatever clients call them."""
+    made = template(AS_STRINGS)
+    for number in range(NUM_KEPT + 5):
+        assert made.render([{"role": f"role {number}", "content": "Hello"}]) == f"[role {number}] Hello\n"
+    assert 0 < len(made._shown) <= NUM_KEPT
+    messages = [{"role": f"role {number}", "content": "Hello"} for number in range(MOST_ROLES + 1)]
+    assert made.render(messages[:-1] * 9).count("Hello") == 9 * MOST_ROLES
+    with pytest.raises(ValueError, match="at most 16 roles, got 17"):
+        made.render(messages)
 
 
 def test_what_a_template_refuses(template):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from nanovllm.openai_api.answers import Answer
 from nanovllm.openai_api.errors import Refused, from_validation
-from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest
+from nanovllm.openai_api.protocol import MOST_WORDS, ChatRequest, CompletionRequest, DetokenizeRequest
 
 DEFAULTS = SamplingParams(temperature=0.6, top_k=20, max_tokens=99)
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -168,6 +168,49 @@ def test_parameters_that_make_no_sense(body, match):
         params_of(**body)
 
 
+@pytest.mark.parametrize(
+    ("is_chat", "field", "item"),
+    [
+        (False, "prompt", {}),
+        (False, "stop", 1),
+        (False, "bad_words", 1),
+        (False, "stop_token_ids", "a"),
+        (False, "allowed_token_ids", True),
+        (False, "guided_choice", 1),
+        (True, "messages", 1),
+        (True, "tools", 1),
+        (True, "modalities", 1),
+    ],
+)
+def test_thousands_of_mistakes(is_chat, field, item):
+    """Only the first is described: of a body's millions, descriptions would take gigabytes."""
+    with pytest.raises(ValidationError) as caught:
+        request(is_chat, **{field: [item] * 10_000})
+    assert caught.value.error_count() <= 2
+    assert from_validation(caught.value.errors()[0]).param == field
+
+
+def test_thousands_of_fields():
+    with pytest.raises(ValidationError, match="at most 100 fields, got 10001") as caught:
+        request(**{f"field{index}": 1 for index in range(10_000)})
+    assert caught.value.error_count() == 1
+    with pytest.raises(TypeError, match="logit_bias"):
+        params_of(logit_bias={str(index): {} for index in range(10_000)})
+
+
+@pytest.mark.parametrize("field", ["stop", "bad_words"])
+def test_more_words_than_are_looked_for(field):
+    assert len(getattr(params_of(**{field: ["a"] * MOST_WORDS}), field)) == MOST_WORDS
+    with pytest.raises(ValidationError, match=f"at most {MOST_WORDS}"):
+        request(**{field: ["a"] * (MOST_WORDS + 1)})
+
+
+@pytest.mark.parametrize("tokens", [[-1], [2**32], ["a"], [1.5], [True]], ids=str)
+def test_ids_that_no_token_can_have(tokens):
+    with pytest.raises(ValidationError, match="tokens"):
+        DetokenizeRequest.model_validate({"tokens": tokens})
+
+
 @pytest.mark.parametrize("body", [None, [], "text", 5], ids=str)
 def test_a_body_that_is_no_object(body):
     with pytest.raises(ValidationError) as caught:
@@ -257,6 +300,15 @@ def test_the_answer_of_a_completion():
     assert logprobs["token_logprobs"] == [-0.5, -9999.0]
     assert logprobs["top_logprobs"] == [{"a": -0.5, "b": -1.5}, {"é": -9999.0, "a": -0.1, "b": -2.0}]
     assert body["usage"]["prompt_tokens"] == 6 and body["usage"]["completion_tokens"] == 3
+
+
+def test_the_usage_of_a_stream_is_in_its_last_chunk():
+    """And null in those before, as OpenAI documents it."""
+    for options, usages in [({"stream_options": {"include_usage": True}}, [None]), ({}, [])]:
+        streamed = Answer(request(stream=True, **options), "m")
+        chunks = list(streamed.chunks(0, result({"text": "x", "token_ids": [5]})))
+        assert [chunk["usage"] for chunk in chunks if "usage" in chunk] == usages
+        assert streamed.usage_chunk()["usage"]["total_tokens"] == 4 and streamed.usage_chunk()["choices"] == []
 
 
 @pytest.mark.parametrize(

@@ -427,6 +427,8 @@ def test_errors_of_the_client(client):
         (b'{"prompt":' + b"[" * 100_000, {}),
         (b'{"prompt": "a", "temperature": NaN}', {}),
         (b'{"prompt": "\\ud800"}', {}),
+        (b'{"prompt": "a", "bad_words": ["\\ud800"]}', {}),
+        (b'{"prompt": "a", "guided_json": ' + b'{"items":' * 800 + b"{}" + b"}" * 801, {}),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -500,6 +502,19 @@ def test_api_keys(engine):
             client.completions.create(model="demo", prompt="a")
 
 
+def test_names_that_others_could_have_lead_here(engine):
+    """As a page of evil.example does, once that name's address is 127.0.0.1 (DNS rebinding)."""
+    with serving(engine) as url, serving(engine, api_keys=["one"]) as guarded:
+        for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "10.1.2.3", "LOCALHOST"):
+            assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[", ""):
+            for path in ("/", "/v1/models"):
+                response = httpx.get(f"{url}{path}", headers={"host": host})
+                assert response.status_code == 403 and "--api-key" in response.json()["error"]["message"]
+        headers = {"host": "my.example", "authorization": "Bearer one"}
+        assert httpx.get(f"{guarded}/v1/models", headers=headers).status_code == 200
+
+
 def test_more_requests_than_may_wait(engine):
     with (
         serving(engine, max_waiting_requests=2) as url,
@@ -507,6 +522,11 @@ def test_more_requests_than_may_wait(engine):
     ):
         streams = [client.completions.create(model="demo", prompt=[5] * 16, stream=True, **ENDLESS)]
         next(iter(streams[0]))
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="demo", prompt=["a"] * 9, n=2, temperature=1)
+        for number in (19, 100_000):  # which can never be served
+            with pytest.raises(openai.BadRequestError, match=f"at most 18 prompts.*got {number}"):
+                client.completions.create(model="demo", prompt=["a"] * number)
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="demo", prompt=["a"] * 18)
         assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "rate_limit_exceeded"
@@ -551,8 +571,8 @@ def unread_stream(url: str, max_tokens: int):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(60)
         client.connect((address[0], int(address[1])))
-        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        head = "POST /v1/completions HTTP/1.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         yield client
 
 

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from transformers import AutoTokenizer, Qwen3Config
 import nanovllm.demo
 from nanovllm import LLM, SamplingParams
 from nanovllm.sampling_params import RequestOutputKind
-from nanovllm.text.tokenizer import load_tokenizer
+from nanovllm.text.tokenizer import LONG_TEXT, load_tokenizer
 
 DEMO = Path(nanovllm.demo.__file__).parent
 TOKENIZER = load_tokenizer(str(DEMO))
@@ -124,7 +126,14 @@ def write_metaspace_tokenizer(folder: Path) -> None:
 def test_token_ids_and_texts_are_those_of_transformers(tmp_path, write):
     write(tmp_path)
     ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
-    texts = [*MIXED_TEXTS, "", " the  tin", "the <s>tin</s> or <|im_end|>", *ANSWERS.values()]
+    texts = [
+        *MIXED_TEXTS,
+        " ".join(MIXED_TEXTS) * (LONG_TEXT // 80),
+        "",
+        " the  tin",
+        "the <s>tin</s> or <|im_end|>",
+        *ANSWERS.values(),
+    ]
     for text in texts:
         token_ids = theirs.encode(text)
         assert ours.encode(text) == token_ids
@@ -132,6 +141,18 @@ def test_token_ids_and_texts_are_those_of_transformers(tmp_path, write):
         for ids in (token_ids, token_ids[1:-1], token_ids[::-1]):
             want = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert ours.decode(ids) == want
+
+
+def test_long_texts_let_other_threads_run():
+    text = "words 你好 " * 60_000
+    assert len(text) > LONG_TEXT
+    thread = threading.Thread(target=TOKENIZER.encode, args=(text,))
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 20
 
 
 def test_the_engine_neither_cuts_nor_pads_prompts(tmp_path, monkeypatch):

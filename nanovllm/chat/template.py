@@ -9,6 +9,8 @@ from nanovllm.checkpoint.tokenizer import pretrained_tokenizer
 Message = dict[str, Any]
 ContentFormat = Literal["auto", "string", "openai"]
 PROBE = "nanovllmprobe"
+MOST_ROLES = 16  # of a conversation: what a template makes of each is found out
+NUM_KEPT = 64  # most answers to that which are kept, as roles may be any strings
 
 
 class ChatTemplate:
@@ -116,7 +118,10 @@ class ChatTemplate:
     def _shows(self, source: str, role: str, in_parts: bool) -> bool:
         """Whether the template shows the text of such a role's content, found out by having it render one."""
         key = (source, role, in_parts)
-        if key not in self._shown:
+        shown = self._shown.get(key)
+        if shown is None:
+            if len(self._shown) >= NUM_KEPT:
+                self._shown.clear()
             probed = {"role": role, "content": [{"type": "text", "text": PROBE}] if in_parts else PROBE}
             question = {"role": "user", "content": "?"}
             conversation = {"user": [probed], "system": [probed, question], "developer": [probed, question]}
@@ -126,8 +131,8 @@ class ChatTemplate:
                 text = ""
             # A template that expects a string prints the list as Python or JSON would, or leaves it out.
             is_printed = in_parts and any(f"{quote}type{quote}" in text for quote in ("'", '"'))
-            self._shown[key] = PROBE in text and not is_printed
-        return self._shown[key]
+            shown = self._shown[key] = PROBE in text and not is_printed
+        return shown
 
     def _apply(self, source: str, conversation: list[Message], /, **options: Any) -> str:
         try:
@@ -141,7 +146,7 @@ def check_messages(messages: Sequence[Message]) -> Sequence[Message]:
 
     Raises:
         TypeError: something is of another type.
-        ValueError: no messages, or a part of a content that is no text.
+        ValueError: no messages, a part of a content that is no text, or too many roles.
     """
     if not isinstance(messages, (list, tuple)):
         raise TypeError(f"a conversation must be a list of messages, got {messages!r}")
@@ -158,6 +163,9 @@ def check_messages(messages: Sequence[Message]) -> Sequence[Message]:
                 raise ValueError(
                     f"the model takes text only: a part must be of type 'text' and have one, got {part!r}"
                 )
+    num_roles = len({message["role"] for message in messages})
+    if num_roles > MOST_ROLES:
+        raise ValueError(f"a conversation must have at most {MOST_ROLES} roles, got {num_roles}")
     return messages
 
 

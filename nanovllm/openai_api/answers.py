@@ -151,7 +151,8 @@ class Answer:
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.head, "object": self.kind.part_object, "choices": choices}
+        chunk = {**self.head, "object": self.kind.part_object, "choices": choices}
+        return chunk | {"usage": None} if self.body.includes_usage else chunk
 
     def _count(self, number: int, output: RequestOutput) -> None:
         self._latest[number] = output

@@ -91,7 +91,9 @@ class AnswerParser:
         try:
             call = json.loads(text)
             function = {"name": call["name"], "arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if not isinstance(function["name"], str):
             return None
         self.num_calls += 1
         return {

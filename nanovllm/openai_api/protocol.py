@@ -6,12 +6,33 @@ name; null is as good as no field. Nothing here knows of engines or HTTP.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 MOST_SAMPLES = 128  # `n`, as at OpenAI
-Messages = list[dict[str, Any]]
+LARGEST_ID = 2**32 - 1  # of a token that can be decoded
+MOST_FIELDS = 100  # of a body
+MOST_WORDS = 256  # in `stop` and `bad_words`, each of which is looked for at every token
+
+
+def items_of(*kinds: type) -> AfterValidator:
+    """Checks a list up to its first bad item. pydantic would describe each of millions, in gigabytes and minutes."""
+
+    def check(items: list[Any]) -> list[Any]:
+        for item in items:
+            if type(item) not in kinds:
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"its items must be of type {names}, got {type(item).__name__}")
+        return items
+
+    return AfterValidator(check)
+
+
+Texts = Annotated[list[Any], items_of(str)]
+Words = Annotated[list[Any], Field(max_length=MOST_WORDS), items_of(str)]
+TokenIds = Annotated[list[Any], items_of(int)]
+Objects = Annotated[list[Any], items_of(dict)]
 
 
 class Body(BaseModel):
@@ -22,6 +43,8 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, fields: Any) -> Any:
+        if type(fields) is dict and len(fields) > MOST_FIELDS:
+            raise ValueError(f"an object must have at most {MOST_FIELDS} fields, got {len(fields)}")
         return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
 
 
@@ -45,15 +68,15 @@ class Draw(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Words | str | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: dict[str, Any] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Words | None = None
 
 
 class GenerationRequest(Draw):
@@ -79,7 +102,7 @@ class GenerationRequest(Draw):
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: str | None = None
     priority: int = 0
     user: str | None = None
@@ -133,7 +156,7 @@ class CompletionRequest(GenerationRequest):
     `logprobs` is the number of most likely tokens to tell.
     """
 
-    prompt: str | list[int] | list[str | list[int]]
+    prompt: Annotated[list[Any], items_of(str, int, list)] | str
     logprobs: int | None = None
     echo: Literal[False] = False
     best_of: Literal[1] = 1
@@ -162,14 +185,14 @@ class ChatRequest(GenerationRequest):
     "auto" lets the model call are told of by the chat template, with "none" they are not.
     """
 
-    messages: Messages
+    messages: Objects
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["auto", "none"] | dict[str, Any] | str = "auto"
     parallel_tool_calls: Literal[True] = True
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -213,8 +236,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Messages | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Objects | None = None
+    tools: Objects | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -237,7 +260,13 @@ class DetokenizeRequest(Body):
     """Token ids whose text is asked for."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    tokens: TokenIds
+
+    @model_validator(mode="after")
+    def _check(self) -> "DetokenizeRequest":
+        if self.tokens and not 0 <= min(self.tokens) <= max(self.tokens) <= LARGEST_ID:
+            raise ValueError(f"tokens must be between 0 and {LARGEST_ID}")
+        return self
 
 
 def read_format(response_format: dict[str, Any]) -> dict[str, Any]:

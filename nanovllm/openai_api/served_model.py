@@ -46,6 +46,8 @@ class ServedModel:
         """What is told of a mistake in a request, by the error that it has led to."""
         if isinstance(error, Refused):
             return error
+        if isinstance(error, RecursionError):
+            return Refused(400, "something in the body is nested too deeply")
         if isinstance(error, ValidationError):
             return from_validation(error.errors(include_url=False, include_context=False)[0])
         return Refused(400, self._without_paths(str(error)))

@@ -4,7 +4,8 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
@@ -32,12 +33,17 @@ CLIENT_GONE = 499  # nginx's status for it, which nobody receives
 
 
 class Service:
-    """What is behind the routes: an engine, its model as requests see it, and the bound on what may wait."""
+    """What is behind the routes: an engine, its model as requests see it, and the bound on what may wait.
+
+    Attributes:
+        num_unfinished: samples that are computed or wait.
+    """
 
     def __init__(self, engine: AsyncLLM, name: str, max_waiting_requests: int) -> None:
         self.engine = engine
         self.model = ServedModel(engine, name)
         self.max_waiting_requests = max_waiting_requests
+        self.num_unfinished = 0
 
     async def answer(self, request: Request, body: CompletionRequest | ChatRequest) -> Response:
         """Answers a request: in one, or as a stream.
@@ -49,7 +55,6 @@ class Service:
         self.model.check_name(body.model)
         prompts = await asyncio.to_thread(self.model.prompts, body)
         params = body.sampling_params(self.engine.default_sampling_params)
-        self._admit(len(prompts))
         answer, outputs = Answer(body, self.model.name), self._outputs(body, prompts, params)
         if body.stream:
             chunks = self._chunks(answer, outputs)
@@ -80,23 +85,33 @@ class Service:
         self, body: CompletionRequest | ChatRequest, prompts: list[Prompt], params: SamplingParams
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """The outputs of all prompts, as they come, each with its prompt's number."""
-        calls = [self.engine.generate(prompt, params, priority=body.priority) for prompt in prompts]
-        async for number, output in merge(calls):
-            if "error" in output:
-                raise self.model.failure(output["error"], body)
-            yield number, output
+        with self._admitted(len(prompts) * body.n):
+            calls = [self.engine.generate(prompt, params, priority=body.priority) for prompt in prompts]
+            async for number, output in merge(calls):
+                if "error" in output:
+                    raise self.model.failure(output["error"], body)
+                yield number, output
 
-    def _admit(self, number: int) -> None:
-        """Raises Refused if so many requests more would be too many."""
-        num_unfinished, num_seqs = len(self.engine.streams), self.engine.config.max_num_seqs
-        if num_unfinished + number > num_seqs + self.max_waiting_requests:
+    @contextmanager
+    def _admitted(self, number: int) -> Iterator[None]:
+        """Counts so many samples as unfinished. Raises Refused if they are too many, now or at any time."""
+        num_seqs = self.engine.config.max_num_seqs
+        most = num_seqs + self.max_waiting_requests
+        if number > most:
+            raise Refused(400, f"a request must have at most {most} prompts, each counted n times, got {number}")
+        if self.num_unfinished + number > most:
             raise Refused(
                 429,
-                f"{num_unfinished} requests are there, of which {num_seqs} can run and "
+                f"{self.num_unfinished} requests are there, of which {num_seqs} can run and "
                 f"{self.max_waiting_requests} may wait; try again later",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
+        self.num_unfinished += number
+        try:
+            yield
+        finally:
+            self.num_unfinished -= number
 
     def describe_model(self) -> dict[str, Any]:
         """The model, as OpenAI's API lists it."""
@@ -105,7 +120,7 @@ class Service:
 
     def explain(self, error: Exception) -> Refused:
         """What a client is told of an error; of those of the server, little."""
-        if isinstance(error, (Refused, TypeError, ValueError)):
+        if isinstance(error, (Refused, TypeError, ValueError, RecursionError)):
             return self.model.refusal(error)
         if self.engine.failure is not None:
             return Refused(503, "the engine has failed, or is closed")
@@ -193,15 +208,16 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
         return service.describe_model()
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(body: TokenizeRequest) -> Response:  # in a thread, as its answer may be long
         service.model.check_name(body.model)
         tokenizer = require_tokenizer(service)
         if body.messages is not None:
-            token_ids = (await asyncio.to_thread(service.model.render, body))["prompt_token_ids"]
+            token_ids = service.model.render(body)["prompt_token_ids"]
         else:
-            token_ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
+            token_ids = tokenizer.encode(body.prompt, body.add_special_tokens)
         texts = {"token_strs": list(map(tokenizer.token_text, token_ids))} if body.return_token_strs else {}
-        return {"count": len(token_ids), "max_model_len": engine.config.max_model_len, "tokens": token_ids} | texts
+        facts = {"count": len(token_ids), "max_model_len": engine.config.max_model_len, "tokens": token_ids}
+        return JSONResponse(facts | texts)
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:

@@ -11,6 +11,7 @@ import tokenizers
 from nanovllm.checkpoint.clean_ups import clean_up, num_clean
 from nanovllm.checkpoint.tokenizer import read_tokenizer
 
+LONG_TEXT = 20_000  # characters, which take tens of milliseconds
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -36,6 +37,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS."""
+        if len(text) > LONG_TEXT:  # this way of it lets other threads run meanwhile
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
