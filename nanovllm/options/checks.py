@@ -48,9 +48,13 @@ def check_fields(options: object, limits: Limits) -> None:
 
 
 def check_text(name: str, value: object) -> None:
-    """Raises unless `value`, an entry of option `name`, is a string that is not empty."""
+    """Raises unless `value`, an entry of option `name`, is a string that is not empty and that UTF-8 can say."""
     if not isinstance(value, str) or not value:
         raise (ValueError if value == "" else TypeError)(f"{name} must hold non-empty strings, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can hold
+        raise ValueError(f"{name} must hold whole characters, got {value!r}: {error}") from error
 
 
 def check_token_id(name: str, value: object) -> None:

@@ -35,8 +35,15 @@ class Tokenizer:
         self._has_byte_fallback = "ByteFallback" in str(backend.decoder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS.
+
+        Raises:
+            ValueError: the text has half a surrogate pair, as a JSON string and a terminal's bytes can bring.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # which says no more than that it must be a string
+            raise ValueError(f"a text must be a string of whole characters, got {text!r:.200}: {error}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; U+FFFD stands for bytes that are no character."""
