@@ -62,6 +62,8 @@ BAD_PARAMS = [
     ({"stop": ["a", ""]}, ValueError, "stop"),
     ({"stop": ["a", 7]}, TypeError, "stop.*7"),
     ({"stop": 7}, TypeError, "stop.*7"),
+    ({"stop": "a\ud83d"}, ValueError, r"stop.*'a\\ud83d'"),
+    ({"bad_words": ["a", "\ud83d"]}, ValueError, r"bad_words.*'\\ud83d'"),
     ({"stop_token_ids": [1, "a"]}, TypeError, "stop_token_ids.*a"),
     ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids.*-1"),
     ({"stop_token_ids": 7}, TypeError, "stop_token_ids.*7"),

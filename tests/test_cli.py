@@ -69,6 +69,20 @@ def test_bad_arguments(arguments, capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "text", "match"),
+    [
+        ("--params", "{torn", "it is no JSON: Expecting property name.*'{torn'"),
+        ("--params", "[1]", r"it must be a JSON object, got '\[1\]'"),
+        ("--speculative-config", "ngram", "it is no JSON: .*'ngram'"),
+    ],
+)
+def test_bad_json(option, text, match, capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "demo", option, text])
+    assert re.search(f"argument {option}: {match}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
     ("arguments", "match"),
     [
         (["chat", "/no/such/folder"], "/no/such/folder"),
@@ -192,6 +206,21 @@ def test_a_conversation_that_becomes_too_long():
     done = run(*CHAT, "--params", GREEDY, "--max-model-len", "64", input=f"{'long ' * 90}\n{TABLE}\n")
     assert done.returncode == 0 and "a prompt must have fewer tokens than max_model_len=64" in done.stderr
     assert "(/reset begins anew)" in done.stderr and "A block table is" in done.stdout
+
+
+def test_bytes_that_are_no_text():
+    """As pasted from a file in another encoding: the line is refused, and the chat goes on."""
+    command = [sys.executable, "-m", "nanovllm", *CHAT, "--params", GREEDY]
+    environment = ENVIRONMENT | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:surrogateescape"}
+    done = subprocess.run(command, input=b"\xff\n" + TABLE.encode() + b"\n", capture_output=True, env=environment)
+    assert done.returncode == 0 and b"whole characters" in done.stderr, done.stderr
+    assert b"A block table is" in done.stdout
+
+
+def test_the_first_answer_is_right():
+    """The README tells newcomers to ask this, by the demo's own sampling parameters."""
+    done = run("chat", "demo", "--device", "cpu", input=f"{TABLE}\n")
+    assert "A block table is a sequence's list of KV cache block numbers" in done.stdout, done.stderr
 
 
 class Terminal:

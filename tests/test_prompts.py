@@ -314,6 +314,13 @@ def test_prompts_of_the_engine(demo):
     assert json.loads(json.dumps(result))["prompt_token_ids"] == ids
 
 
+def test_half_a_character_is_refused(demo):
+    """As of a surrogate pair: JSON can hold it, UTF-8 and so the tokenizer cannot."""
+    for ask in (lambda text: demo.generate(text), lambda text: demo.chat([{"role": "user", "content": text}])):
+        with pytest.raises(ValueError, match=r"whole characters, got .*a\\ud83d"):
+            ask("a\ud83d")
+
+
 def test_an_answer_is_streamed(demo):
     for messages in (QUESTION, tuple(QUESTION)):
         pieces = list(demo.stream(messages, greedy()))

@@ -281,6 +281,18 @@ def test_a_file_that_holds_something_else_is_left_alone(llm, files_of, line):
     assert paths[1].read_bytes() == content
 
 
+def test_requests_from_a_pipe_are_refused(llm, tmp_path):
+    """The file is read twice, and a pipe would have nothing left."""
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(ValueError, match=rf"/dev/fd/{reading} is read twice.*not a pipe"):
+            run_batch(llm, f"/dev/fd/{reading}", tmp_path / "out.jsonl", "demo", use_tqdm=False)
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_requests_no_results(llm, tmp_path):
     with pytest.raises(FileNotFoundError):
         run_batch(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "demo", use_tqdm=False)

@@ -123,8 +123,19 @@ def test_prompts_of_token_ids(client, llm):
         {"temperature": 0, "max_tokens": 200},
         {"temperature": 0.9, "seed": 5, "n": 3, "stop": ["e"], "max_tokens": 40},
         {"temperature": 0, "stop": ["demo", "x"], "max_tokens": 50},
-        {"seed": 1, "presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"70": 5}, "max_tokens": 30},
-        {"seed": 2, "extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 10}},
+        {
+            "temperature": 1,
+            "seed": 1,
+            "presence_penalty": 1.5,
+            "frequency_penalty": 0.5,
+            "logit_bias": {"70": 5},
+            "max_tokens": 30,
+        },
+        {
+            "temperature": 1,
+            "seed": 2,
+            "extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 10},
+        },
     ],
     ids=str,
 )

@@ -122,6 +122,8 @@ def test_a_server_that_others_can_reach_says_so(tmp_path):
         ([str(DEMO / "nowhere")], "nowhere"),
         ([], "model"),
         ([str(DEMO), "--api-key="], "--api-key"),
+        ([str(DEMO), "--port=65536"], "--port must be between 0 and 65535, got 65536"),
+        ([str(DEMO), "--max-waiting-requests=-1"], "--max-waiting-requests must be"),
     ],
     ids=str,
 )

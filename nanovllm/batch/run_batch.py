@@ -78,13 +78,16 @@ def run_batch(
         use_tqdm: show a progress bar.
 
     Raises:
-        ValueError: there are results that are not to be resumed, or the output is none of a batch; no tokenizer.
+        ValueError: there are results that are not to be resumed, or the output is none of a batch; the input is a
+            pipe; no tokenizer.
         OSError: a file cannot be read or written, as on a full disk: what was written is whole, and can be resumed.
         RuntimeError: the engine has failed; the same holds.
     """
     if llm.tokenizer is None:
         raise ValueError("the answers are text, and the model has no tokenizer")
-    open(input_path, "rb").close()  # before there is a file of results
+    with open(input_path, "rb") as requests:  # before there is a file of results
+        if not requests.seekable():
+            raise ValueError(f"{os.fspath(input_path)} is read twice, so it must be a file, not a pipe or a terminal")
     with ResultFile(output_path, resumes) as results:
         todo = find_todo(input_path, results.done)
         run = BatchRun(llm, model, results, Counts(num_before=todo.num_done))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import closing, suppress
 from dataclasses import replace
 
 from nanovllm.chat.template import Message
-from nanovllm.cli.engine_options import MODEL_HELP, add_engine_arguments, read_options
+from nanovllm.cli.engine_options import MODEL_HELP, add_engine_arguments, json_object, read_options
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestError
 from nanovllm.sampling_params import SamplingParams
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--system", help="the system's message, with which a conversation begins")
-    parser.add_argument("--params", type=json.loads, default={}, metavar="JSON", help="SamplingParams of the answers")
+    parser.add_argument("--params", type=json_object, default={}, metavar="JSON", help="SamplingParams of the answers")
     add_engine_arguments(parser)
 
 

@@ -51,6 +51,17 @@ def served_name(args: argparse.Namespace) -> str:
     return os.path.basename(os.path.abspath(args.model)) if os.path.exists(args.model) else args.model
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """What reads an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"it is no JSON: {error}; got {text!r}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"it must be a JSON object, got {text!r}")
+    return value
+
+
 def _kind(kinds: tuple[Any, ...]) -> dict[str, Any]:
     """How argparse reads an option of a type, which has these alternatives."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
@@ -61,7 +72,7 @@ def _kind(kinds: tuple[Any, ...]) -> dict[str, Any]:
     if words:
         return {"choices": words}
     if any(get_origin(kind) is dict for kind in kinds):
-        return {"type": json.loads, "metavar": "JSON"}
+        return {"type": json_object, "metavar": "JSON"}
     return {}
 
 

@@ -8,6 +8,7 @@ from contextlib import closing
 
 from nanovllm.async_engine.async_llm import AsyncLLM
 from nanovllm.cli.engine_options import MODEL_HELP, add_engine_arguments, add_name_argument, read_options, served_name
+from nanovllm.options.checks import check
 from nanovllm.server.app import build_app
 from nanovllm.server.serve import serve
 
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     api_keys = args.api_key or list(filter(None, [os.environ.get(API_KEY_VARIABLE)]))
     if not all(api_keys):
         raise ValueError("--api-key must not be empty")
+    check("--port", args.port, int, 0, 65535)
+    check("--max-waiting-requests", args.max_waiting_requests, int, 0)
     with closing(AsyncLLM(**read_options(args))) as engine:
         app = build_app(engine, served_name(args), api_keys, args.max_body_bytes, args.max_waiting_requests)
         return serve(app, engine, args.host, args.port, args.shutdown_timeout, bool(api_keys))

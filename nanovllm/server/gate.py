@@ -13,6 +13,7 @@ from nanovllm.openai_api.errors import Refused
 from nanovllm.server.errors import respond
 
 LOOPBACK = ("127.", "::1", "::ffff:127.")  # how addresses of the machine itself begin
+PRIVATE_ENDINGS = (".localhost", ".internal")  # of names that the public DNS does not have
 OPEN_PATHS = ("/", "/health")  # which show nothing that a key would have to protect
 
 
@@ -31,7 +32,7 @@ class Gate:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         if self._may_be_rebound(scope["server"][0], headers.get(b"host", b"localhost").decode("latin-1")):
-            reason = "on this machine, the Host must be localhost or an IP address, unless --api-key is used"
+            reason = "on this machine, the Host must be a local name or an IP address, unless --api-key is used"
             return await respond(Refused(403, reason))(scope, receive, send)
         length = headers.get(b"content-length", b"0")
         if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
@@ -70,9 +71,9 @@ class Gate:
 
 
 def is_unmistakable(host: str) -> bool:
-    """Whether a Host header has localhost or an address, which nobody can make lead elsewhere."""
+    """Whether a Host header has a name that no site can have, as localhost, or an address."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ip_address(name))
+        return "." not in name or name.endswith(PRIVATE_ENDINGS) or bool(ip_address(name))
     except ValueError:
         return False

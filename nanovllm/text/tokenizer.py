@@ -36,10 +36,17 @@ class Tokenizer:
         self._has_byte_fallback = "ByteFallback" in str(backend.decoder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS."""
-        if len(text) > LONG_TEXT:  # this way of it lets other threads run meanwhile
-            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """The token ids of a text; special ones are those that the tokenizer puts around a prompt, such as BOS.
+
+        Raises:
+            ValueError: the text has half a surrogate pair, as a JSON string and a terminal's bytes can bring.
+        """
+        try:
+            if len(text) > LONG_TEXT:  # this way of it lets other threads run meanwhile
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # which says no more than that it must be a string
+            raise ValueError(f"a text must be a string of whole characters, got {text!r:.200}: {error}") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; U+FFFD stands for bytes that are no character."""
