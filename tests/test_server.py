@@ -516,7 +516,7 @@ def test_api_keys(engine):
 def test_names_that_others_could_have_lead_here(engine):
     """As a page of evil.example does, once that name's address is 127.0.0.1 (DNS rebinding)."""
     with serving(engine) as url, serving(engine, api_keys=["one"]) as guarded:
-        for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "10.1.2.3", "LOCALHOST"):
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "10.1.2.3", "mine", "a.internal"):
             assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == 200
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[", ""):
             for path in ("/", "/v1/models"):

@@ -73,7 +73,8 @@ class Gate:
 def is_unmistakable(host: str) -> bool:
     """Whether a Host header has a name that no site can have, as localhost, or an address."""
     try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return "." not in name or name.endswith(PRIVATE_ENDINGS) or bool(ip_address(name))
+        name = urlsplit(f"//{host}").hostname
+        is_private = bool(name) and ("." not in name or name.endswith(PRIVATE_ENDINGS))
+        return is_private or bool(ip_address(name or ""))
     except ValueError:
         return False
