@@ -118,7 +118,7 @@ class Scheduler:
         self._release(seq)
         self.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
-        self.add(seq)
+        insort_right(self.waiting, seq, key=ORDER)
 
     def postprocess(self, batch: Batch, token_ids: list[list[int]]) -> list[Sequence]:
         """Takes in the tokens that a step has sampled for each of its first `num_samples` sequences.
@@ -146,7 +146,9 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
         else:
-            del self.waiting[bisect_left(self.waiting, ORDER(seq), key=ORDER)]
+            place = bisect_left(self.waiting, ORDER(seq), key=ORDER)
+            if place < len(self.waiting) and self.waiting[place] is seq:  # else it waits for its grammar
+                del self.waiting[place]
         seq.end(seq.finish_reason)
 
     def end_is_due(self, seq: Sequence) -> bool:

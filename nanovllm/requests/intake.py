@@ -169,14 +169,11 @@ class Intake:
 
     def withdraw(self, request: Request, finish_reason: str | None) -> None:
         """Ends the unfinished samples of a request, wherever they stand."""
-        is_queued = self.compiling.pop(request, None) is None
+        self.compiling.pop(request, None)
         for seq in request.seqs:
             if not seq.is_finished:
                 seq.finish_reason = finish_reason
-                if is_queued:
-                    self.scheduler.finish(seq)
-                else:
-                    seq.end(finish_reason)
+                self.scheduler.finish(seq)
 
     def _check_structures(self, requests: list[CheckedRequest]) -> None:
         for structure in {id(request.params): request.params.structured_outputs for request in requests}.values():
