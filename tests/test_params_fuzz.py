@@ -24,4 +24,4 @@ def test_a_few():
 @pytest.mark.slow
 def test_many():
     """Ranks of two among the engines. A new seed finds more: run tests/params_fuzz.py by hand."""
-    check(1000, seed=1, has_structures=importlib.util.find_spec("xgrammar") is not None)
+    check(600, seed=1, has_structures=importlib.util.find_spec("xgrammar") is not None)

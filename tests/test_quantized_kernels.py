@@ -105,7 +105,8 @@ def test_numbers_of_codes():
 def test_few_rows(form, dtype):
     """Both kernels for few rows: with norm, gate, residual and bias, features and columns that fill no tile."""
     cases = [(None, None, False, False), ("norm", "silu", True, True), ("norm", "gelu_tanh", False, False)]
-    for rows, n, k in ((1, 40, 256), (1, 130, 384), (3, 40, 384), (8, 130, 256)):
+    shapes = [(1, 130, 384), (3, 40, 384)] + ([] if INTERPRETED else [(1, 40, 256), (8, 130, 256)])
+    for rows, n, k in shapes:
         for normed, gate, added, biased in cases:
             weight = random_weight(form, n, k)
             x = with_gaps(rows, k, dtype)
