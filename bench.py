@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace, model: str, options: dict[str, Any]) -> Re
     gc.collect()  # what comes next needs memory of its own
     floor = None
     if args.engine != "llamacpp":  # whose file has types of its own
-        num_gpus = options["tensor_parallel_size"] if on_gpu else 1
+        num_gpus = options["tensor_parallel_size"] * options.get("pipeline_parallel_size", 1) if on_gpu else 1
         cache_dtype = options.get("kv_cache_dtype", "auto")
         floor = Floor.measure(config, dtype, requests, args.shared_prefix, num_gpus, cache_dtype, quantized)
     return Result(

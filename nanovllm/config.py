@@ -35,6 +35,7 @@ LIMITS: Limits = {  # lowest, highest
     "max_logprobs": (-1,),
     "gpu_memory_utilization": (0, 1),
     "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
     "kvcache_block_size": (16, MAX_SLOTS),
 }
 
@@ -67,7 +68,10 @@ class Config:
             "auto": as many as the model has positions, and the KV cache room for.
         max_logprobs: most `logprobs` or `prompt_logprobs` a request may ask for, -1: as many as there are tokens.
         gpu_memory_utilization: share of the GPU's memory the engine may take.
-        tensor_parallel_size: ranks, each a process with a device of its own (on CPU: a process).
+        tensor_parallel_size: ranks that compute each layer together, each a process with a device of its own (on CPU:
+            a process).
+        pipeline_parallel_size: stages that share out the layers, each of tensor_parallel_size ranks: for GPUs without
+            fast links. Several requests keep them all busy. Not with speculative_config.
         enforce_eager: run decode steps without CUDA graphs.
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
@@ -119,6 +123,7 @@ class Config:
     max_logprobs: int = 20
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int | None = 1
     enforce_eager: bool | None = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
@@ -157,6 +162,7 @@ class Config:
         self.model_config = ModelConfig.from_folder(self.config_folder, self.hf_overrides, self.generation_folder)
         self.max_model_len = min(self.max_model_len, self.model_config.max_position_embeddings)
         choices.check_heads(self)
+        choices.check_stages(self)
         self.quantization, self.quantization_method = choices.choose_quantization(self)
         self.dtype, self.dtype_reason = choices.choose_dtype(self)
         self.attention_backend, self.attention_reason = choices.choose_attention(self)
@@ -202,6 +208,16 @@ class Config:
     def max_blocks_per_seq(self) -> int:
         """Blocks that a sequence of max_model_len tokens takes."""
         return -(-self.max_model_len // self.kvcache_block_size)
+
+    @property
+    def num_ranks(self) -> int:
+        """The ranks of all stages."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def max_unseen_steps(self) -> int:
+        """The launched steps that may be left unseen while the host prepares the next one."""
+        return max(self.pipeline_parallel_size - 1, 1) if self.async_scheduling else 0
 
     @property
     def max_num_decodes(self) -> int:

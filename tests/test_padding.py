@@ -77,9 +77,10 @@ def test_large_steps_are_launched_as_they_are(checkpoint, monkeypatch):
     """They keep a GPU busy for longer than their launch takes; what has a graph already is padded to it anyway."""
     with engine(checkpoint("qwen3").path, max_num_seqs=256, max_num_batched_tokens=3000) as llm:
         monkeypatch.setattr(cuda_graphs, "list_graph_shapes", lambda _: [StepShape(0, 1, 64, False)])
-        graphs = cuda_graphs.CudaGraphs(llm.config, None, num_weights=5 * 10**9)
+        graphs = cuda_graphs.CudaGraphs(llm.config, None)
+        graphs.max_rows = cuda_graphs.MAX_WORK / (5 * 10**9)
         llm.config.attention_backend = "flash_attn"
-        few_graphs = cuda_graphs.CudaGraphs(llm.config, None, num_weights=1)
+        few_graphs = cuda_graphs.CudaGraphs(llm.config, None)
     assert graphs.token_sizes == [64, 768, 1024, 1536, 2048, 3000]
     graphs.captured[StepShape(0, 1, 1536, False)] = None
     for shape, padded in (

@@ -36,9 +36,11 @@ def sample(logits: torch.Tensor, device: str = "cpu", backend: str = "auto", **o
     config = SimpleNamespace(
         device=device,
         tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        num_ranks=1,
         torch_dtype=torch.float32,
         max_num_batched_tokens=1,
-        model_config=SimpleNamespace(hidden_size=1),
+        model_config=SimpleNamespace(hidden_size=1, num_hidden_layers=1),
     )
     sampler = Sampler(TensorParallel(config, 0), backend)
     packed = sampler(logits.to(device).contiguous(), *sampling_inputs(len(logits), device, **options))

@@ -32,6 +32,7 @@ def config(**options) -> SimpleNamespace:
         "kvcache_block_size": 4,
         "enable_prefix_caching": True,
         "speculation": None,
+        "pipeline_parallel_size": 1,
         "model_config": SimpleNamespace(eos_token_ids=frozenset([EOS_TOKEN_ID])),
     }
     return SimpleNamespace(**defaults | options)

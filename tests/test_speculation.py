@@ -470,7 +470,7 @@ def test_drafts_of_a_step_fit_and_agree_with_its_graph():
             max_num_batched_tokens=1024,
             speculation=speculation,
         )
-        graphs = cuda_graphs.CudaGraphs(config, None, num_weights=1)
+        graphs = cuda_graphs.CudaGraphs(config, None)
         for num_rows in range(1, max_num_seqs + 1):
             num_drafts = speculation.num_drafts_of(num_rows)
             assert num_rows * (1 + num_drafts) <= max(MAX_CHECKED_TOKENS, num_rows)

@@ -37,6 +37,7 @@ def config():
         enable_prefix_caching=True,
         speculation=None,
         draft_config=None,
+        pipeline_parallel_size=1,
     )
 
 

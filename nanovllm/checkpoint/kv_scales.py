@@ -6,6 +6,7 @@ to 448. Every rank has all scales: they are of whole layers. This file knows not
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,26 +17,29 @@ from torch import nn
 KEY_SCALES = ("k_scale", "attn.k_scale", "k_proj.k_scale", "k_proj.output_scale")
 VALUE_SCALES = ("v_scale", "attn.v_scale", "v_proj.v_scale", "v_proj.output_scale")
 SCALES = tuple(f".self_attn.{name}" for name in (*KEY_SCALES, *VALUE_SCALES))
-NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(.+)")
+NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)")
+NAME = re.compile(NUMBER.pattern + r"\.self_attn\.(.+)")
 
 
 def set_kv_scales(model: nn.Module, found: Mapping[str, Any]) -> None:
     """Sets the `k_scale` and `v_scale` of the model's attention layers to those among a checkpoint's tensors.
 
     Args:
-        model: has its attention layers in order; names that begin with its `ignored_tensors` are not its own.
+        model: names that begin with its `ignored_tensors` are not its own.
         found: `find_tensors` of the checkpoint.
 
     Raises:
         ValueError: a scale that is not one number, finite and more than 0; named, with its value.
     """
-    layers = [module for module in model.modules() if hasattr(module, "k_scale")]
-    of_layers: list[dict[str, str]] = [{} for _ in layers]  # the rest of the name -> the name
+    of_layers: dict[str, dict[str, str]] = defaultdict(dict)  # by the layer's number, the rest of the name -> the name
     for name in found:
         match = NAME.search(name)
-        if match and not name.startswith(model.ignored_tensors) and int(match[1]) < len(layers):
-            of_layers[int(match[1])][match[2]] = name
-    for layer, names in zip(layers, of_layers, strict=True):
+        if match and not name.startswith(model.ignored_tensors):
+            of_layers[match[1]][match[2]] = name
+    for path, layer in model.named_modules():
+        if not hasattr(layer, "k_scale"):
+            continue
+        names = of_layers[NUMBER.search(path)[1]]
         for attribute, spellings in (("k_scale", KEY_SCALES), ("v_scale", VALUE_SCALES)):
             name = next((names[spelling] for spelling in spellings if spelling in names), None)
             if name is not None:

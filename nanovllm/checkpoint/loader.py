@@ -97,14 +97,12 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         ValueError: no or unreadable files; a missing, unexpected or mis-shaped tensor, by name; a head that is not the
             embedding that it is tied to.
     """
-    found = find_tensors(folder)
+    found = {name: x for name, x in find_tensors(folder).items() if not name.startswith(model.ignored_tensors)}
     targets = checkpoint_targets(model, found)
     head, embedding = (original_name(model, name, found) for name in (HEAD, EMBEDDING))
     is_tied_copy = head in found and head not in targets
     passed_over = [head] if is_tied_copy else []
-    passed_over += [
-        name for name in found if name.startswith(model.ignored_tensors) or f".{name}".endswith(BUFFERS + SCALES)
-    ]
+    passed_over += [name for name in found if f".{name}".endswith(BUFFERS + SCALES)]
     unexpected = found.keys() - targets.keys() - set(passed_over)
     unexpected = {name for name in unexpected if not is_empty_bias(name, found)}
     for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
@@ -274,7 +272,7 @@ def fill_dummy(model: nn.Module, seed: int) -> None:
 
     Codes of quantised weights are random too. What else belongs to them has its value in an attribute `dummy`.
     """
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "dummy"):
             parameter.data.copy_(torch.as_tensor(parameter.dummy))

@@ -125,8 +125,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "max_prompt_adapter_token": NUMBER,
     },
     # Several devices.
-    "a model is split over GPUs by tensor_parallel_size alone": {
-        "pipeline_parallel_size": (None, 1),
+    "a model is split over GPUs by tensor_parallel_size and pipeline_parallel_size": {
         "prefill_context_parallel_size": (None, 1),
         "decode_context_parallel_size": (None, 1),
         "dcp_kv_cache_interleave_size": NUMBER,

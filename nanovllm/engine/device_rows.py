@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput, StepShape
 
-RING_SIZE = 4  # steps whose tokens the host can still read; at most two are in flight
+RING_SIZE = 4  # steps whose tokens the host can still read; two are in flight at most, or one for each stage
 
 
 class PromptParts(NamedTuple):
@@ -58,7 +58,7 @@ class DeviceRows:
         row_ints: int64 [4, R], top_k, seed, and of adjustments the least length and the flags.
         row_floats: float32 [6, R], temperature, top_p, min_p, penalties of presence, frequency and repetition.
         decode_rows: int64 [max_num_seqs], the rows that decode in this step, then padding rows.
-        token_ring: int64 [RING_SIZE, R] in host memory, where steps write their tokens in turn, by row; or with
+        token_ring: int64 [ring_size, R] in host memory, where steps write their tokens in turn, by row; or with
             speculation what they report of each row.
         step_count, device_step_count: the steps launched, and those run, int64 [1] on the device.
     """
@@ -71,6 +71,7 @@ class DeviceRows:
 
         self.device = device
         self.padding_row = config.max_num_seqs
+        self.ring_size = max(RING_SIZE, config.pipeline_parallel_size)
         num_rows = config.max_num_seqs + 1
         self.last_tokens = zeros(num_rows, dtype=torch.int64)
         self.token_ring = self.make_ring(num_rows)
@@ -85,8 +86,8 @@ class DeviceRows:
         self.prompts = zeros(sum(PromptParts.lengths(num_rows, max_prompt_tokens)), dtype=torch.int64)
 
     def make_ring(self, *shape: int) -> Tensor:
-        """Memory of the host, int64 [RING_SIZE, *shape], that the device can write to."""
-        return torch.zeros(RING_SIZE, *shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        """Memory of the host, int64 [ring_size, *shape], that the device can write to."""
+        return torch.zeros(self.ring_size, *shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def apply_changes(self, step: StepInput) -> None:
         """Writes what the host has changed since the step before, and which rows decode."""
@@ -105,6 +106,8 @@ class DeviceRows:
         if not np.array_equal(decode_rows, self.uploaded_decode_rows):
             self.uploaded_decode_rows = decode_rows
             self.decode_rows.copy_(self.to_device(decode_rows))
+        if step.decode_token_ids is not None:
+            self.last_tokens[self.to_device(step.decode_rows)] = self.to_device(step.decode_token_ids)
 
     def set_prompts(self, prompts: np.ndarray, token_ids: np.ndarray, is_last_partial: bool, shape: StepShape) -> None:
         """Writes the parts of prompts that the step computes, as a StepInput has them, in one copy.
@@ -145,7 +148,7 @@ class DeviceRows:
 
     def count_step(self) -> Tensor:
         """Counts a step that was launched; returns the host's memory where its tokens will be, by row."""
-        entry = self.token_ring[self.step_count % RING_SIZE]
+        entry = self.token_ring[self.step_count % self.ring_size]
         self.step_count += 1
         return entry
 

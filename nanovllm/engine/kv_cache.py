@@ -18,8 +18,8 @@ def bind_kv_cache(model: nn.Module, config: Config, tp: TensorParallel, num_bloc
     facts, dtype = config.model_config, config.torch_kv_cache_dtype
     num_kv_heads = max(facts.num_key_value_heads // tp.size, 1)
     block_shape = (config.kvcache_block_size, num_kv_heads, facts.head_dim)
-    shape = (2, facts.num_hidden_layers, num_blocks, *block_shape)  # keys and values
     layers = [module for module in model.modules() if isinstance(module, Attention)]
+    shape = (2, len(layers), num_blocks, *block_shape)  # keys and values
     for layer in layers:  # frees the cache before
         layer.k_cache = layer.v_cache = torch.empty(0)
     if tp.device.type == "cpu":  # NumPy's zeros take no memory until they are written

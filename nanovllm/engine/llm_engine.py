@@ -3,6 +3,7 @@
 import functools
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ class LLMEngine:
             raise
         except BaseException as error:
             self._die(error)
-        self.in_flight: LaunchedStep | None = None  # its tokens are yet to be seen
+        self.in_flight: deque[LaunchedStep] = deque()  # their tokens are yet to be seen
         self.requests = OpenRequests(config, self.tokenizer, self.intake)
         self.computed = ComputedTokens()  # by the steps seen so far
         if "NANOVLLM_TRACE" in os.environ:
@@ -281,24 +282,24 @@ class LLMEngine:
             # A second Ctrl-C ends a step that hangs, and the engine with it; nowhere else, lest it cut what gives the
             # turn back, or drops a call's requests.
             with self.turns.breakable():
-                previous, current = self.in_flight, self._launch()
-                seen = current
-                if self.config.async_scheduling:
-                    self.in_flight, seen = current, previous
-                if seen is not None:
-                    self._take_in(seen)
+                launched = self._launch()
+                if launched is not None:
+                    self.in_flight.append(launched)
+                if self.in_flight and (launched is None or len(self.in_flight) > self.config.max_unseen_steps):
+                    self._take_in(self.in_flight.popleft())
         except BaseException as error:
             self._die(error)
 
     def _launch(self) -> LaunchedStep | None:
         """Starts the next step on all ranks; None if there is nothing to compute."""
         self.requests.end_overdue()
-        self.requests.queue_compiled(may_wait=self.scheduler.is_finished() and self.in_flight is None)
+        self.requests.queue_compiled(may_wait=self.scheduler.is_finished() and not self.in_flight)
         batch = self.scheduler.schedule()
         if not batch.seqs:
             return None
         tells_texts = self.config.speculation is not None
-        step = build_step_input(batch, self.config.model_config.vocab_size, tells_texts)
+        tells_last_tokens = self.config.pipeline_parallel_size > 1
+        step = build_step_input(batch, self.config.model_config.vocab_size, tells_texts, tells_last_tokens)
         return LaunchedStep(batch, self.ranks.call("run", step))
 
     def _take_in(self, step: LaunchedStep) -> None:
@@ -315,7 +316,7 @@ class LLMEngine:
         self.computed.count(batch, token_ids)
         self.requests.take_in(batch, finished)
         if not self.requests:
-            self.in_flight = None  # only surplus tokens
+            self.in_flight.clear()  # only surplus tokens
 
     def _add(self, request: Request) -> None:
         """Queues a request. For whoever has the turn."""

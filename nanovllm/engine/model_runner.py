@@ -22,6 +22,7 @@ from nanovllm.memory.num_blocks import find_num_blocks
 from nanovllm.memory.warm_up import warm_up
 from nanovllm.models import model_class
 from nanovllm.parallel.tensor_parallel import TensorParallel
+from nanovllm.pipeline.cut import cut
 from nanovllm.quantization import describe_weights
 from nanovllm.sampling.device import AdjustedSampler
 from nanovllm.speculative.draft_rows import DraftRows
@@ -55,11 +56,13 @@ class ModelRunner:
         self.device = tp.device
         limit_cublas_workspace(self.device)
         self.model = model_class(config.model_config.architecture)(config, tp)
+        max_prompt_tokens = max(config.max_num_batched_tokens, GRAPH_TOKENS[-1])
+        if config.pipeline_parallel_size > 1:
+            cut(self.model, config, tp.stage, config.max_num_seqs + max_prompt_tokens)
         load_weights(self.model, config, tp)
         self.sampler = Sampler(tp, config.sampler_backend)
-        num_weights = sum(parameter.numel() for parameter in self.model.parameters())
-        self.graphs = CudaGraphs(config, tp.stream, num_weights)
-        self.rows = DeviceRows(config, self.device, max(config.max_num_batched_tokens, GRAPH_TOKENS[-1]))
+        self.graphs = CudaGraphs(config, tp.stream)
+        self.rows = DeviceRows(config, self.device, max_prompt_tokens)
         drafts = config.speculation is not None
         self.draft_rows = DraftRows(config, self.rows, tp, self.sampler) if drafts else None
         self.adjusted_sampler = AdjustedSampler(tp, self.sampler, self.rows, config.model_config.vocab_size)
@@ -73,7 +76,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warmup_model(self) -> int:
-        """Runs the largest steps; returns the bytes of GPU memory that steps take. Any KV cache will do."""
+        """Runs the largest steps, on any KV cache; returns the bytes of GPU memory that steps will take besides."""
         return warm_up(self.config, self.rows, self.graphs, self._forward)
 
     def allocate_kv_cache(self) -> int:
@@ -94,32 +97,36 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_cudagraph(self) -> None:
         """Captures the steps of all shapes that have a graph; the KV cache stays where it is from now on."""
-        self.graphs.capture(self._forward)
+        num_weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self.graphs.capture(self._forward, self.tp.min(num_weights))
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> StepOutput:
         """Launches a step; does not wait for a GPU."""
-        shape, sampling = step.shape, step.sampling
+        shape, sampling, stage = step.shape, step.sampling, self.tp.stage
         self.rows.apply_changes(step)
         if self.draft_rows is not None:
             self.draft_rows.apply_changes(step)
-        if not shape.is_plain:
+        if not shape.is_plain and stage.is_last:
             self.adjusted_sampler.prepare(shape, sampling.table_changes)
         tells_prompts = sampling is not None and len(sampling.prompt_targets) > 0
         padded_shape = self.graphs.padded_shape(shape) if not tells_prompts else None
+        padded = padded_shape or shape
         if shape.num_prompts:
-            self.rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, padded_shape or shape)
+            self.rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, padded)
+        stage.receive(padded.num_decodes + padded.num_tokens)
         prompt_logprobs = None
-        if tells_prompts:
+        if tells_prompts and stage.is_last:
             prompt_logprobs = self.adjusted_sampler.forward_with_prompt_logprobs(self, shape, sampling)
         elif padded_shape is None:
             self._forward(shape, max_seqlen_q=int(step.prompts[:, 2].max(initial=0)))
         else:
             self.graphs.replay(padded_shape, self._forward)
+        stage.send(padded.num_decodes + padded.num_tokens)
         logprobs = None
-        if shape.num_logprobs:
+        if shape.num_logprobs and stage.is_last:
             logprobs = self.adjusted_sampler.fetch_logprobs(shape.num_logprobs, self.rows.step_count)
         event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         return StepOutput(self.rows.count_step(), logprobs, prompt_logprobs, event)
@@ -132,7 +139,8 @@ class ModelRunner:
         """
         step = self.lay_out(shape, shape.num_tokens if max_seqlen_q is None else max_seqlen_q)
         hidden_states = self.model(step.input_ids, step.positions, step.context)
-        self.sample(self.model.compute_logits(hidden_states), step, shape)
+        if self.tp.stage.is_last:
+            self.sample(self.model.compute_logits(hidden_states), step, shape)
 
     def sample(self, logits: Tensor, step: StepTensors, shape: StepShape) -> None:
         """Draws the step's tokens of this rank's logits [S, vocab / ranks], and stores them."""

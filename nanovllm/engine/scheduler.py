@@ -75,6 +75,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.free_rows = list(reversed(range(config.max_num_seqs)))
         self.num_preemptions = 0
+        self.num_stages = config.pipeline_parallel_size
 
     def is_finished(self) -> bool:
         """Whether no sequence is left."""
@@ -88,9 +89,11 @@ class Scheduler:
         """The next step; a batch without sequences if all that run only wait for their last token to be seen."""
         batch = Batch(self.config.max_num_batched_tokens, num_drafts=choose_num_drafts(self))
         num_running = len(self.running)
+        # The stages of a pipeline compute one step each, of other sequences.
+        most_seqs = -(-num_running // self.num_stages)
         for seq in self.running:  # which a preemption shortens from its end
             # More may run than the budget holds, as those that wait for the host leave room for others to be admitted.
-            if not batch.budget or seq.waits_for_host or self.end_is_due(seq):
+            if not batch.budget or len(batch.seqs) == most_seqs or self.must_wait(seq) or self.end_is_due(seq):
                 continue
             num_ahead = num_ahead_of(seq, batch.num_drafts, self.config)
             while not self.block_manager.can_append(seq, num_ahead):
@@ -158,9 +161,13 @@ class Scheduler:
         """
         return self._is_full(seq, seq.num_tokens - seq.drafts.num_unseen)
 
+    def must_wait(self, seq: Sequence) -> bool:
+        """Whether its next step needs the last token to be seen: a stage that is not the last has not drawn it."""
+        return seq.waits_for_host or (self.num_stages > 1 and seq.has_unseen_token)
+
     def admits_next(self) -> bool:
         """Whether the sequence that is to run next can."""
-        if not self.waiting or not self.free_rows:
+        if not self.waiting or not self.free_rows or self.must_wait(self.waiting[0]):
             return False
         return self.block_manager.can_allocate(self.waiting[0], num_ahead_of(self.waiting[0], 0, self.config))
 

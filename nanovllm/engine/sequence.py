@@ -94,7 +94,12 @@ class Sequence:
     @property
     def waits_for_host(self) -> bool:
         """Whether its next token cannot be drawn before the last one is seen, as a constraint depends on that."""
-        return len(self.token_ids) < self.num_tokens and self.constraint is not None
+        return self.has_unseen_token and self.constraint is not None
+
+    @property
+    def has_unseen_token(self) -> bool:
+        """Whether a step was launched that draws its last token, but the host has not seen it."""
+        return len(self.token_ids) < self.num_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

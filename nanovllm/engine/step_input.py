@@ -39,6 +39,7 @@ class StepInput(NamedTuple):
         joined_floats: [J, 6] float32, what DeviceRows.row_floats has of them.
         new_blocks: [B, 3] int64, entries of the block tables: row, index, block.
         decode_rows: [D] int64.
+        decode_token_ids: [D] int64, their last tokens; None: the device has drawn them itself.
         prompts: [P, 3] int64, row, first position and number of tokens of each part.
         token_ids: [sum of the numbers] int64, those tokens.
         is_last_partial: whether the last part does not reach its prompt's end, so that it samples nothing.
@@ -51,6 +52,7 @@ class StepInput(NamedTuple):
     joined_floats: np.ndarray
     new_blocks: np.ndarray
     decode_rows: np.ndarray
+    decode_token_ids: np.ndarray | None
     prompts: np.ndarray
     token_ids: np.ndarray
     is_last_partial: bool
@@ -58,8 +60,14 @@ class StepInput(NamedTuple):
     joined_texts: np.ndarray | None
 
 
-def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -> StepInput:
-    """What the ranks are told of a batch that has sequences; `tells_texts`: all tokens of those that join, too."""
+def build_step_input(
+    batch: Batch, vocab_size: int, tells_texts: bool = False, tells_last_tokens: bool = False
+) -> StepInput:
+    """What the ranks are told of a batch that has sequences.
+
+    `tells_texts`: all tokens of those that join, too; `tells_last_tokens`: the last one of those that decode, which
+    has been seen then.
+    """
     starts = batch.starts[len(batch.seqs) - batch.num_joined :]
     joined_ints = [
         (seq.row, seq.token_ids[-1], start, *row_ints(seq)) for seq, start in zip(batch.joined, starts, strict=True)
@@ -73,6 +81,10 @@ def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -
             start, num_tokens = batch.starts[index], batch.num_tokens[index]
             prompts.append((row, start, num_tokens))
             token_ids += seq.token_ids[start : start + num_tokens]
+    decode_token_ids = None
+    if tells_last_tokens:
+        decodes = [seq for index, seq in enumerate(batch.seqs) if batch.is_decode(index)]
+        decode_token_ids = np.array([seq.token_ids[-1] for seq in decodes], dtype=np.int64)
     is_filtered = any(seq.is_filtered for seq in batch.seqs)
     shape = StepShape(len(decode_rows), len(prompts), len(token_ids), is_filtered, num_drafts=batch.num_drafts)
     shape, sampling = add_sampling(shape, batch, vocab_size)
@@ -82,6 +94,7 @@ def build_step_input(batch: Batch, vocab_size: int, tells_texts: bool = False) -
         joined_floats=np.array(joined_floats, dtype=np.float32).reshape(-1, 6),
         new_blocks=np.array(batch.new_blocks, dtype=np.int64).reshape(-1, 3),
         decode_rows=np.array(decode_rows, dtype=np.int64),
+        decode_token_ids=decode_token_ids,
         prompts=np.array(prompts, dtype=np.int64).reshape(-1, 3),
         token_ids=np.array(token_ids, dtype=np.int64),
         is_last_partial=batch.is_last_partial,

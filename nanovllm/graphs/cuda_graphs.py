@@ -6,7 +6,9 @@ nothing that a step reads or writes may be allocated anew once graphs are captur
 here: the capture calls a function that does it.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -60,13 +62,13 @@ def next_size(sizes: list[int], size: int) -> int | None:
 class CudaGraphs:
     """The graphs of one rank, by shape; they share their memory."""
 
-    def __init__(self, config: Config, stream: torch.cuda.Stream | None, num_weights: int) -> None:
-        """Captures nothing yet. `stream` is the one of all work on the rank's GPU; `num_weights` are the rank's."""
+    def __init__(self, config: Config, stream: torch.cuda.Stream | None) -> None:
+        """Captures nothing yet. `stream` is the one of all work on the rank's GPU."""
         self.shapes = list_graph_shapes(config)
         self.stream = stream
         self.captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self.pool: tuple[int, int] | None = None
-        self.max_rows = MAX_WORK / num_weights  # of a step with prompts
+        self.max_rows = math.inf  # of a step with prompts; `capture` knows it
         self.seen: set[StepShape] = set()  # of steps with prompts: what they would have been padded to
         self.decode_sizes, self.prompt_sizes = [0], [1]
         self.token_sizes = [shape.num_tokens for shape in self.shapes if shape.num_prompts]
@@ -120,12 +122,17 @@ class CudaGraphs:
         shapes = [shape for shape in self.shapes if shape.num_decodes <= HOPPER_ROWS]
         with compiling_together():
             for shape in others + shapes:
-                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="relaxed"):
+                with capturing(torch.cuda.CUDAGraph()):
                     forward(shape)
         torch._C._cuda_clearCublasWorkspaces()  # they may lie in such a capture's memory
 
-    def capture(self, forward: Callable[[StepShape], None]) -> None:
-        """Captures `forward` for all shapes, the largest first, so that the others fit into its memory."""
+    def capture(self, forward: Callable[[StepShape], None], num_weights: int) -> None:
+        """Captures `forward` for all shapes, the largest first, so that the others fit into its memory.
+
+        Steps of how many rows are worth a graph depends on `num_weights`, which must be alike on all ranks, as they
+        are to pad steps alike.
+        """
+        self.max_rows = MAX_WORK / num_weights
         # See _capture; kept, as the graphs name the event.
         self.branch = torch.cuda.Stream(self.stream.device)
         self.past = torch.cuda.Event(external=True)
@@ -145,8 +152,7 @@ class CudaGraphs:
     def _capture(self, shape: StepShape, forward: Callable[[StepShape], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.past.record(self.stream)
-        # "relaxed": a kernel may have to be loaded, or compiled, on the way.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed"):
+        with capturing(graph, self.pool):
             # A branch that only waits for what is long past: in a graph that is a mere chain, a GPU starts kernels
             # later. One / two H200s, what one of two has of Qwen3-8B: a step of 16 rows 3,218 -> 3,160 / 3,239 ->
             # 3,181 us, one of 112 rows 4,589 -> 4,537 / 4,761 -> 4,710.
@@ -156,3 +162,16 @@ class CudaGraphs:
             self.stream.wait_stream(self.branch)
         self.pool = graph.pool()
         return graph
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None = None) -> Iterator[None]:
+    """Has a graph take in what is launched in the current stream; its memory is of a pool, None: of a new one.
+
+    torch.cuda.graph would give back all memory that is kept for steps, which the next one had to allocate anew.
+    """
+    graph.capture_begin(pool, capture_error_mode="relaxed")  # a kernel may have to be loaded, or compiled, on the way
+    try:
+        yield
+    finally:
+        graph.capture_end()

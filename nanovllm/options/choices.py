@@ -25,10 +25,13 @@ AS_ASKED_FOR = "as asked for"
 
 def choose_device(config: Config) -> str:
     """The kind of device; of CUDA, there must be one for each rank."""
-    size, num_gpus = config.tensor_parallel_size, torch.cuda.device_count() if config.device != "cpu" else 0
+    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     device = ("cuda" if num_gpus else "cpu") if config.device == "auto" else config.device
-    if device == "cuda" and size > num_gpus:
-        raise ValueError(f"tensor_parallel_size={size} needs as many CUDA devices, there are {num_gpus}")
+    if device == "cuda" and config.num_ranks > num_gpus:
+        sizes = f"tensor_parallel_size={config.tensor_parallel_size}"
+        if config.pipeline_parallel_size > 1:
+            sizes += f" times pipeline_parallel_size={config.pipeline_parallel_size}"
+        raise ValueError(f"{sizes} needs as many CUDA devices, there are {num_gpus}")
     return device
 
 
@@ -40,6 +43,15 @@ def check_heads(config: Config) -> None:
         raise ValueError(f"tensor_parallel_size={size} must divide num_attention_heads={heads}")
     if kv_heads % size and size % kv_heads:
         raise ValueError(f"tensor_parallel_size={size} must divide num_key_value_heads={kv_heads}, or be a multiple")
+
+
+def check_stages(config: Config) -> None:
+    """Raises unless each stage has a layer, and what is asked for can be done in stages."""
+    size, num_layers = config.pipeline_parallel_size, config.model_config.num_hidden_layers
+    if size > num_layers:
+        raise ValueError(f"pipeline_parallel_size must be at most num_hidden_layers={num_layers}, got {size}")
+    if size > 1 and config.speculation is not None:
+        raise ValueError(f"speculative_config is not supported with pipeline_parallel_size={size}")
 
 
 def choose_quantization(config: Config) -> tuple[str | None, Method | None]:

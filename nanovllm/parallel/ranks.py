@@ -1,4 +1,4 @@
-"""The tensor-parallel ranks: rank 0 in the caller's process, the others in processes of their own.
+"""The ranks, of all stages: rank 0 in the caller's process, the others in processes of their own.
 
 Rank 0 sends every call to the others through a pipe each, then makes it itself. A pipe keeps messages in order until
 they are read, blocks an idle rank without burning a core, and ends when either side dies. A thread watches the
@@ -51,7 +51,7 @@ class RankGroup:
         self.changed = threading.Condition()
         self.caller = os.getpid()
         # On CPUs the ranks share what torch may take; where GPUs compute, a rank's thread only launches.
-        self.num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
+        self.num_threads = max(1, torch.get_num_threads() // config.num_ranks)
 
     def spawn(self) -> None:
         """Starts the processes of the ranks, which load their weights.
@@ -59,11 +59,11 @@ class RankGroup:
         Raises:
             RuntimeError: the script that makes the engine has no main guard.
         """
-        size = self.config.tensor_parallel_size
+        size = self.config.num_ranks
         if size == 1:
             return
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise RuntimeError(f"tensor_parallel_size={size} starts processes that import this script: {MAIN_GUARD}")
+            raise RuntimeError(f"{size} ranks are processes that import this script: {MAIN_GUARD}")
         context = multiprocessing.get_context("fork" if can_fork(self.config) else "spawn")
         # Ctrl-C is the caller's; the ranks inherit the mask. The tracker is first, as its start ends a mask.
         multiprocessing.resource_tracker.ensure_running()
@@ -136,7 +136,7 @@ class RankGroup:
         """Waits for rank 0's GPU to pass an event; there may be none. Raises RuntimeError if a rank has failed."""
         if event is None:
             return
-        while self.config.tensor_parallel_size > 1 and not event.query():
+        while self.config.num_ranks > 1 and not event.query():
             self.check()  # a rank that died would leave the others waiting for ever
             time.sleep(POLL_SECONDS)
         event.synchronize()

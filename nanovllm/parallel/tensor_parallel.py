@@ -7,10 +7,8 @@ knows how the ranks' processes are started, or what the layers compute.
 """
 
 import functools
-import os
 import threading
 from contextlib import suppress
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,20 +18,22 @@ from nanovllm.config import Config
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.kernels.tuning import SMALL_BATCH
 from nanovllm.parallel.all_reduce import Peers, max_over_ranks, packet_rows
+from nanovllm.parallel.groups import all_reduce, make_group
 from nanovllm.parallel.peer_memory import PeerMemory
+from nanovllm.pipeline.stage import Stage
 
-TIMEOUT = timedelta(minutes=10)
 ABORT_SECONDS = 3.0
 
 
 class TensorParallel:
-    """Rank `rank` of the engine's `size`, with a device of its own; the collectives of a single rank do nothing."""
+    """Rank `rank` of its stage's `size`, with a device of its own; the collectives of a single rank do nothing."""
 
     def __init__(self, config: Config, rank: int) -> None:
-        """Not connected yet."""
-        self.rank = rank
+        """Not connected yet. `rank` is one of all ranks of the engine, see pipeline/stage.py for their order."""
         self.size = config.tensor_parallel_size
+        self.rank = rank % self.size
         self.device = torch.device(config.device, rank if config.device == "cuda" else None)
+        self.stage = Stage(config, rank, self.device)
         self.dtype = config.torch_dtype
         self.sum_shape = (config.max_num_batched_tokens, config.model_config.hidden_size)  # of the largest
         self.group: dist.Backend | None = None
@@ -52,17 +52,14 @@ class TensorParallel:
 
     def connect(self, store: dist.Store) -> None:
         """Meets the other ranks; to be called on all of them before the first collective."""
-        if self.device.type == "cpu":
-            self.group = dist.ProcessGroupGloo(store, self.rank, self.size, TIMEOUT)
-            self.min(0)
+        self.stage.connect(store)
+        if self.size == 1:
             return
-        # NCCL's watchdog would answer the death of a rank by ending this process, which may be the caller's.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        # Another thread of NCCL's would ask the store each second whether a rank wants all to write down what they
-        # did, and print a stack trace when the rank that has the store ends first.
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-        self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, TIMEOUT)
+        store = dist.PrefixStore(f"stage {self.stage.index}", store)
+        self.group = make_group(store, self.rank, self.size, self.device)
         self.min(0)
+        if self.device.type == "cpu":
+            return
         try:
             self.peer_memory = PeerMemory(store, self.rank, self.size, self.sum_shape, self.dtype, self.device)
         except (RuntimeError, OSError):  # NCCL finds a way
@@ -75,9 +72,12 @@ class TensorParallel:
         self.is_aborted = True
         if self.peer_memory is not None:
             self.peer_memory.given_up.fill_(1)
-        if self.group is not None and self.aborting is None:
-            # NCCL ends its kernels at once, but returns only when the CUDA graphs that hold them are gone.
-            self.aborting = threading.Thread(target=self.group.abort, daemon=True, name="nanovllm-abort")
+        groups = self.stage.groups + ([self.group] if self.group is not None else [])
+        if groups and self.aborting is None:
+            # NCCL ends its kernels at once, but returns only when the CUDA graphs that hold them are gone: the links
+            # between stages, which no graph holds, come first.
+            abort = functools.partial(abort_all, groups)
+            self.aborting = threading.Thread(target=abort, daemon=True, name="nanovllm-abort")
             self.aborting.start()
 
     def disconnect(self) -> None:
@@ -87,6 +87,7 @@ class TensorParallel:
         if self.peer_memory is not None:
             with suppress(RuntimeError):  # of a GPU that has failed
                 self.peer_memory.close()
+        self.stage.disconnect()
         self.group = self.peer_memory = self.aborting = None
 
     def check(self) -> None:
@@ -111,14 +112,7 @@ class TensorParallel:
     def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduces x over the ranks, in place."""
         self.check()
-        if self.group is not None:
-            options = dist.AllreduceOptions()
-            options.reduceOp = op
-            options.asyncOp = False  # that is, on this stream
-            work = self.group.allreduce([x], options)
-            if work:
-                work.wait()
-        return x
+        return x if self.group is None else all_reduce(self.group, x, op)
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
         """The largest of the ranks' values, int64 [N] and none of them -1, in place of x."""
@@ -135,11 +129,17 @@ class TensorParallel:
         return self.all_reduce(whole.flatten(1))  # each adds zeros to the others' parts
 
     def min(self, value: int) -> int:
-        """The smallest of the ranks' values."""
+        """The smallest of the values of all ranks, of all stages."""
         smallest = int(self.all_reduce(torch.tensor(value, device=self.device), dist.ReduceOp.MIN))
         self.check()  # else it may be anything
-        return smallest
+        return self.stage.min(smallest)
 
     def _fits_peer_memory(self, rows: int) -> bool:
         """Whether there is memory that all ranks' GPUs reach, with room for a collective of so many rows."""
         return self.peer_memory is not None and rows <= self.sum_shape[0]
+
+
+def abort_all(groups: list[dist.Backend]) -> None:
+    """Breaks off all that waits in some groups, one after the other."""
+    for group in groups:
+        group.abort()

@@ -11,7 +11,7 @@ def print_startup(config: Config, weights: str, num_blocks: int, defaults: Sampl
     weights = f" weights by {weights};" if weights else ""
     print(
         f"nano-vllm: {config.model_config.architecture} in {config.dtype} ({config.dtype_reason})",
-        f"on {config.tensor_parallel_size} x {config.device};{weights}",
+        f"on {config.num_ranks} x {config.device};{weights}",
         f"attention by {config.attention_backend} ({config.attention_reason});",
         f"KV cache of num_kvcache_blocks={num_blocks} x {config.kvcache_block_size} tokens in",
         f"{config.kv_cache_dtype}; max_model_len={config.max_model_len}",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nanovllm.engine.device_rows import RING_SIZE, DeviceRows
+from nanovllm.engine.device_rows import DeviceRows
 from nanovllm.engine.step_input import StepShape
 from nanovllm.kernels import sampling_torch
 from nanovllm.kernels.adjust_logits import USES_BIAS, USES_MASK, LogitTables, adjust_logits, count_tokens
@@ -57,7 +57,8 @@ class AdjustedSampler:
         if shape.num_logprobs and shape.num_logprobs not in self.logprobs:
             size = 2 * shape.num_logprobs + 1
             self.logprobs[shape.num_logprobs] = self._zeros(num_rows, size)
-            ring = torch.zeros(RING_SIZE, num_rows, size, dtype=torch.int32, pin_memory=self.tp.device.type == "cuda")
+            shape_of_ring = self.rows.ring_size, num_rows, size
+            ring = torch.zeros(shape_of_ring, dtype=torch.int32, pin_memory=self.tp.device.type == "cuda")
             self.logprob_rings[shape.num_logprobs] = ring
         if changes is not None:
             self._apply(changes)
@@ -124,7 +125,7 @@ class AdjustedSampler:
 
     def fetch_logprobs(self, num_logprobs: int, step_count: int) -> Tensor:
         """The host's memory where the logprobs of the step just launched will be, by row; does not wait."""
-        entry = self.logprob_rings[num_logprobs][step_count % RING_SIZE]
+        entry = self.logprob_rings[num_logprobs][step_count % self.rows.ring_size]
         return entry.copy_(self.logprobs[num_logprobs], non_blocking=True)
 
     def _whole(self, logits: Tensor) -> Tensor:

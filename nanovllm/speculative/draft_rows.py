@@ -23,7 +23,7 @@ from nanovllm.utils.context import Context, StepTensors
 class DraftRows:
     """The texts and drafts of R rows, of which K drafts each may be proposed.
 
-    The rows' `token_ring` becomes int64 [RING_SIZE, R, W], where steps write what kernels/verify_rows.py reports.
+    The rows' `token_ring` becomes int64 [ring_size, R, W], where steps write what kernels/verify_rows.py reports.
 
     Attributes:
         history: int32 [R, max_model_len], the tokens by position, the last one included.
