@@ -143,6 +143,7 @@ def test_prefixes_of_earlier_calls(checkpoint, async_scheduling):
     [
         *(("qwen3", 2), ("llama_bias", 2), ("mistral", 4)),
         *(("qwen3_moe", 2), ("qwen2_moe", 2), ("mixtral", 2), ("gemma3", 2), ("olmo2", 2), ("granite", 2)),
+        *(("gemma2", 2), ("mistral_window", 2), ("phi3", 2), ("qwen2_window", 2)),
     ],
 )
 def test_several_ranks(checkpoint, family, scenario, num_ranks):

@@ -29,7 +29,7 @@ import nanovllm
 from nanovllm import LLM, SamplingParams
 
 DEMO = str(Path(nanovllm.__file__).parent / "demo")
-ON_GPUS = {"device": "cuda", "dtype": "float32", "gpu_memory_utilization": 0.4}
+ON_GPUS = {"device": "cuda", "dtype": "float32", "num_kvcache_blocks": 300}
 PROMPTS = [random_prompt(length, length) for length in (30, 5, 61)]
 REQUESTS = {
     "plain": {"temperature": 1.0},
