@@ -17,6 +17,7 @@ DEMO = Path(nanovllm.demo.__file__).parent
 LINES = [json.loads(line) for line in (DEMO / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 EOS_TOKEN_ID = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
 GREEDY = SamplingParams(temperature=0, max_tokens=256)
+IN_8_BITS = [{"quantization": "fp8", "kv_cache_dtype": "fp8"}, {"quantization": "int8"}]
 needs_flash_attn = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
 
 
@@ -106,6 +107,14 @@ def test_on_a_gpu_with_little_of_everything(backend, block_size):
     )
     assert trace.num_chunks > 0
     assert trace.num_preemptions > 0 or block_size == 256  # no answer outgrows a block of 256
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("options", IN_8_BITS, ids=str)
+def test_on_a_gpu_in_8_bits(options, enforce_eager):
+    """Which moves its logits by less than its answers lead."""
+    check_answers(device="cuda", enforce_eager=enforce_eager, **options)
 
 
 @pytest.mark.gpu

@@ -94,6 +94,7 @@ def test_large_steps_are_launched_as_they_are(checkpoint, monkeypatch):
     ):
         assert graphs.padded_shape(shape) == (padded if padded in graphs.captured else None)
         assert graphs.padded_shape(shape) == padded
+    assert few_graphs.with_known_rows(StepShape(3, 2, 5, False)) == StepShape(3, 2, 5, False)
     for shape in (StepShape(1, 1, 5, False), StepShape(0, 2, 5, False), StepShape(0, 1, 65, False)):
         assert [few_graphs.padded_shape(shape) for _ in range(2)] == [None, None]
     assert few_graphs.padded_shape(StepShape(0, 1, 5, False)) is None
@@ -119,3 +120,25 @@ def test_draws(checkpoint, shapes):
         llm.reset_prefix_cache()
         assert tokens(generate(llm, mixed_prompts()[:5], params)) == padded
     assert len(shapes) == 1
+
+
+def test_rows_that_are_sampled_from_in_large_steps(checkpoint, shapes, monkeypatch):
+    """They are as many as in a captured step of decodes: libraries have loaded the kernels for these."""
+    checkpoint, prompts, sampled = checkpoint("qwen3"), mixed_prompts(), []
+    with engine(checkpoint.path, max_num_seqs=16) as llm:
+        runner = llm.ranks.runner
+        runner.graphs.max_rows = 0  # no step with prompts is worth a graph
+        sample = runner.sample
+
+        def recorded_sample(logits, step, shape):
+            sampled.append((shape, len(logits)))
+            sample(logits, step, shape)
+
+        monkeypatch.setattr(runner, "sample", recorded_sample)
+        asks = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, prompt_logprobs=0)
+        assert tokens(generate(llm, prompts)) == expected(checkpoint, prompts)
+        assert tokens(generate(llm, prompts, asks)) == expected(checkpoint, prompts)
+        known = runner.graphs.known_rows
+    assert known == [1, 2, 4, 8, 16]
+    with_prompts = [num_rows for shape, num_rows in sampled if shape.num_prompts]
+    assert with_prompts == [16, 16], "all prompts at once, of either call"

@@ -14,7 +14,7 @@ import torch
 from checkpoints import mixed_prompts, random_prompt
 from engines import GREEDY, engine, expected, generate, tokens
 from servers import serving
-from test_demo import DEMO, LINES, check_answers
+from test_demo import DEMO, IN_8_BITS, LINES, check_answers
 from test_pipeline import REQUESTS
 from test_quantized_checkpoints import IN_ANOTHER_ORDER, ROUNDED, check_tokens, quantized  # noqa: F401
 
@@ -72,6 +72,7 @@ def test_threads(checkpoint, pair):
 
 
 def test_structures():
+    pytest.importorskip("xgrammar")
     params = [
         SamplingParams(temperature=0, max_tokens=20, structured_outputs={"regex": "[a-c]{4}x"}),
         SamplingParams(temperature=0, max_tokens=20, structured_outputs={"choice": ["yes", "never"]}),
@@ -92,9 +93,7 @@ def test_weights_in_few_bits(quantized, name):  # noqa: F811
     check_tokens(quantized(name), **ON_TWO)
 
 
-@pytest.mark.parametrize(
-    "options", [{"quantization": "fp8", "kv_cache_dtype": "fp8"}, {"quantization": "int8"}], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize("options", IN_8_BITS, ids=str)
 def test_the_demo_in_8_bits(options):
     """Which moves its logits by less than its answers lead."""
     check_answers(LINES[:200], dtype="bfloat16", **ON_TWO, **options)

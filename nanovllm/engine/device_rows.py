@@ -84,6 +84,7 @@ class DeviceRows:
         self.decode_rows = zeros(config.max_num_seqs, dtype=torch.int64)
         self.uploaded_decode_rows: np.ndarray | None = None  # what the host last wrote there
         self.prompts = zeros(sum(PromptParts.lengths(num_rows, max_prompt_tokens)), dtype=torch.int64)
+        self.prompt_ring = self.make_ring(len(self.prompts))  # copied from, so that no step waits for a copy's end
 
     def make_ring(self, *shape: int) -> Tensor:
         """Memory of the host, int64 [ring_size, *shape], that the device can write to."""
@@ -138,8 +139,10 @@ class DeviceRows:
             sample_rows=sample_rows,
             cu_seqlens=np.append(begins, num_real),
         )
-        values = np.concatenate(parts)
-        self.prompts[: len(values)].copy_(self.to_device(values))
+        size = sum(map(len, parts))
+        entry = self.prompt_ring[self.step_count % self.ring_size, :size]
+        np.concatenate(parts, out=entry.numpy())
+        self.prompts[:size].copy_(entry, non_blocking=True)
 
     def prompt_parts(self, num_prompts: int, num_tokens: int) -> PromptParts:
         """What `set_prompts` wrote, for a step of so many prompts and tokens with padding: views of one buffer."""

@@ -70,10 +70,11 @@ class CudaGraphs:
         self.pool: tuple[int, int] | None = None
         self.max_rows = math.inf  # of a step with prompts; `capture` knows it
         self.seen: set[StepShape] = set()  # of steps with prompts: what they would have been padded to
-        self.decode_sizes, self.prompt_sizes = [0], [1]
+        self.decode_sizes, self.prompt_sizes, self.known_rows = [0], [1], []
         self.token_sizes = [shape.num_tokens for shape in self.shapes if shape.num_prompts]
         # FlashAttention reads memory that is not there if sequences without tokens are among those of a step.
         if self.token_sizes and config.attention_backend != "flash_attn":
+            self.known_rows = [shape.num_decodes for shape in self.shapes if not shape.num_prompts + shape.num_drafts]
             self.decode_sizes += list_sizes(8, 2, config.max_num_seqs)
             self.prompt_sizes = list_sizes(1, 4, config.max_num_seqs)
             most = max(config.max_num_batched_tokens, *self.token_sizes)
@@ -114,8 +115,22 @@ class CudaGraphs:
         is_worth_it = num_decodes + num_tokens <= self.max_rows
         return padded if is_worth_it or padded in self.captured else None
 
+    def with_known_rows(self, shape: StepShape) -> StepShape:
+        """A step that has no graph, with prompts of no tokens added, so that it samples from as many rows as others.
+
+        Libraries have kernels for numbers of rows, of which a new one is loaded only when the GPU has nothing to do:
+        the host would wait, and see first tokens late. Those of the captured decodes have been loaded.
+        """
+        num_rows = next_size(self.known_rows, shape.num_decodes + shape.num_prompts)
+        if not shape.num_prompts or num_rows is None:
+            return shape
+        return shape._replace(num_prompts=num_rows - shape.num_decodes)
+
     def rehearse(self, forward: Callable[[StepShape], None], others: list[StepShape]) -> None:
-        """Has the kernels of all shapes, and of others, compiled at once: by captures that are thrown away."""
+        """Has the kernels of all shapes, and of others, compiled at once: by captures that are thrown away.
+
+        `forward` must keep no tensor that it makes: in a capture nothing is computed.
+        """
         from nanovllm.kernels.compile_ahead import compiling_together  # where there is a GPU, there is Triton
 
         # Larger batches of decodes have the same kernels. Prompts have what takes longest to compile.

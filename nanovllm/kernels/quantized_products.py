@@ -6,8 +6,6 @@ library's products with a scale for each row, and computes the activation or add
 weights have products of their own. Everything else is multiplied in the rows' dtype.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -151,7 +149,7 @@ def linear_quantized(
                 y = x.new_empty(rows, num_features // 2 if gate else num_features)
             # In float16 the products of codes, which have no scale yet, might be infinite.
             dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-            products = multiply_codes(codes, weight.codes, dtype)
+            products = multiply_codes(codes, weight, dtype)
             scale_products(products, x_scales, weight.scales, bias, gate, y, is_added=residual is not None)
             return y
         if in_library and multiplies_blocks(x.device, weight) and x.dtype == torch.bfloat16:
@@ -170,10 +168,9 @@ def linear_quantized(
     return numbers if out is None else out.copy_(numbers)
 
 
-def multiply_codes(x: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [M, K] times codes [N, K], both e4m3 -> [M, N] in a dtype, as if there were no scales."""
-    one = _one(x.device)
-    return torch._scaled_mm(x, codes.t(), one, one, out_dtype=dtype, use_fast_accum=True)
+def multiply_codes(x: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """x [M, K] times a weight's codes [N, K], both e4m3 -> [M, N] in a dtype, as if there were no scales."""
+    return torch._scaled_mm(x, weight.codes.t(), weight.one, weight.one, out_dtype=dtype, use_fast_accum=True)
 
 
 def multiply_blocks(x: Tensor, x_scales: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -184,8 +181,3 @@ def multiply_blocks(x: Tensor, x_scales: Tensor, weight: QuantizedWeight) -> Ten
         x_scales = pad(x_scales, (0, -rows % 4))
     y = torch._scaled_mm(x, weight.codes.t(), x_scales.t(), weight.scales.t(), out_dtype=torch.bfloat16)
     return y[:rows]
-
-
-@functools.cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)

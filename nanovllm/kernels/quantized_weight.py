@@ -1,6 +1,6 @@
 """A weight in few bits, as the kernels take it, and what its numbers are. Knows nothing of checkpoints' formats."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class QuantizedWeight:
         rounds_input: whether many rows are multiplied in 8 bits too, with a scale for each row, or for each block[1]
             elements of a row if weights have several; few rows, where reading weights is what takes time, never are.
         input_scale: float32 [1], the scale of all rows that are rounded; None: chosen for each.
+        one: float32 [], 1, the scale that torch's products of codes ask for. It is made with the weight, as what is
+            made in a step may be made in the capture of a graph, where nothing is computed.
     """
 
     codes: Tensor
@@ -33,6 +35,11 @@ class QuantizedWeight:
     order: Tensor | None = None
     rounds_input: bool = False
     input_scale: Tensor | None = None
+    one: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.rounds_input:
+            object.__setattr__(self, "one", torch.ones((), device=self.codes.device))
 
     @property
     def bits(self) -> int:
