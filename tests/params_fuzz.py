@@ -95,6 +95,7 @@ class Drawer:
                 yield options
                 if number % TWO_RANKS_AFTER == TWO_RANKS_AFTER - 1:
                     yield options | {"tensor_parallel_size": 2}
+                    yield options | {"pipeline_parallel_size": 2}
 
     def change_mood(self) -> None:
         """What the requests of a batch have in common, as evenly mixed ones rarely meet a batch of their own kind."""
@@ -515,7 +516,8 @@ def fuzz(
         with alone.llm:
             drawer = Drawer(str(seed), alone.llm.tokenizer, has_structures)
             for options in drawer.options():
-                num_left, num_ranks = num_requests - counts["requests"], options.get("tensor_parallel_size", 1)
+                num_left = num_requests - counts["requests"]
+                num_ranks = max(options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
                 if num_left <= 0:
                     break
                 if device == "cuda" and num_ranks > num_gpus:

@@ -57,9 +57,10 @@ def make_checkpoint(folder: Path) -> None:
 class Soak:
     """One run: the random source, the counts, and what greedy requests answered before."""
 
-    def __init__(self, folder: str, ranks: int, seed: int) -> None:
+    def __init__(self, folder: str, ranks: int, stages: int, seed: int) -> None:
         self.folder = folder
         self.ranks = ranks
+        self.stages = stages
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.answers: dict[tuple, list[int]] = {}
@@ -302,15 +303,17 @@ class Soak:
             "enable_prefix_caching": pick([True, True, False]),
             "async_scheduling": pick([True, True, False]),
             "scheduling_policy": pick(["fcfs", "priority"]),
+            "tensor_parallel_size": self.ranks,
+            "pipeline_parallel_size": self.stages,
         }
-        num_drafts = pick([0, 0, 1, 4, 10])
+        num_drafts = pick([0, 0, 1, 4, 10]) if self.stages == 1 else 0
         if 0 < num_drafts < self.options["max_num_batched_tokens"]:
             lookup = {"prompt_lookup_max": pick([1, 3]), "prompt_lookup_min": 1}
             drafter = pick([{"method": "ngram"} | lookup, {"method": "ngram"} | lookup, {"model": self.folder}])
             self.options["speculative_config"] = {"num_speculative_tokens": num_drafts} | drafter
         self.counts["engines"] += 1
         self.timed = set()
-        with LLM(self.folder, device="cpu", tensor_parallel_size=self.ranks, **self.options) as llm:
+        with LLM(self.folder, device="cpu", **self.options) as llm:
             for _ in range(rounds):
                 if time.monotonic() > deadline:
                     break
@@ -327,27 +330,31 @@ class Soak:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="of each stage")
+    parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder))
-        soak = Soak(folder, arguments.ranks, arguments.seed)
+        soak = Soak(folder, arguments.ranks, arguments.stages, arguments.seed)
         start = time.monotonic()
         try:
             while (now := time.monotonic()) - start < arguments.seconds:
-                soak.engine(rounds=20 * arguments.ranks, deadline=min(now + 60, start + arguments.seconds))
+                rounds = 20 * arguments.ranks * arguments.stages
+                soak.engine(rounds, deadline=min(now + 60, start + arguments.seconds))
             counts = soak.counts
             ended = counts["finished"] + counts["aborted"] + counts["refused"] + counts["timed out"]
             require(ended == counts["requests"], f"{counts['requests']} ends, not {ended}")
         except Exception:
             traceback.print_exc()
-            print(f"VIOLATION with seed {arguments.seed}, {arguments.ranks} ranks, {soak.options}", file=sys.stderr)
+            print(f"VIOLATION with seed {arguments.seed}, {soak.options}", file=sys.stderr)
             return 1
         finally:
             counts = ", ".join(f"{number} {name}" for name, number in sorted(soak.counts.items()))
-            print(f"soak: {time.monotonic() - start:.0f} s, {arguments.ranks} ranks: {counts}")
+            print(
+                f"soak: {time.monotonic() - start:.0f} s, {arguments.ranks} ranks, {arguments.stages} stages: {counts}"
+            )
     return 0
 
 

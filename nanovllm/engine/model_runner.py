@@ -76,7 +76,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warmup_model(self) -> int:
-        """Runs the largest steps, on any KV cache; returns the bytes of GPU memory that steps will take besides."""
+        """Runs the largest steps; returns the bytes of GPU memory that steps take. Any KV cache will do."""
         return warm_up(self.config, self.rows, self.graphs, self._forward)
 
     def allocate_kv_cache(self) -> int:

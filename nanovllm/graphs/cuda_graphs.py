@@ -7,8 +7,7 @@ here: the capture calls a function that does it.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -137,7 +136,7 @@ class CudaGraphs:
         shapes = [shape for shape in self.shapes if shape.num_decodes <= HOPPER_ROWS]
         with compiling_together():
             for shape in others + shapes:
-                with capturing(torch.cuda.CUDAGraph()):
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="relaxed"):
                     forward(shape)
         torch._C._cuda_clearCublasWorkspaces()  # they may lie in such a capture's memory
 
@@ -167,7 +166,8 @@ class CudaGraphs:
     def _capture(self, shape: StepShape, forward: Callable[[StepShape], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.past.record(self.stream)
-        with capturing(graph, self.pool):
+        # "relaxed": a kernel may have to be loaded, or compiled, on the way.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed"):
             # A branch that only waits for what is long past: in a graph that is a mere chain, a GPU starts kernels
             # later. One / two H200s, what one of two has of Qwen3-8B: a step of 16 rows 3,218 -> 3,160 / 3,239 ->
             # 3,181 us, one of 112 rows 4,589 -> 4,537 / 4,761 -> 4,710.
@@ -177,16 +177,3 @@ class CudaGraphs:
             self.stream.wait_stream(self.branch)
         self.pool = graph.pool()
         return graph
-
-
-@contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None = None) -> Iterator[None]:
-    """Has a graph take in what is launched in the current stream; its memory is of a pool, None: of a new one.
-
-    torch.cuda.graph would give back all memory that is kept for steps, which the next one had to allocate anew.
-    """
-    graph.capture_begin(pool, capture_error_mode="relaxed")  # a kernel may have to be loaded, or compiled, on the way
-    try:
-        yield
-    finally:
-        graph.capture_end()

@@ -12,7 +12,7 @@ MAX_BLOCKS = 2**20  # each has a record on the host; only toy models could have 
 
 
 def find_num_blocks(config: Config, tp: TensorParallel, block_bytes: int, measure_steps: Callable[[], int]) -> int:
-    """The number of blocks, alike on all ranks; `measure_steps` gives the bytes of a GPU that steps will take besides.
+    """The number of blocks, alike on all ranks; `measure_steps` gives the bytes of a GPU that steps take.
 
     Raises:
         ValueError: a request of max_model_len tokens does not fit.
@@ -31,7 +31,7 @@ def num_fitting_blocks_on_cpu(config: Config, block_bytes: int) -> int:
 
 
 def num_fitting_blocks_on_gpu(config: Config, device: torch.device, block_bytes: int, step_bytes: int) -> int:
-    """Blocks that fit into what the engine may take of a GPU, less what is taken and what steps will take besides."""
+    """Blocks that fit into what the engine may take of a GPU, less what is taken and `step_bytes`, a step's peak."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     taken_bytes = total_bytes - free_bytes
     return (int(total_bytes * config.gpu_memory_utilization) - taken_bytes - step_bytes) // block_bytes

@@ -30,7 +30,7 @@ class Predictor:
         Predictor,
         fn_constructor_kwargs={"model": "Qwen/Qwen3-0.6B", "sampling_params": SamplingParams(max_tokens=100)},
         compute=ray.data.ActorPoolStrategy(size=8),  # engines, on any number of machines
-        num_gpus=1,  # of each engine, as many as its tensor_parallel_size
+        num_gpus=1,  # of each engine, as many as it has ranks
         batch_size=1024,  # rows that an engine computes at a time
     )
     """
