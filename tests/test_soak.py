@@ -11,11 +11,11 @@ import pytest
 
 @pytest.mark.timeout(120)
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_soak(ranks):
+@pytest.mark.parametrize("options", [[], ["--ranks=2"], ["--stages=2"]], ids=str)
+def test_soak(options):
     """In a process of its own, which gets interrupts. A new seed finds more: run it by hand."""
     script = Path(__file__).parent / "soak.py"
-    command = [sys.executable, script, "--seconds", "30", "--ranks", str(ranks), "--seed", "7"]
+    command = [sys.executable, script, "--seconds", "30", "--seed", "7", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-5000:]
     parts = (part.split(" ", 1) for part in done.stdout.split(": ")[2].split(", "))
