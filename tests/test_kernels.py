@@ -4,15 +4,18 @@ The kernel tests run on the GPU where there is one. `test_in_the_interpreter` ru
 child pytest with TRITON_INTERPRET=1, which must be set before triton is imported and not reach the other test files.
 """
 
+import ast
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, kernel_test, plain_test, run_in_interpreter
 from kernel_data import DOT_DTYPES, DTYPES, assert_rows_close, ints, paged_inputs, randn
 
+import nanovllm
 from nanovllm.kernels import HAS_TRITON
 from nanovllm.kernels.activation import GATES, gelu_tanh_and_mul_torch, silu_and_mul_torch
 from nanovllm.kernels.paged_attention import paged_decode, paged_prefill
@@ -48,6 +51,18 @@ def poisoned_memory(monkeypatch):
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+@plain_test
+def test_no_function_keeps_a_tensor_that_it_made():
+    """It may be made first in the capture of a graph, where nothing is computed, and would have no value."""
+    kept = []
+    for path in Path(nanovllm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(d) for d in node.decorator_list):
+                kept.append((node.name, ast.unparse(node.returns)))
+    assert ("gpu_of", "Gpu") in kept
+    assert not [name for name, returned in kept if returned in ("Tensor", "torch.Tensor")]
 
 
 @plain_test
