@@ -187,7 +187,7 @@ def test_a_checkpoint_of_several_files_and_scales(checkpoint, tmp_path):
         assert tokens(generate(llm, mixed_prompts())) == expected(checkpoint, mixed_prompts())
     tensors["model.layers.0.mlp.extra.weight"] = torch.zeros(3)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"rank 1 failed[\s\S]*unexpected tensor 'model.layers.0.mlp.extra.weight'"):
+    with pytest.raises(ValueError, match=r"unexpected tensor 'model\.layers\.0\.mlp\.extra\.weight'"):
         engine(str(tmp_path), **stages(2))
 
 

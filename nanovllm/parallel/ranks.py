@@ -48,6 +48,7 @@ class RankGroup:
         self.watcher: threading.Thread | None = None
         self.num_ready = 0
         self.failure: str | None = None
+        self.mistake = ""  # of the checkpoint or an option, that another rank has found while it loaded
         self.changed = threading.Condition()
         self.caller = os.getpid()
         # On CPUs the ranks share what torch may take; where GPUs compute, a rank's thread only launches.
@@ -86,7 +87,12 @@ class RankGroup:
             connection.send(self.store.port)
 
     def load(self) -> None:
-        """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs."""
+        """Loads rank 0's weights, then joins it with the other ranks once they have loaded theirs.
+
+        Raises:
+            TypeError, ValueError: the checkpoint, or an option, does not do.
+            RuntimeError: a rank has failed.
+        """
         with torch.cuda.stream(self.tp.stream):
             self.runner = ModelRunner(self.config, self.tp)
         if not self.processes:
@@ -185,10 +191,11 @@ class RankGroup:
                 try:
                     reports.append(connection.recv())
                 except (EOFError, OSError):
-                    reports.append((0.0, self._describe_end(*pending.pop(connection))))
+                    reports.append((0.0, self._describe_end(*pending.pop(connection)), ""))
             # In the order of time: a rank's end makes the others fail, but they cannot tell before it shows here.
-            for _, failure in sorted(reports):
+            for _, failure, mistake in sorted(reports):
                 if failure:
+                    self.mistake = self.mistake or mistake
                     self.stop(failure)
                 else:
                     self._count_ready()
@@ -209,9 +216,11 @@ class RankGroup:
             self.changed.notify_all()
 
     def _wait(self, num_ready: int) -> None:
-        """Until so many are ready, see `_count_ready`. Raises RuntimeError if a rank has failed."""
+        """Until so many are ready, see `_count_ready`. Raises ValueError or RuntimeError if a rank has failed."""
         with self.changed:
             self.changed.wait_for(lambda: self.failure is not None or self.num_ready == num_ready)
+        if self.mistake:
+            raise ValueError(self.mistake)
         self.check()
 
     def _describe_end(self, rank: int, process: multiprocessing.process.BaseProcess) -> str:
@@ -250,6 +259,7 @@ def run_rank(config: Config, rank: int, caller: int, connection: Connection, num
     """The life of a process that is a rank other than 0: obeys calls until it is killed or the caller is gone."""
     threading.Thread(target=exit_with, args=(caller,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the caller's handler
+    has_loaded = False
     try:
         torch.set_num_threads(1 if config.device == "cuda" else num_threads)  # a fork has not the caller's threads
         if config.device == "cuda":
@@ -257,14 +267,16 @@ def run_rank(config: Config, rank: int, caller: int, connection: Connection, num
         tp = TensorParallel(config, rank)
         torch.cuda.set_stream(tp.stream)
         runner = ModelRunner(config, tp)
-        connection.send((0.0, ""))
+        connection.send((0.0, "", ""))
+        has_loaded = True
         tp.connect(dist.TCPStore("127.0.0.1", connection.recv(), is_master=False))
         while True:
             method, args = connection.recv()
             getattr(runner, method)(*args)
     except BaseException as error:
+        mistake = str(error) if isinstance(error, (TypeError, ValueError)) and not has_loaded else ""
         with suppress(OSError):
-            connection.send((time.monotonic(), describe_failure(rank, error, traceback.format_exc())))
+            connection.send((time.monotonic(), describe_failure(rank, error, traceback.format_exc()), mistake))
     # At once: destructors of a broken process group may wait for ranks that are gone.
     os._exit(1)
 
