@@ -122,6 +122,7 @@ def test_what_requests_may_ask_for(checkpoint, family):
     assert [[o.token_ids for o in r.outputs] for r in results] == [[o.token_ids for o in r.outputs] for r in alone]
 
 
+@pytest.mark.slow
 def test_structures():
     """By the demo's tokens; sequences that obey them and such that do not are in one step."""
     params = [
@@ -158,6 +159,7 @@ def test_a_prompt_whose_last_token_comes_alone(checkpoint):
     assert any(batch.is_decode(i) and batch.starts[i] == 8 for batch in trace.batches for i in range(len(batch.seqs)))
 
 
+@pytest.mark.slow
 def test_an_aborted_request_leaves_the_others(checkpoint):
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()[:6]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
