@@ -122,22 +122,24 @@ def test_what_requests_may_ask_for(checkpoint, family):
     assert [[o.token_ids for o in r.outputs] for r in results] == [[o.token_ids for o in r.outputs] for r in alone]
 
 
-@pytest.mark.slow
-def test_structures():
-    """By the demo's tokens; sequences that obey them and such that do not are in one step."""
+def structured_texts(**options) -> list[str]:
+    """What the demo says where structures bind it, and beside these where nothing does."""
     params = [
         SamplingParams(temperature=0, max_tokens=20, structured_outputs={"regex": "[a-c]{4}x"}),
         SamplingParams(temperature=0, max_tokens=8),
         SamplingParams(temperature=0, max_tokens=20, structured_outputs={"choice": ["yes", "never"]}),
     ]
-    texts = []
-    for size in (1, 2):
-        with engine(DEMO, dtype="float32", **stages(size)) as llm:
-            results = llm.generate(["What is a block?"] * 3, params, use_tqdm=False)
-            check_idle(llm)
-            texts.append([result["text"] for result in results])
-    assert texts[0] == texts[1]
-    assert set(texts[1][0][:4]) <= set("abc") and texts[1][2] in ("yes", "never")
+    with engine(DEMO, dtype="float32", **options) as llm:
+        results = llm.generate(["What is a block?"] * 3, params, use_tqdm=False)
+        check_idle(llm)
+    texts = [result["text"] for result in results]
+    assert set(texts[0][:4]) <= set("abc") and texts[2] in ("yes", "never")
+    return texts
+
+
+@pytest.mark.slow
+def test_structures():
+    assert structured_texts() == structured_texts(**stages(2))
 
 
 @pytest.mark.slow
@@ -177,8 +179,8 @@ def test_an_aborted_request_leaves_the_others(checkpoint):
     assert [r.outputs[0].token_ids for r in left] == [checkpoint.greedy(p, 20, True)[0] for p in prompts[1::2]]
 
 
-def test_a_checkpoint_of_several_files_and_scales(checkpoint, tmp_path):
-    """Each stage takes its own tensors, and says so if one of them is not the model's."""
+def test_each_stage_reads_its_own_tensors(checkpoint, tmp_path):
+    """And says so if one of them is not the model's; scales of a cache that has none are passed over."""
     checkpoint = checkpoint("qwen2")
     tensors = load_file(f"{checkpoint.path}/model.safetensors")
     for file in ("config.json", "generation_config.json"):
@@ -193,14 +195,19 @@ def test_a_checkpoint_of_several_files_and_scales(checkpoint, tmp_path):
         engine(str(tmp_path), **stages(2))
 
 
-def test_a_killed_stage_ends_the_engine(checkpoint):
-    with engine(checkpoint("qwen3").path, **stages(2)) as llm:
+def check_kill(path: str, **options) -> None:
+    """An engine whose other stage is killed says so, soon."""
+    with engine(path, **options, **stages(2)) as llm:
         generate(llm, mixed_prompts())
         llm.ranks.processes[0].kill()
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="rank 1 ended with exit code -9"):
             generate(llm, mixed_prompts())
         assert time.monotonic() - start < 10
+
+
+def test_a_killed_stage_ends_the_engine(checkpoint):
+    check_kill(checkpoint("qwen3").path)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_more_stages_than_gpus(checkpoint):
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("scenario", ["plain", "all_at_once"])
 def test_greedy_tokens_on_two_gpus(checkpoint, scenario, enforce_eager):
-    """Twice, as steps with prompts are captured when their like comes for the second time; a large one is not."""
+    """Three times, as steps with prompts are captured when their like comes for the second time."""
     checkpoint, prompts = checkpoint("qwen3"), mixed_prompts()
     options = ON_GPUS | stages(2, enforce_eager=enforce_eager) | scenario_options(scenario, 16)
     with engine(checkpoint.path, **options) as llm:
@@ -270,13 +277,7 @@ def test_what_requests_may_ask_for_on_two_gpus(checkpoint):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_killed_stage_ends_the_engine_on_two_gpus(checkpoint):
     """A GPU that waits for states of the dead one's is freed too."""
-    with engine(checkpoint("qwen3").path, **ON_GPUS, **stages(2)) as llm:
-        generate(llm, mixed_prompts())
-        llm.ranks.processes[0].kill()
-        start = time.monotonic()
-        with pytest.raises(RuntimeError, match="rank 1 ended with exit code -9"):
-            generate(llm, mixed_prompts())
-        assert time.monotonic() - start < 10
+    check_kill(checkpoint("qwen3").path, **ON_GPUS)
     with engine(checkpoint("qwen3").path, **ON_GPUS) as llm:
         assert tokens(generate(llm, mixed_prompts())) == expected(checkpoint("qwen3"), mixed_prompts())
 

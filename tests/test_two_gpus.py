@@ -15,10 +15,10 @@ from checkpoints import mixed_prompts, random_prompt
 from engines import GREEDY, engine, expected, generate, tokens
 from servers import serving
 from test_demo import DEMO, IN_8_BITS, LINES, check_answers
-from test_pipeline import REQUESTS
+from test_pipeline import REQUESTS, structured_texts
 from test_quantized_checkpoints import IN_ANOTHER_ORDER, ROUNDED, check_tokens, quantized  # noqa: F401
 
-from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.outputs import RequestOutput
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -73,18 +73,7 @@ def test_threads(checkpoint, pair):
 
 def test_structures():
     pytest.importorskip("xgrammar")
-    params = [
-        SamplingParams(temperature=0, max_tokens=20, structured_outputs={"regex": "[a-c]{4}x"}),
-        SamplingParams(temperature=0, max_tokens=20, structured_outputs={"choice": ["yes", "never"]}),
-        SamplingParams(temperature=0, max_tokens=20),
-    ]
-    texts = []
-    for num_ranks in (1, 2):
-        with LLM(str(DEMO), dtype="float32", **ON_TWO | {"tensor_parallel_size": num_ranks}) as llm:
-            results = llm.generate(["What is a block?"] * 3, params, use_tqdm=False)
-            texts.append([result["text"] for result in results])
-    assert texts[0] == texts[1]
-    assert set(texts[1][0][:4]) <= set("abc") and texts[1][1] in ("yes", "never")
+    assert structured_texts(**ON_TWO | {"tensor_parallel_size": 1}) == structured_texts(**ON_TWO)
 
 
 @pytest.mark.parametrize("name", FORMATS)

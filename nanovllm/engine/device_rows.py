@@ -87,7 +87,7 @@ class DeviceRows:
         self.prompt_ring = self.make_ring(len(self.prompts))  # copied from, so that no step waits for a copy's end
 
     def make_ring(self, *shape: int) -> Tensor:
-        """Memory of the host, int64 [ring_size, *shape], that the device can write to."""
+        """Memory of the host, int64 [ring_size, *shape], that the device can read and write."""
         return torch.zeros(self.ring_size, *shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def apply_changes(self, step: StepInput) -> None:
