@@ -18,7 +18,7 @@ from torch import nn
 
 from nanovllm import LLM
 from nanovllm.checkpoint.kv_scales import SCALES, set_kv_scales
-from nanovllm.checkpoint.loader import find_tensors
+from nanovllm.checkpoint.loader import model_tensors
 from nanovllm.config import FP8, Config
 from nanovllm.engine import kv_cache
 from nanovllm.kernels.e4m3 import check_e4m3, has_e4m3
@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 def find(folder, tensors):
     save_file(tensors, folder / "model.safetensors")
-    return find_tensors(str(folder))
+    return model_tensors(Model(), str(folder))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -332,9 +332,25 @@ def test_other_tensors_that_the_model_has_not(folder, name):
     mistral.refused(f"has the unexpected tensor '{name}'")
 
 
+def test_names_with_a_prefix(folder):
+    """The message has a name that is there beside the one that is not."""
+    mistral = folder("mistral")
+    mistral.tensors = {f"_orig_mod.{name}": tensor for name, tensor in mistral.tensors.items()}
+    mistral.save()
+    mistral.refused(r"lacks the tensor 'lm_head\.weight' .* has the unexpected tensor '_orig_mod\.lm_head\.weight'")
+
+
 def test_a_copy_of_the_embedding_as_the_tied_head(checkpoint, folder):
     qwen3 = folder("qwen3")
     qwen3.tensors["lm_head.weight"] = qwen3.tensors["model.embed_tokens.weight"].clone()
+    qwen3.save()
+    assert qwen3.greedy() == expected(checkpoint, "qwen3")
+
+
+def test_an_embedding_that_has_the_name_of_the_tied_head(checkpoint, folder):
+    """As safetensors' save_model leaves it, which keeps the first of two names; transformers reads it."""
+    qwen3 = folder("qwen3")
+    qwen3.tensors["lm_head.weight"] = qwen3.tensors.pop("model.embed_tokens.weight")
     qwen3.save()
     assert qwen3.greedy() == expected(checkpoint, "qwen3")
 

@@ -25,8 +25,8 @@ def set_kv_scales(model: nn.Module, found: Mapping[str, Any]) -> None:
     """Sets the `k_scale` and `v_scale` of the model's attention layers to those among a checkpoint's tensors.
 
     Args:
-        model: names that begin with its `ignored_tensors` are not its own.
-        found: `find_tensors` of the checkpoint.
+        model: whose attention layers have numbers in their names.
+        found: `model_tensors` of the checkpoint.
 
     Raises:
         ValueError: a scale that is not one number, finite and more than 0; named, with its value.
@@ -34,7 +34,7 @@ def set_kv_scales(model: nn.Module, found: Mapping[str, Any]) -> None:
     of_layers: dict[str, dict[str, str]] = defaultdict(dict)  # by the layer's number, the rest of the name -> the name
     for name in found:
         match = NAME.search(name)
-        if match and not name.startswith(model.ignored_tensors):
+        if match:
             of_layers[match[1]][match[2]] = name
     for path, layer in model.named_modules():
         if not hasattr(layer, "k_scale"):

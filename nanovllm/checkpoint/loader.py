@@ -97,17 +97,20 @@ def load_model(model: nn.Module, folder: str, check: Callable[[], None] = lambda
         ValueError: no or unreadable files; a missing, unexpected or mis-shaped tensor, by name; a head that is not the
             embedding that it is tied to.
     """
-    found = {name: x for name, x in find_tensors(folder).items() if not name.startswith(model.ignored_tensors)}
+    found = model_tensors(model, folder)
     targets = checkpoint_targets(model, found)
     head, embedding = (original_name(model, name, found) for name in (HEAD, EMBEDDING))
     is_tied_copy = head in found and head not in targets
+    if is_tied_copy and embedding not in found:  # of two names for one tensor, some programs save the first
+        found[embedding], is_tied_copy = found.pop(head), False
     passed_over = [head] if is_tied_copy else []
     passed_over += [name for name in found if f".{name}".endswith(BUFFERS + SCALES)]
     unexpected = found.keys() - targets.keys() - set(passed_over)
     unexpected = {name for name in unexpected if not is_empty_bias(name, found)}
-    for problem, names in (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected)):
-        if names:
-            raise ValueError(f"{folder} {problem} tensor {min(names)!r} ({len(names)} in all)")
+    problems = (("lacks the", targets.keys() - found.keys()), ("has the unexpected", unexpected))
+    texts = [f"{problem} tensor {min(names)!r} ({len(names)} in all)" for problem, names in problems if names]
+    if texts:  # both, where names have a prefix
+        raise ValueError(f"{folder} {' and '.join(texts)}")
     for name, places in targets.items():
         shape, needed = tuple(found[name].get_shape()), places[0][1].full_shape
         if shape != needed and (needed, shape) != ((), (1,)):  # a number may be written either way
@@ -207,6 +210,11 @@ def spellings_of(model: nn.Module, name: str) -> list[str]:
             spelling = spelling.replace(ours, theirs)
         spellings.append(spelling)
     return spellings
+
+
+def model_tensors(model: nn.Module, folder: str) -> dict[str, Any]:
+    """Those of `find_tensors` that may be the model's: without its `ignored_tensors`."""
+    return {name: x for name, x in find_tensors(folder).items() if not name.startswith(model.ignored_tensors)}
 
 
 def find_tensors(folder: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from nanovllm.checkpoint.kv_scales import set_kv_scales
-from nanovllm.checkpoint.loader import fill_dummy, find_tensors, load_model
+from nanovllm.checkpoint.loader import fill_dummy, load_model, model_tensors
 from nanovllm.config import FP8, Config
 from nanovllm.kernels.e4m3 import check_e4m3
 from nanovllm.parallel.tensor_parallel import TensorParallel
@@ -28,7 +28,7 @@ def load_weights(model: nn.Module, config: Config, tp: TensorParallel) -> None:
     else:
         load_model(model, config.model, tp.check)
         if config.kv_cache_dtype == FP8:
-            set_kv_scales(model, find_tensors(config.model))
+            set_kv_scales(model, model_tensors(model, config.model))
     finish_weights(model)
 
 
