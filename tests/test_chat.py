@@ -82,6 +82,25 @@ def template(tmp_path):
     return make
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "ClassOfALaterVersion", "extra_special_tokens": ["<x>"]},
+        {"tokenizer_class": "ClassOfTheirs", "auto_map": {"AutoTokenizer": ["code.ClassOfTheirs", None]}},
+    ],
+)
+def test_a_tokenizer_of_an_unknown_class(template, monkeypatch, config):
+    """As transformers before 5 finds "TokenizersBackend": a template and tokenizer.json need none."""
+    known = template(AS_STRINGS).render([{"role": "user", "content": "Hello"}])
+    assert template(AS_STRINGS, **config).render([{"role": "user", "content": "Hello"}]) == known
+
+    def refuse(*args, **options):
+        raise ValueError("the class does not exist")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    assert template(AS_STRINGS, **config).render([{"role": "user", "content": "Hello"}]) == known
+
+
 @pytest.mark.parametrize("source", [AS_STRINGS, CONCATENATED, IF_STRING, AS_JSON])
 def test_parts_are_joined_for_a_template_of_strings(template, source):
     made = template(source)

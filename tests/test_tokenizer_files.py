@@ -173,6 +173,24 @@ def test_a_broken_tokenizer_file(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({}, "no tokenizer.json or other file of a vocabulary|cannot make the tokenizer"),
+        ({"tokenizer.model": "damaged"}, "cannot make the tokenizer of .*the packages sentencepiece and protobuf"),
+    ],
+)
+def test_no_usable_vocabulary(tmp_path, files, match):
+    """transformers 5 makes an empty tokenizer, by which a text has no tokens."""
+    write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    tokenizer_class = "LlamaTokenizer" if files else "Qwen2Tokenizer"
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": tokenizer_class})
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=match):
+        load_tokenizer(str(tmp_path))
+
+
 def test_loading_does_not_import_transformers(tmp_path):
     write_tokenizer(tmp_path)
     for name, content in FOLDERS["added_tokens_decoder"].items():

@@ -55,6 +55,9 @@ def read_tokenizer(folder: str) -> TokenizerFiles | None:
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer in {folder!r} is of a kind that the tokenizers package does not know")
     backend, eos_token_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if backend.get_vocab(with_added_tokens=False).keys() <= added:  # transformers makes do without the files
+        raise ValueError(f"{folder!r} has tokenizer_config.json, but no tokenizer.json or other file of a vocabulary")
     if metadata is not None:  # transformers 4.51 makes another token of it
         eos_token_id = metadata.get("tokenizer.ggml.eos_token_id")
     return TokenizerFiles(backend, eos_token_id, _cleans_up(backend, tokenizer.clean_up_tokenization_spaces))
@@ -64,19 +67,27 @@ def pretrained_tokenizer(folder: str) -> Any:
     """transformers' tokenizer of a folder, or of a GGUF file whose metadata have one.
 
     Raises:
-        ValueError: transformers cannot make one of the GGUF file.
+        ValueError: transformers cannot make one.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not is_gguf(folder):
-        return AutoTokenizer.from_pretrained(folder)
-    gguf_package()  # some versions of transformers read with it
-    place, file = os.path.split(read_header(folder).path)
+    place, options, hint = folder, {"trust_remote_code": False}, ""
+    if is_gguf(folder):
+        gguf_package()  # some versions of transformers read with it
+        place, file = os.path.split(read_header(folder).path)
+        options = {"gguf_file": file}
     try:
-        return AutoTokenizer.from_pretrained(place, gguf_file=file)
-    except Exception as error:  # of any kind, for metadata that it does not know
+        return AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # of any kind
+        if os.path.exists(os.path.join(folder, "tokenizer.json")):
+            # Its class may be one of a later transformers, or remote code: any will do, this one every version knows.
+            return PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        if os.path.exists(os.path.join(folder, "tokenizer.model")):
+            hint = "; of its tokenizer.model it does with the packages sentencepiece and protobuf"
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"transformers cannot make the tokenizer of {folder}, pass tokenizer: {reason}") from error
+        raise ValueError(
+            f"transformers cannot make the tokenizer of {folder}{hint}, pass tokenizer: {reason}"
+        ) from error
 
 
 def _set_up(backend: tokenizers.Tokenizer, folder: str) -> TokenizerFiles:
