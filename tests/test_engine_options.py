@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import CONFIGS, MAX_POSITIONS, SHAPE, random_prompt
 from engines import GREEDY, engine, generate
+from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -445,13 +446,20 @@ def test_bad_overrides(config, overrides, error, match):
 # ---- folders and the hub -------------------------------------------------------------------------------------------
 
 
+HUB_FILES = [
+    *("config.json", "tokenizer.model", "chat_template.jinja", "model.safetensors.index.json"),
+    *("model-00001-of-00001.safetensors", "consolidated.safetensors", "onnx/model.safetensors", "pytorch_model.bin"),
+]
+
+
 @pytest.fixture
 def hub(monkeypatch, checkpoint):
-    """A hub with the Qwen3 checkpoint and the demo's tokenizer; gives what was asked of it."""
+    """A hub with the Qwen3 checkpoint and the demo's tokenizer; gives what was asked of it, and which files."""
     asked = []
 
     def snapshot_download(name, **options):
-        asked.append((name, options.pop("allow_patterns"), options))
+        patterns = {key: options.pop(key) for key in ("allow_patterns", "ignore_patterns")}
+        asked.append((name, list(filter_repo_objects(HUB_FILES, **patterns)), options))
         return {"org/model": checkpoint("qwen3").path, "org/tokenizer": DEMO}[name]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -466,7 +474,8 @@ def test_what_the_hub_is_asked_for(config, hub, tmp_path):
         ("org/model", given | {"revision": "v2"}),
         ("org/tokenizer", given | {"revision": "v3"}),
     ]
-    assert "*.safetensors" in hub[0][1] and "*.safetensors" not in hub[1][1]
+    small = ["config.json", "tokenizer.model", "chat_template.jinja", "model.safetensors.index.json"]
+    assert hub[0][1] == [*small, "model-00001-of-00001.safetensors"] and hub[1][1] == small
     assert made.tokenizer == DEMO
     assert "secret" not in repr(made)
     pickle.loads(pickle.dumps(made))  # as it goes to the ranks

@@ -5,6 +5,8 @@ import os
 from typing import Any
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+OTHER_WEIGHTS = ["consolidated*", "*/*.safetensors"]  # the same weights once more, in Mistral's layout or for others
 
 
 def resolve_model_path(
@@ -44,11 +46,9 @@ def resolve_model_path(
         raise ValueError(f"model={name!r} is no file; GGUF files of the hub must be downloaded before")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * weights
+    wanted = {"allow_patterns": SMALL_FILES + ["*.safetensors"] * weights, "ignore_patterns": OTHER_WEIGHTS}
     try:
-        return snapshot_download(
-            name, revision=revision, cache_dir=download_dir, token=hf_token, allow_patterns=patterns
-        )
+        return snapshot_download(name, revision=revision, cache_dir=download_dir, token=hf_token, **wanted)
     except Exception as error:
         what = f"{option}={name!r}" + (f" of {version}={revision!r}" if revision is not None else "")
         raise ValueError(f"{what} is neither a folder nor a model the hub gives: {error}") from error
