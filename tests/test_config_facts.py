@@ -229,6 +229,11 @@ ROWS = [
     Row("layer_types", REFUSED, SLIDING, ALL, {"sliding_window": None}),
     Row("layer_types", REFUSED, ["full_attention", "linear_attention"]),
     Row("layer_types", REFUSED, ["full_attention"]),
+    Row("dual_chunk_attention_config", HONOURED, {"original_max_position_embeddings": 64}, QWEN),
+    Row("dual_chunk_attention_config", HARMLESS, {"original_max_position_embeddings": 512}, QWEN),
+    Row("dual_chunk_attention_config", HARMLESS, None, QWEN),
+    Row("dual_chunk_attention_config", REFUSED, {"chunk_size": 64}, QWEN),
+    Row("dual_chunk_attention_config", REFUSED, [64], QWEN),
     Row("attention_chunk_size", REFUSED, 8, IN_CACHE + EVERYWHERE + QWEN3_MOE),
     Row("attention_chunk_size", HARMLESS, 8, QWEN + QWEN2_MOE + SMOLLM3 + GEMMA),
     # The weights.

@@ -15,7 +15,7 @@ from nanovllm.checkpoint.families import FAMILIES, MULTIPLIERS, TEXT_KEY, Family
 from nanovllm.checkpoint.files import read_object
 from nanovllm.checkpoint.gguf.config import read_gguf_config
 from nanovllm.checkpoint.gguf.files import is_gguf
-from nanovllm.checkpoint.rope import OLDER_NAMES, ROPE_KEYS, Rope, read_ropes, with_outer_thetas
+from nanovllm.checkpoint.rope import OLDER_NAMES, ORIGINAL, ROPE_KEYS, Rope, read_ropes, with_outer_thetas
 from nanovllm.checkpoint.windows import layer_windows, unrotated_layers
 from nanovllm.experts.mixture import Mixture, read_mixture
 
@@ -117,6 +117,7 @@ class ModelConfig:
         rope, local_rope = facts.ropes(family, head_dim, positions)
         if not family.has_local_rope:  # Gemma 3's number is that of the stretched positions
             positions = rope.max_positions(positions)
+        positions = facts.unchunked(positions)
         unrotated = unrotated_layers(facts, family, num_layers)
         windows = layer_windows(facts, family, num_layers, unrotated)
         if family.slides == "in the cache" and any(windows):
@@ -242,6 +243,14 @@ class Facts(JsonFacts):
         theta, share = family.rope_theta, family.partial_rotary_factor
         names = OLDER_NAMES | family.rope_names
         return read_ropes(self, head_dim, positions, theta, share, family.has_local_rope, names)
+
+    def unchunked(self, positions: int) -> int:
+        """Those of the positions that Qwen2.5-1M computes as all models do: beyond, it attends to remapped chunks."""
+        key = "dual_chunk_attention_config"
+        chunks = self.raw.get(key) or {}
+        if not isinstance(chunks, dict):
+            raise self.error(f"{key} must be an object, got {chunks!r}")
+        return min(positions, JsonFacts(f"{key} of {self.path}", chunks).size(ORIGINAL)) if chunks else positions
 
     def attention_scale(self, family: Family) -> float | None:
         """What queries times keys are multiplied by, if it does not follow from head_dim."""
