@@ -284,6 +284,14 @@ def test_a_truncated_file(folder, share):
     qwen3.refused("model.safetensors")
 
 
+def test_a_clone_without_git_lfs(folder):
+    qwen3, pointer = folder("qwen3"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+    qwen3.file.write_text(pointer)
+    qwen3.refused(r"model\.safetensors cannot be read .*git lfs pull")
+    (qwen3.path / "tokenizer.json").write_text(pointer)
+    qwen3.refused(r"tokenizer\.json cannot be read .*git lfs pull")
+
+
 def test_no_safetensors(folder):
     qwen3 = folder("qwen3")
     qwen3.file.rename(qwen3.path / "pytorch_model.bin")
@@ -635,7 +643,10 @@ def test_the_window_of_mistral_that_no_key_gives(folder):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json$"):
+        LLM(str(tmp_path), device="cpu")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no config\.json; an adapter is not supported"):
         LLM(str(tmp_path), device="cpu")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+LFS_START = b"version https://git-lfs"
 OTHER_WEIGHTS = ["consolidated*", "*/*.safetensors"]  # the same weights once more, in Mistral's layout or for others
 
 
@@ -75,6 +76,18 @@ def _find(option: str, name: str | os.PathLike[str], files: tuple[str, ...], hub
     if not any(os.path.isfile(os.path.join(folder, file)) for file in files):
         raise ValueError(f"{option}={name!r} has no {' or '.join(files)}")
     return folder
+
+
+def why_damaged(path: str) -> str:
+    """What an error about a file that cannot be read has to add: a clone without Git LFS has a few lines in its place.
+
+    Empty where the file is none such.
+    """
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(LFS_START)) == LFS_START
+    return " (it is a pointer of Git LFS, `git lfs pull` brings the file itself)" if is_pointer else ""
 
 
 def read_object(path: str) -> dict[str, Any]:

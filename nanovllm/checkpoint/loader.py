@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nanovllm.checkpoint.files import read_json
+from nanovllm.checkpoint.files import read_json, why_damaged
 from nanovllm.checkpoint.gguf.files import is_gguf
 from nanovllm.checkpoint.gguf.names import find_gguf_tensors
 from nanovllm.checkpoint.kv_scales import SCALES
@@ -271,7 +271,7 @@ def open_file(path: str) -> dict[str, Any]:
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{path} cannot be read as safetensors: {error}{why_damaged(path)}") from error
     return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
 
 

@@ -103,7 +103,9 @@ class ModelConfig:
         path = folder if is_gguf(folder) else os.path.join(folder, "config.json")
         generation_path = os.path.join(generation_folder or folder, "generation_config.json")
         if not os.path.isfile(path):
-            raise ValueError(f"model={folder!r} has no config.json")
+            is_adapter = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+            reason = "; an adapter is not supported, merge it into its model" if is_adapter else ""
+            raise ValueError(f"model={folder!r} has no config.json{reason}")
         raw = read_gguf_config(path) if is_gguf(path) else read_object(path)
         if overrides is not None:
             path, raw = f"{path} with hf_overrides={overrides!r}", override(raw, overrides)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken
 
-from nanovllm.checkpoint.files import read_json
+from nanovllm.checkpoint.files import read_json, why_damaged
 from nanovllm.checkpoint.gguf.files import gguf_package, is_gguf
 from nanovllm.checkpoint.gguf.header import read_header
 
@@ -43,7 +43,7 @@ def read_tokenizer(folder: str) -> TokenizerFiles | None:
         try:
             backend = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the package raises nothing more special
-            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
+            raise ValueError(f"{path} cannot be read as a tokenizer: {error}{why_damaged(path)}") from error
         return _set_up(backend, folder)
     metadata = read_header(folder).metadata if is_gguf(folder) else None
     if metadata is not None:
