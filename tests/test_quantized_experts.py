@@ -12,6 +12,7 @@ import torch
 import transformers
 from checkpoints import SHAPE, Checkpoint, random_prompt
 from kernel_data import rounded
+from quantized_checkpoints import DYNAMIC, TOKEN_GROUP, unpacked
 from safetensors.torch import load_file, save_file
 from test_gpu import cast, engine_logits, reference_logits, relative_error
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
@@ -53,6 +54,13 @@ FP8_CONFIG = {
 }
 # Only experts are quantised here, so that ranks may cut all else anywhere.
 FP8_CONFIG["modules_to_not_convert"] += ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+# What LLM Compressor writes.
+COMPRESSED = {
+    "compressed rows": unpacked("float", "channel", DYNAMIC).config,
+    "compressed blocks": unpacked("float", "block", TOKEN_GROUP).config,
+}
+for config in COMPRESSED.values():
+    config["ignore"] = ["lm_head", "re:.*self_attn", "re:.*mlp.gate$", "model.layers.0.mlp"]
 HUB_NAMES = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -61,6 +69,7 @@ class Quantised:
 
     def __init__(self, checkpoint: Checkpoint, path: Path, layout: str) -> None:
         self.path, self.layout = path, layout
+        self.suffix = "_scale" if layout in COMPRESSED else "_scale_inv"
         path.mkdir()
         self.model = copy.deepcopy(checkpoint.model)
         self.tensors = {}
@@ -72,13 +81,14 @@ class Quantised:
         if layout == "hub":
             self.tensors = {hub_name(name): tensor for name, tensor in self.tensors.items()}
         self.config = json.loads(Path(checkpoint.path, "config.json").read_text())
-        self.config["quantization_config"] = copy.deepcopy(FP8_CONFIG)
+        self.config["quantization_config"] = copy.deepcopy(COMPRESSED.get(layout, FP8_CONFIG))
 
     def _quantise(self, name: str, weight: torch.Tensor) -> None:
         """Adds the tensors of all experts' gates and ups, or downs, [E, rows, columns], and changes the model's."""
         before, module = name.rsplit(".", 1)
         parts = ["down_proj"] if module == "down_proj" else ["gate_proj", "up_proj"]
-        quantised = [round_blocks(part) for part in weight.chunk(len(parts), dim=1)]
+        block = (1, weight.size(2)) if self.layout == "compressed rows" else (128, 128)
+        quantised = [round_blocks(part, block) for part in weight.chunk(len(parts), dim=1)]
         weight.copy_(torch.cat([numbers for _, _, numbers in quantised], dim=1))
         if self.layout == "fused":
             self.tensors[name] = torch.cat([codes for codes, _, _ in quantised], dim=1)
@@ -87,22 +97,24 @@ class Quantised:
         for part, (codes, scales, _) in zip(parts, quantised, strict=True):
             for expert in range(len(weight)):
                 self.tensors[f"{before}.{expert}.{part}.weight"] = codes[expert].clone()
-                self.tensors[f"{before}.{expert}.{part}.weight_scale_inv"] = scales[expert].clone()
+                self.tensors[f"{before}.{expert}.{part}.weight{self.suffix}"] = scales[expert].clone()
 
     def save(self) -> None:
         save_file(self.tensors, self.path / "model.safetensors")
         (self.path / "config.json").write_text(json.dumps(self.config))
 
 
-def round_blocks(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes [E, N, K], scales of blocks of 128 x 128, and the numbers that they stand for."""
+def round_blocks(numbers: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [E, N, K], scales of blocks of so many rows and columns, and the numbers that they stand for."""
     num_rows, num_columns = numbers.shape[1:]
+    height, width = size
     codes = torch.empty(numbers.shape, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(len(numbers), -(-num_rows // 128), -(-num_columns // 128))
+    scales = torch.empty(len(numbers), -(-num_rows // height), -(-num_columns // width))
     rounded = torch.empty_like(numbers)
     for i in range(scales.size(1)):
         for j in range(scales.size(2)):
-            block = (slice(None), slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            rows, columns = slice(height * i, height * i + height), slice(width * j, width * j + width)
+            block = (slice(None), rows, columns)
             scale = numbers[block].abs().amax((1, 2), keepdim=True) / 448
             scales[:, i, j] = scale[:, 0, 0]
             codes[block] = (numbers[block] / scale).to(codes.dtype)
@@ -159,11 +171,14 @@ def generate(path: Path | str, **options) -> list[list[int]]:
         ("qwen3_moe", "fused", 1),
         ("mixtral", "hub", 1),
         ("mixtral", "fused", 1),
+        ("qwen3_moe", "compressed rows", 1),
+        ("qwen3_moe", "compressed blocks", 1),
+        pytest.param("qwen3_moe", "compressed rows", 2, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "fused", 2, marks=pytest.mark.slow),
         pytest.param("mixtral", "apart", 1, marks=pytest.mark.slow),
     ],
 )
-def test_blocks(random_model, tmp_path, family, layout, num_ranks):
+def test_scales_of_blocks_or_rows(random_model, tmp_path, family, layout, num_ranks):
     quantised = Quantised(random_model(family), tmp_path / "quantised", layout)
     quantised.save()
     assert generate(quantised.path, tensor_parallel_size=num_ranks) == greedy_of(quantised.model)
@@ -249,7 +264,12 @@ def test_other_schemes_are_refused(random_model, tmp_path):
     quantised = Quantised(random_model("qwen3_moe"), tmp_path / "quantised", "apart")
     del quantised.config["quantization_config"]["weight_block_size"]
     quantised.save()
-    with pytest.raises(ValueError, match=r"experts that are quantised by Scaled\(.*\) are not supported"):
+    match = r"experts that are quantised by Scaled\(.*\) are not supported"
+    with pytest.raises(ValueError, match=match):
+        load(quantised.path)
+    quantised.config["quantization_config"] = unpacked("int", "channel", DYNAMIC).config
+    quantised.save()
+    with pytest.raises(ValueError, match=match):
         load(quantised.path)
 
 

@@ -37,7 +37,7 @@ BUFFERS = (
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Of parameters that hold codes, which no conversion keeps: what safetensors calls their dtypes.
 CODES_DTYPES = {E4M3: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}
-EXPERTS_SCALES = "_scale_inv"  # of a weight's name, with one in place of the codes of all experts
+EXPERTS_SCALES = ("_scale_inv", "_scale")  # ends of a weight's name, with scales in place of the codes of all experts
 DUMMY_STD = 100.0  # of codes in e4m3
 ROWS_AT_ONCE = 8192  # of a matrix that is compared, or filled
 
@@ -166,8 +166,8 @@ def _sources(
     has_experts = parameter.dim() > max(len(shards[0].full_shape), 1)  # numbers are side by side in a parameter
     path, kind = name.rsplit(".", 1)
     if has_experts:  # "experts.down_proj" and "experts.down_proj_scale_inv"
-        path = name.removesuffix(EXPERTS_SCALES)
-        kind = "weight" + name[len(path) :]
+        suffix = next((suffix for suffix in EXPERTS_SCALES if name.endswith(suffix)), "")
+        path, kind = name.removesuffix(suffix), f"weight{suffix}"
     *before, module = path.split(".")
     own_name = original_name(model, name, names)
     if own_name in names or not (has_experts or module in model.packed_modules_mapping):

@@ -17,7 +17,7 @@ from nanovllm.layers.linear import apply_linear
 from nanovllm.layers.residual import Residual
 from nanovllm.parallel.row_parallel import add_parts
 from nanovllm.parallel.tensor_parallel import TensorParallel
-from nanovllm.weights.parts import check_blocks, part_of
+from nanovllm.weights.parts import Part, check_blocks, part_of
 from nanovllm.weights.schemes import Plain, Weighted
 
 
@@ -70,8 +70,8 @@ class Experts(Weighted):
             self.scheme.create_experts(self)
         else:
             raise ValueError(
-                f"experts that are quantised by {self.scheme} are not supported, only plain ones, FP8 with "
-                'weight_block_size and, of a plain checkpoint, quantization="fp8"'
+                f"experts that are quantised by {self.scheme} are not supported, only plain ones, FP8 with scales of "
+                'rows or blocks and, of a plain checkpoint, quantization="fp8"'
             )
 
     def finish_weights(self) -> None:
@@ -81,23 +81,27 @@ class Experts(Weighted):
     def add_parameters(self, suffix: str, dtype: torch.dtype, block: tuple[int, int] = (1, 1)) -> list[nn.Parameter]:
         """`gate_up_proj` and `down_proj`, with a suffix: each with an element for a block of rows and columns.
 
-        The loader knows which tensors fill them; those of an expert are called "weight" with the same suffix.
+        A block of 0 columns is one of all, which belongs to every rank. The loader knows which tensors fill the
+        parameters; those of an expert are called "weight" with the same suffix.
 
         Raises:
             ValueError: a block would be cut by the ranks.
         """
         height, width = block
         num_experts, part = self.mixture.num_experts, part_of(self.mixture.intermediate_size, self.tp)
+        columns, hidden_columns = part, self.hidden_size
+        if width == 0:
+            columns, hidden_columns, width = Part(1, 0, 1), 1, 1
         check_blocks("gate_up_proj", part, height, self.tp)
-        check_blocks("down_proj", part, width, self.tp)
+        check_blocks("down_proj", columns, width, self.tp)
         # Rows of the gates and of the ups, and columns of the downs, count their blocks apart.
-        hidden_rows, hidden_columns = -(-self.hidden_size // height), -(-self.hidden_size // width)
+        hidden_rows, hidden_columns = -(-self.hidden_size // height), -(-hidden_columns // width)
         full_rows, start, rows = -(-part.full_size // height), part.start // height, -(-part.size // height)
         gate_up = self.tp.parameter(num_experts, 2 * rows, hidden_columns, dtype=dtype)
         gate_up.shards = [Shard((full_rows, hidden_columns), 0, start, offset, rows) for offset in (0, rows)]
-        full_columns, start, columns = -(-part.full_size // width), part.start // width, -(-part.size // width)
-        down = self.tp.parameter(num_experts, hidden_rows, columns, dtype=dtype)
-        down.shards = [Shard((hidden_rows, full_columns), 1, start, 0, columns)]
+        full_columns, start, size = -(-columns.full_size // width), columns.start // width, -(-columns.size // width)
+        down = self.tp.parameter(num_experts, hidden_rows, size, dtype=dtype)
+        down.shards = [Shard((hidden_rows, full_columns), 1, start, 0, size)]
         setattr(self, f"gate_up_proj{suffix}", gate_up)
         setattr(self, f"down_proj{suffix}", down)
         return [gate_up, down]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.facts import JsonFacts
-from nanovllm.checkpoint.loader import DUMMY_STD, EXPERTS_SCALES
+from nanovllm.checkpoint.loader import DUMMY_STD
 from nanovllm.kernels.e4m3 import E4M3
 from nanovllm.kernels.quantized_weight import QuantizedWeight
 from nanovllm.quantization.groups import DUMMY_SCALES, take
@@ -44,16 +44,26 @@ class Fp8Blocks:
         layer.weight = QuantizedWeight(codes, scales, block, rounds_input=self.rounds_input)
 
     def create_experts(self, layer: Experts) -> None:
-        layer.add_parameters("", E4M3)
-        for parameter in layer.add_parameters(EXPERTS_SCALES, torch.float32, self.block):
-            parameter.dummy = DUMMY_SCALE
+        add_experts(layer, self.scale_name, self.block)
 
     def finish_experts(self, layer: Experts) -> None:
-        gate_up, gate_up_scales = take(layer, "gate_up_proj"), take(layer, f"gate_up_proj{EXPERTS_SCALES}")
-        down, down_scales = take(layer, "down_proj"), take(layer, f"down_proj{EXPERTS_SCALES}")
+        gate_up, gate_up_scales, down, down_scales = take_experts(layer, self.scale_name)
         scales, block = join_scales(gate_up_scales, [gate_up.size(1) // 2] * 2, self.block)
         layer.gate_up_proj = QuantizedWeight(gate_up, scales, block, rounds_input=True)
         layer.down_proj = QuantizedWeight(down, down_scales, self.block, rounds_input=True)
+
+
+def add_experts(layer: Experts, scale_name: str, block: tuple[int, int]) -> None:
+    """Gives experts parameters for codes, and for scales that a checkpoint calls `scale_name`."""
+    layer.add_parameters("", E4M3)
+    for parameter in layer.add_parameters(scale_name.removeprefix("weight"), torch.float32, block):
+        parameter.dummy = DUMMY_SCALE
+
+
+def take_experts(layer: Experts, scale_name: str) -> list[Tensor]:
+    """Codes and scales of gates and ups, codes and scales of downs, which the layer no longer has."""
+    names = ("gate_up_proj", "down_proj")
+    return [take(layer, name + suffix) for name in names for suffix in ("", scale_name.removeprefix("weight"))]
 
 
 def join_scales(scales: Tensor, sizes: list[int], block: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -102,6 +112,17 @@ class Scaled:
         layer.weight = QuantizedWeight(
             codes, scales.contiguous(), block, rounds_input=self.rounds_input, input_scale=input_scale
         )
+
+    def create_experts(self, layer: Experts) -> None:
+        """Raises ValueError but for e4m3 by rows whose inputs are rounded by scales of their own."""
+        if self != Scaled(is_per_row=True):
+            raise ValueError(f"experts that are quantised by {self} are not supported, only by {Scaled(True)}")
+        add_experts(layer, "weight_scale", (1, 0))
+
+    def finish_experts(self, layer: Experts) -> None:
+        gate_up, gate_up_scales, down, down_scales = take_experts(layer, "weight_scale")
+        layer.gate_up_proj = QuantizedWeight(gate_up, gate_up_scales, (1, gate_up.size(2)), rounds_input=True)
+        layer.down_proj = QuantizedWeight(down, down_scales, (1, down.size(2)), rounds_input=True)
 
 
 class Fp8:
