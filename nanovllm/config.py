@@ -78,8 +78,9 @@ class Config:
         kv_cache_dtype: "auto" (that of the computation, which may be named too) or "fp8", which is "fp8_e4m3": half
             the bytes, on GPUs of compute capability 8.9 and later, with attention_backend "triton". Resolved: a
             dtype's name.
-        dtype: "auto" (the checkpoint's, of a GGUF file bfloat16; float32 for half types on a CPU, but for bfloat16 on
-            one that multiplies it), or one of Dtype's or torch's. Resolved: its name.
+        dtype: "auto", or one of Dtype's or torch's. "auto" is the checkpoint's, of a GGUF file bfloat16; but a GPU
+            computes in bfloat16 what is stored in float32, a CPU in float32 what is stored in half types, unless it
+            multiplies bfloat16. Resolved: its name.
         device: "auto" (cuda where there is one), "cuda" or "cpu".
         attention_backend: "auto", "triton", "flash_attn" or "torch".
         sampler_backend: "auto" (the faster one), "triton" or "torch" (compiled on CUDA); they make equal draws.

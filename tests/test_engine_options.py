@@ -311,6 +311,18 @@ def test_the_dtype_on_a_cpu(config, folder, monkeypatch, stored, is_native, dtyp
     assert (made.dtype, made.dtype_reason) == ("float16", "as asked for")
 
 
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")])
+def test_the_dtype_on_a_gpu(config, folder, monkeypatch, stored, dtype):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "device": "cuda"}
+    path = folder(torch_dtype=stored, dtype=stored)
+    made = config(path, **options)
+    assert made.dtype == dtype
+    assert (made.dtype_reason == "the checkpoint's") == (dtype == stored)
+    assert config(path, dtype="float32", **options).dtype == "float32"
+
+
 def test_a_quantization_that_contradicts_the_checkpoint(config, folder):
     quantised = folder(quantization_config={"quant_method": "fp8"})
     with pytest.raises(ValueError, match=r"quantization='bitsandbytes' contradicts quant_method='fp8' .*config\.json"):

@@ -76,7 +76,9 @@ def choose_dtype(config: Config) -> tuple[str, str]:
     stored = config.model_config.dtype
     if stored not in DTYPES:
         raise ValueError(f"the checkpoint's dtype {stored!r} is not supported, choose one of {DTYPES}")
-    if config.device != "cpu" or stored == "float32":
+    if config.device == "cuda" and stored == "float32":
+        return "bfloat16", f"half the bytes of the checkpoint's {stored}, which dtype={stored!r} keeps"
+    if config.device == "cuda" or stored == "float32":
         return stored, "the checkpoint's"
     if stored == "bfloat16" and multiplies_bfloat16():
         return stored, f"this CPU multiplies {stored}"
