@@ -86,7 +86,8 @@ class SamplingParams(Options):
         structured_outputs: the form that the text must have.
         guided_decoding: the older name of structured_outputs; what is given moves there.
         truncate_prompt_tokens: keep so many last tokens of the prompt; -1 keeps as many as the model takes.
-        extra_args, logits_processors, best_of: None only, refused with the reason.
+        extra_args, logits_processors: None only, refused with the reason.
+        best_of: None or n, otherwise refused with the reason.
 
     Raises:
         TypeError, ValueError: an option of another type, out of its range, at odds with another, or not supported.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import CONFIGS, MAX_POSITIONS, SHAPE, random_prompt
-from engines import GREEDY, engine, generate
+from engines import GREEDY, check_idle, engine, generate
 from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -78,7 +78,7 @@ ASK_FOR_NOTHING = {
     "data_parallel_size": 1,
     "enable_lora": False,
     "max_lora_rank": 16,
-    "limit_mm_per_prompt": {},
+    "limit_mm_per_prompt": {"image": 0, "video": 0},
     "kv_cache_dtype_skip_layers": [],
     "calculate_kv_scales": False,
     "speculative_config": None,
@@ -674,4 +674,7 @@ def test_a_bar_of_ones_own(checkpoint):
 
     with engine(checkpoint("qwen3").path) as llm:
         llm.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=2), use_tqdm=Bar)
+        with pytest.raises(TypeError, match=r"use_tqdm must be a bool or what makes a bar, got \[\[7\]\]"):
+            llm.generate([[5, 6, 7]], GREEDY, [[7]])  # where prompt_token_ids stood in older scripts
+        check_idle(llm)
     assert [bar.done for bar in bars] == [3]

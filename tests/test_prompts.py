@@ -114,7 +114,7 @@ def test_ids_by_their_older_keyword(prompts, ids, want):
         (None, [IDS, "text"], TypeError, "list of token ids.*text"),
         (None, [IDS, None], TypeError, "list of token ids.*None"),
         ([IDS], [IDS], TypeError, "'prompt'.*string"),
-        (None, None, TypeError, "prompt.*None"),
+        (None, None, TypeError, "prompts, or token ids by the keyword prompt_token_ids"),
     ],
     ids=str,
 )
@@ -368,6 +368,13 @@ def test_what_scripts_ask_an_engine_for(demo):
 def test_methods_that_are_refused_by_name(demo, method):
     with pytest.raises(ValueError, match=f"LLM.{method} is not supported: .{{20}}"):
         getattr(demo, method)(["text"], use_tqdm=False)
+
+
+def test_attributes_that_are_elsewhere(demo):
+    with pytest.raises(AttributeError, match=r"'model_config': `llm\.config` has the options"):
+        _ = demo.llm_engine.model_config
+    with pytest.raises(AttributeError, match=r"'modelconfig'$"):
+        _ = demo.modelconfig
 
 
 def test_adapters_are_refused_by_name(demo):

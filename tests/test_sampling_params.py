@@ -125,6 +125,7 @@ BAD = [
     ({"logits_processors": [abs]}, ValueError, "logits_processors.*CUDA graphs.*logit_bias.*structured_outputs.*abs"),
     ({"logits_processors": abs}, ValueError, "logits_processors.*CUDA graphs"),
     ({"best_of": 2}, ValueError, "best_of.*use n.*2"),
+    ({"best_of": True}, TypeError, "best_of.*True"),
     ({"structured_outputs": "json"}, TypeError, "structured_outputs.*StructuredOutputsParams.*json"),
     ({"structured_outputs": {}}, ValueError, "one of json.*none"),
     ({"guided_decoding": SCHEMA}, TypeError, "GuidedDecodingParams.*type"),
@@ -167,6 +168,7 @@ def test_an_option_that_there_is_not_cannot_be_assigned():
         {"detokenize": False, "stop": []},
         {"truncate_prompt_tokens": 1},
         {"extra_args": {}, "logits_processors": []},
+        {"n": 3, "best_of": 3},
     ],
     ids=str,
 )

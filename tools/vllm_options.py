@@ -12,7 +12,7 @@ from typing import Any
 from nanovllm.compat.engine_options import OTHER_NAMES, OTHER_VALUES
 from nanovllm.compat.refused_arguments import REFUSED_ARGUMENTS, REFUSED_PARAMS
 from nanovllm.compat.refused_methods import REFUSED as REFUSED_METHODS
-from nanovllm.compat.vllm_options import EMPTY, NOT_HERE, is_size
+from nanovllm.compat.vllm_options import EMPTY, NOT_HERE, has_only_zeros, is_size
 
 WORDS = {  # for values that are not listed one by one
     object: "anything",
@@ -22,6 +22,7 @@ WORDS = {  # for values that are not listed one by one
     str: "a text",
     list: "a list",
     is_size: "a size",
+    has_only_zeros: "numbers that are 0",
 }
 
 

@@ -18,7 +18,7 @@ REFUSED_ARGUMENTS = {  # of calls and prompts
 REFUSED_PARAMS = {  # of SamplingParams
     "logits_processors": "a Python function called for each token would leave the CUDA graphs and the overlap of "
     "steps; use logit_bias, allowed_token_ids, bad_words or structured_outputs",
-    "best_of": "use n and choose among its texts",
+    "best_of": "use n and choose among its texts; only best_of=n asks for nothing more",
     "extra_args": "nothing here would read them",
 }
 
@@ -35,4 +35,7 @@ def refuse_params(params: Any) -> None:
     """Raises TypeError or ValueError for an option of SamplingParams that asks for what is not here."""
     if params.extra_args is not None and not isinstance(params.extra_args, dict):
         raise TypeError(f"extra_args must be a dict, got {params.extra_args!r}")
-    refuse({name: getattr(params, name) for name in REFUSED_PARAMS}, REFUSED_PARAMS)
+    given = {name: getattr(params, name) for name in REFUSED_PARAMS}
+    if params.best_of == params.n:
+        del given["best_of"]
+    refuse(given, REFUSED_PARAMS)

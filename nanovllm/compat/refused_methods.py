@@ -1,4 +1,4 @@
-"""The methods of vLLM's `LLM` that are not here, and why."""
+"""The methods of vLLM's `LLM` that are not here, and why; and where its attributes are."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,6 +19,15 @@ REFUSED = {
     "collective_rpc": ONE_PROCESS,
     "apply_model": ONE_PROCESS,
 }
+OPTIONS = "`llm.config` has the options as they were resolved, its `model_config` the facts of config.json"
+ELSEWHERE = {  # attributes of vLLM's LLM and LLMEngine
+    "model_config": OPTIONS,
+    "vllm_config": OPTIONS,
+    "get_model_config": OPTIONS,
+    "model_executor": ONE_PROCESS,
+    "engine_core": "the LLM is the engine itself; `close` ends it",
+    "shutdown": "`close` ends an engine",
+}
 
 
 def refused_method(owner: object, name: str) -> Callable[..., NoReturn]:
@@ -28,7 +37,8 @@ def refused_method(owner: object, name: str) -> Callable[..., NoReturn]:
         AttributeError: another name.
     """
     if name not in REFUSED:
-        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
+        hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}{hint}")
 
     def refuse(*arguments: Any, **options: Any) -> NoReturn:
         raise ValueError(f"LLM.{name} is not supported: {REFUSED[name]}")

@@ -12,6 +12,11 @@ def is_size(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
+def has_only_zeros(value: object) -> bool:
+    """Whether a value is a dict of numbers that are all 0."""
+    return isinstance(value, dict) and all(number == 0 for number in value.values())
+
+
 Accepted = tuple[Any, ...]  # values, types of values, and functions that tell whether a value is accepted
 ANYTHING: Accepted = (object,)
 FLAG: Accepted = (bool, None)
@@ -79,7 +84,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
     # Prompts of other kinds.
     "prompts are text or token ids, not embeddings": {"enable_prompt_embeds": OFF},
     "prompts are text or token ids, there are no images, sounds or videos": {
-        "limit_mm_per_prompt": EMPTY,
+        "limit_mm_per_prompt": (*EMPTY, has_only_zeros),
         "allowed_local_media_path": EMPTY,
         "allowed_media_domains": EMPTY,
         "media_io_kwargs": EMPTY,
@@ -234,7 +239,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
     "results are prepared while the next step runs; async_scheduling=False says otherwise": {
         "disable_async_output_proc": FLAG
     },
-    "drafts are looked up in the text, as speculative_config says": {
+    "drafts are those of speculative_config, looked up in the text or by a smaller model": {
         "spec_method": NONE,
         "spec_model": NONE,
         "spec_tokens": NONE,

@@ -18,8 +18,11 @@ def list_prompts(
     """The prompts of a call, which are not checked yet; what comes by `prompt_token_ids` has its text by `prompts`.
 
     Raises:
+        TypeError: there are neither.
         ValueError: there are more of the one than of the other.
     """
+    if prompts is None and prompt_token_ids is None:
+        raise TypeError("a call needs prompts, or token ids by the keyword prompt_token_ids; both are None")
     if prompt_token_ids is None:
         return _as_list(prompts)
     rows = _as_list(prompt_token_ids)

@@ -18,7 +18,8 @@ def check(name: str, value: object, kind: type, low: float = -math.inf, high: fl
     if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
         raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
     if not (low <= value <= high and abs(value) < math.inf):
-        limit = f"between {low} and {high}" if high < math.inf else f"finite and at least {low}"
+        finite = "" if kind is int else "finite and "
+        limit = f"between {low} and {high}" if high < math.inf else f"{finite}at least {low}"
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 

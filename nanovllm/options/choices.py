@@ -28,6 +28,8 @@ def choose_device(config: Config) -> str:
     num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     device = ("cuda" if num_gpus else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and config.num_ranks > num_gpus:
+        if config.num_ranks == 1:
+            raise ValueError("device='cuda' needs a CUDA device, torch finds none; 'auto' takes the CPU then")
         sizes = f"tensor_parallel_size={config.tensor_parallel_size}"
         if config.pipeline_parallel_size > 1:
             sizes += f" times pipeline_parallel_size={config.pipeline_parallel_size}"

@@ -32,7 +32,13 @@ class Progress:
     """A bar that is shown within a `with` block, if at all."""
 
     def __init__(self, num_requests: int, use_tqdm: bool | Callable[..., tqdm], computed: ComputedTokens) -> None:
-        """`use_tqdm` may be what makes a bar, as `tqdm.tqdm` does; `computed` are the engine's."""
+        """`use_tqdm` may be what makes a bar, as `tqdm.tqdm` does; `computed` are the engine's.
+
+        Raises:
+            TypeError: use_tqdm is something else, such as the token ids that stand in its place in older scripts.
+        """
+        if not (use_tqdm is None or isinstance(use_tqdm, bool) or callable(use_tqdm)):
+            raise TypeError(f"use_tqdm must be a bool or what makes a bar, got {use_tqdm!r:.200}")
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         self.bar = make_bar(total=num_requests, desc="Requests", disable=not use_tqdm, dynamic_ncols=True)
         self.is_shown = bool(use_tqdm)
