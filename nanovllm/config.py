@@ -72,7 +72,7 @@ class Config:
             a process).
         pipeline_parallel_size: stages that share out the layers, each of tensor_parallel_size ranks: for GPUs without
             fast links. Several requests keep them all busy. Not with speculative_config.
-        enforce_eager: run decode steps without CUDA graphs.
+        enforce_eager: run steps without CUDA graphs.
         kvcache_block_size: tokens of a block of the KV cache, a power of two of at least 16.
         num_kvcache_blocks: blocks of the KV cache, -1: as many as memory allows.
         kv_cache_dtype: "auto" (that of the computation, which may be named too) or "fp8", which is "fp8_e4m3": half
@@ -98,8 +98,11 @@ class Config:
             {"model": folder, "num_speculative_tokens": k} checks those of another model with the same tokens.
         scheduling_policy: "fcfs": requests are served in the order in which they come; "priority": by their
             `priority`, the lowest number first, and those of one priority in order.
-        speculation: what that says; None: nothing.
+        model_config: the facts of the model's config.json.
+        quantization_method: how the checkpoint's weights are stored, or are to be; None: plainly.
+        speculation: what speculative_config says; None: nothing.
         draft_config: how the model of speculative_config is run, if it has one.
+        dtype_reason, attention_reason: why the dtype and the attention_backend are what they are, in words.
         lowers_max_model_len: max_model_len is to be lowered to what the KV cache holds, rather than refused.
 
     Raises:

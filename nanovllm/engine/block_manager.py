@@ -46,7 +46,7 @@ class BlockManager:
         return self._fits(seq, self._find_cached(seq), num_ahead)
 
     def allocate(self, seq: Sequence, num_ahead: int = 0) -> None:
-        """Gives a waiting sequence these blocks, cached ones for as much of its prefix as there are.
+        """Gives a waiting sequence the blocks of `can_allocate`, cached ones for as much of its prefix as there are.
 
         Raises:
             RuntimeError: too few blocks are free; nothing has changed then.

@@ -149,6 +149,7 @@ class LLMEngine:
         """
         with self._turn():
             self._advance()
+        # In a turn of its own: a Ctrl-C during the step ends the first one, before anything is handed out and lost.
         with self.turns.take():
             return self.requests.hand_out()
 
@@ -327,7 +328,9 @@ class LLMEngine:
         self.turns.ask(functools.partial(self._drop_now, request_ids))
 
     def _drop_now(self, request_ids: Items[int]) -> None:
-        for number in request_ids if self.failure is None else ():
+        if self.failure is not None:  # the requests ended with the engine
+            return
+        for number in request_ids:
             self.requests.drop(number)
 
     def _check_alive(self) -> None:

@@ -145,14 +145,15 @@ class Scheduler:
         return finished
 
     def finish(self, seq: Sequence) -> None:
-        """Ends a sequence wherever it stands and frees what it holds."""
+        """Ends a sequence, whose `finish_reason` says why, wherever it stands; frees what it holds."""
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
         else:
             place = bisect_left(self.waiting, ORDER(seq), key=ORDER)
             if place < len(self.waiting) and self.waiting[place] is seq:  # else it waits for its grammar
                 del self.waiting[place]
-        seq.end(seq.finish_reason)
+        seq.status = SequenceStatus.FINISHED
+        seq.finished_time = time.time()
 
     def end_is_due(self, seq: Sequence) -> bool:
         """Whether the sequence ends by length once its tokens, of which some may be unseen, are seen.

@@ -3,7 +3,6 @@
 Nothing here knows of devices or other requests; of text, logprobs and constraints it only keeps who deals with them.
 """
 
-import time
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -80,12 +79,6 @@ class Sequence:
         """Generated tokens that the host has seen."""
         return self.token_ids[self.num_prompt_tokens :]
 
-    def end(self, finish_reason: str | None) -> None:
-        """Ends it; what it holds elsewhere has been given back."""
-        self.finish_reason = finish_reason
-        self.status = SequenceStatus.FINISHED
-        self.finished_time = time.time()
-
     @property
     def constraint(self) -> Constraint | None:
         """What says which tokens may come next; None: nothing does."""
@@ -108,5 +101,5 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the request has ended, by itself or by an abort."""
+        """Whether it has ended, by itself or by an abort."""
         return self.status is SequenceStatus.FINISHED

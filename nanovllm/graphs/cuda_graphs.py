@@ -93,7 +93,10 @@ class CudaGraphs:
         return padded
 
     def _padded_decodes(self, shape: StepShape) -> StepShape | None:
-        """The smallest shape captured at the start, but for what is sampled, that holds a step without prompts."""
+        """The shape with as many decodes as the smallest one captured at the start that holds a step without prompts.
+
+        What the step asks of its draws stays, captured or not.
+        """
         for padded in self.shapes:
             if (
                 not padded.num_prompts

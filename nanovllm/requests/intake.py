@@ -162,8 +162,7 @@ class Intake:
             request.error = (
                 f"request {request.request_id} failed: its structured_outputs do not compile: {grammar.exception()}"
             )
-            for seq in request.seqs:
-                seq.end("error")
+            self.withdraw(request, "error")
             failed.append(request)
         return failed
 

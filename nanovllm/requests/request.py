@@ -22,8 +22,10 @@ class Request:
     Attributes:
         request_id: the id that the caller gave it, or else its number.
         prompt: the text, None if the prompt was token ids.
+        params: what it asks for.
         results: where its result is to be put, by the id of its first sequence.
         seqs: its samples, whose ids follow each other.
+        arrival_time: when it was made, in seconds of time.time().
         reports_progress: whether `step` hands it out whenever it has new tokens.
         error: why it failed, if it did.
     """
