@@ -27,6 +27,7 @@ from transformers import LlamaConfig
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
+from nanovllm.trace import Recorder
 
 DEMO = str(Path(nanovllm.__file__).parent / "demo")
 ON_GPUS = {"device": "cuda", "dtype": "float32", "num_kvcache_blocks": 300}
@@ -74,7 +75,8 @@ def test_layers_that_do_not_divide(checkpoint, num_stages):
     checkpoint, prompts = checkpoint("gemma3"), mixed_prompts()
     with engine(checkpoint.path, **stages(num_stages), **scenario_options("all_at_once", 16)) as llm:
         assert list(llm.ranks.tp.stage.layers) == [3]
-        trace, most_in_flight, launch = Trace(llm), 0, llm._launch
+        trace, recorder = Trace(llm), Recorder(llm)
+        most_in_flight, launch = 0, llm._launch
 
         def counted_launch():
             nonlocal most_in_flight
@@ -83,8 +85,11 @@ def test_layers_that_do_not_divide(checkpoint, num_stages):
             return launched
 
         llm._launch = counted_launch
-        assert tokens(generate(llm, prompts)) == expected(checkpoint, prompts)
+        results = generate(llm, prompts)
+        assert tokens(results) == expected(checkpoint, prompts)
     assert trace.num_preemptions > 0
+    recorded = [len(new) for step in recorder.steps for _, new in step.get("tokens", [])]
+    assert sum(recorded) == sum(len(result.token_ids) for result in results)
     assert most_in_flight == num_stages
 
 

@@ -52,7 +52,7 @@ class Recorder:
         config, scheduler = engine.config, engine.scheduler
         self.began = time.perf_counter()
         self.preempted: list[int] = []
-        self.current: Batch | None = None
+        self.most_in_flight = config.max_unseen_steps + 1
         self.unseen: list[tuple[Batch, dict[str, Any]]] = []
         self.scheduler = weakref.proxy(scheduler)  # lest a recorder that is kept keep the engine
         self.run: dict[str, Any] = {
@@ -165,8 +165,8 @@ class Recorder:
         }
         self.preempted = []
         self.steps.append(record)
-        # A step whose tokens nobody wanted is never seen; no more than two are in flight.
-        self.unseen = [*self.unseen[-1:], (batch, record)]
+        # A step whose tokens nobody wanted is never seen.
+        self.unseen = [*self.unseen, (batch, record)][-self.most_in_flight :]
 
 
 def record_engine(engine: LLMEngine, path: str) -> None:
