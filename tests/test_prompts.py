@@ -364,6 +364,31 @@ def test_what_scripts_ask_an_engine_for(demo):
     assert defaults != demo.default_sampling_params
 
 
+def test_every_form_of_add_request(demo):
+    params = greedy(max_tokens=3, ignore_eos=True)
+    forms = [
+        (("text", params), {}),
+        (("text",), {"sampling_params": params}),
+        (("text",), {"params": params}),
+        ((), {"prompt": "text", "sampling_params": params}),
+        (("mine", "text", params), {}),
+        (("mine", "text"), {"sampling_params": params}),
+        ((), {"request_id": "mine", "prompt": "text", "params": params}),
+    ]
+    for arguments, options in forms:
+        request_id = demo.add_request(*arguments, **options)
+        while not (results := [result for result in demo.step() if result.finished]):
+            pass
+        assert [(result.prompt, len(result.token_ids)) for result in results] == [("text", 3)]
+        assert results[0].request_id == str(request_id)
+        assert (request_id == "mine") == ("mine" in arguments or "request_id" in options)
+    for arguments in (("text", params), ("mine", "text", params)):
+        with pytest.raises(TypeError, match=r"one SamplingParams, got \[.*max_tokens=3.*max_tokens=3"):
+            demo.add_request(*arguments, sampling_params=params)
+    with pytest.raises(TypeError, match="request_id must be a string, got 7"):
+        demo.add_request(7, "text", params)
+
+
 @pytest.mark.parametrize("method", ["encode", "embed", "classify", "score", "reward", "set_tokenizer"])
 def test_methods_that_are_refused_by_name(demo, method):
     with pytest.raises(ValueError, match=f"LLM.{method} is not supported: .{{20}}"):

@@ -114,16 +114,16 @@ class LLMEngine:
     ) -> int | str:
         """Queues a prompt, as `add_request(prompt, sampling_params)` or `add_request(request_id, prompt, params)`.
 
-        Returns the request's id: the one given, or else a number. `step` hands out the results. For `priority` and
-        `timeout`, see `generate`.
+        The same by keywords; without an id, `prompt` may be the first argument or the one of that name. Returns the
+        request's id: the one given, or else a number. `step` hands out the results. For `priority` and `timeout`, see
+        `generate`.
 
         Raises:
             TypeError, ValueError: a bad prompt or parameter, or an id in use; nothing is queued.
             RuntimeError: the engine has failed or is closed.
         """
-        request_id, prompt, params = read_added(request_id, prompt, params)
+        request_id, prompt, params = read_added(request_id, prompt, params, sampling_params)
         self._check_alive()
-        params = sampling_params if params is None else params
         checked = self.intake.check_one(prompt, params, priority, timeout)
         with self._turn():
             name = self.requests.new_id(request_id)

@@ -39,18 +39,25 @@ class CheckedRequest(NamedTuple):
 
 
 def read_added(
-    request_id: str | Prompt | None, prompt: Prompt | SamplingParams | None, params: SamplingParams | None
+    request_id: str | Prompt | None,
+    prompt: Prompt | SamplingParams | None,
+    params: SamplingParams | None,
+    sampling_params: SamplingParams | None,
 ) -> tuple[str | None, Prompt | None, SamplingParams | None]:
     """The id, prompt and parameters of `add_request`, which may be given without the first; they are not checked yet.
 
     Raises:
-        TypeError: the id is no string.
+        TypeError: the id is no string, or parameters are given twice.
     """
-    if prompt is None or isinstance(prompt, SamplingParams):
-        return None, request_id, prompt
-    if not isinstance(request_id, str):
+    second = prompt if isinstance(prompt, SamplingParams) else None
+    if prompt is None or second is not None:  # the first argument is the prompt
+        request_id, prompt = None, request_id
+    elif request_id is not None and not isinstance(request_id, str):
         raise TypeError(f"request_id must be a string, got {request_id!r}")
-    return request_id, prompt, params
+    given = [value for value in (second, params, sampling_params) if value is not None]
+    if len(given) > 1:
+        raise TypeError(f"a request has one SamplingParams, got {given}")
+    return request_id, prompt, given[0] if given else None
 
 
 def check_requests(
