@@ -80,7 +80,7 @@ class SamplingParams(Options):
         allowed_token_ids: the only tokens that may be generated.
         include_stop_str_in_output: let the text returned end after the stop string.
         skip_special_tokens: leave special tokens out of the text.
-        spaces_between_special_tokens: put spaces between special tokens in the text.
+        spaces_between_special_tokens: changes nothing: which spaces a text has, the tokenizer's files say.
         detokenize: make text of the tokens; without, there is no text to look for `stop` in.
         output_kind: what is reported while the request runs.
         structured_outputs: the form that the text must have.

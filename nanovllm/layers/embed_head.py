@@ -58,7 +58,7 @@ class ParallelLMHead(nn.Module):
         self.weight.shards = [Shard((vocab_size, hidden_size), 0, start, 0, size)]
 
     def forward(self, x: Normalised | Tensor) -> Tensor:
-        if self.weight.is_cpu and self.weight.dtype != torch.float32:
+        if self.weight.is_cpu and self.weight.dtype != torch.float32:  # torch rounds these: the best would tie
             logits = half_logits(x.compute() if isinstance(x, Normalised) else x, self.weight)
         else:
             logits = apply_linear(x, self.weight)
