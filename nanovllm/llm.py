@@ -187,9 +187,10 @@ class LLM(LLMEngine):
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
-        """The continuations of each prompt that a beam search finds most probable, see `beam_search.search`.
+        """The continuations of each prompt that a beam search finds most probable.
 
-        `lora_request` is not supported; `concurrency_limit` changes nothing, as the engine bounds what runs at once.
+        `beam_search/search.py` says what the arguments are, and what is raised. `lora_request` is not supported;
+        `concurrency_limit` changes nothing, as the engine bounds what runs at once.
         """
         refuse({"lora_request": lora_request})
         return beam_search(self, prompts, params, use_tqdm)

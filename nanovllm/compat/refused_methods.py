@@ -34,7 +34,7 @@ def refused_method(owner: object, name: str) -> Callable[..., NoReturn]:
     """What stands for such a method: it raises ValueError when called, with the reason.
 
     Raises:
-        AttributeError: another name.
+        AttributeError: another name; with the place of what is ELSEWHERE.
     """
     if name not in REFUSED:
         hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else ""

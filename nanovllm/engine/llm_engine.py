@@ -324,7 +324,7 @@ class LLMEngine:
         self.requests.add(request)
 
     def _drop(self, request_ids: Items[int]) -> None:
-        """Forgets the unfinished of some requests, of a call that has ended: in the next turn, whosever it is."""
+        """Drops what is unfinished of a call's requests: at once, or at the end of the turn that a thread has."""
         self.turns.ask(functools.partial(self._drop_now, request_ids))
 
     def _drop_now(self, request_ids: Items[int]) -> None:

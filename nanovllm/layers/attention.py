@@ -65,8 +65,8 @@ class Attention(nn.Module):
         all_apart = context.num_decodes == len(qkv) and context.queries_per_row == 1
         if self.attend is attend_triton and all_apart and takes_rope_decode(qkv, self.k_cache.size(2)):
             tables, lens, semaphores = context.block_tables, context.context_lens, self.semaphores
-            scores = self.scale, self.window, self.soft_cap, self.k_scale, self.v_scale
-            return rope_decode(*rotation, tables, lens, semaphores, *scores).flatten(1)
+            score_options = self.scale, self.window, self.soft_cap, self.k_scale, self.v_scale
+            return rope_decode(*rotation, tables, lens, semaphores, *score_options).flatten(1)
         q = rope_store_kvcache(*rotation, self.k_scale, self.v_scale)
         return self.attend(self, q, context).flatten(1)
 
@@ -75,15 +75,15 @@ def attend_torch(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """Plain torch: gathered pages and a softmax; the oracle of the others."""
     caches = layer.k_cache, layer.v_cache
     tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
-    scores = layer.scale, layer.window, layer.soft_cap
+    score_options = layer.scale, layer.window, layer.soft_cap
     n = context.num_decodes
     if q.is_cuda and n == len(q):
-        return decode_without_host(q, *caches, tables, lens, *scores)
+        return decode_without_host(q, *caches, tables, lens, *score_options)
     if n:
-        o = paged_decode_torch(q[:n], *caches, tables[:n], lens[:n], context.decode_groups, *scores)
+        o = paged_decode_torch(q[:n], *caches, tables[:n], lens[:n], context.decode_groups, *score_options)
         if n == len(q):
             return o
-    rest = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
+    rest = paged_attention_torch(q, *caches, tables[n:], lens[n:], starts[n:], *score_options)
     if n:
         rest[:n] = o
     return rest
@@ -93,20 +93,20 @@ def attend_triton(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """Our own kernels: one for the decodes, which come first, one for parts of prompts."""
     caches = layer.k_cache, layer.v_cache
     tables, lens, starts = context.block_tables, context.context_lens, context.cu_seqlens_q
-    scores = layer.scale, layer.window, layer.soft_cap, layer.k_scale, layer.v_scale
+    score_options = layer.scale, layer.window, layer.soft_cap, layer.k_scale, layer.v_scale
     n = context.num_decodes
     if n == len(q):
-        return paged_decode(q, *caches, tables, lens, layer.semaphores, *scores)
-    o = paged_prefill(q, *caches, tables[n:], lens[n:], starts[n:], *scores)
+        return paged_decode(q, *caches, tables, lens, layer.semaphores, *score_options)
+    o = paged_prefill(q, *caches, tables[n:], lens[n:], starts[n:], *score_options)
     if n:
-        o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], layer.semaphores, *scores)
+        o[:n] = paged_decode(q[:n], *caches, tables[:n], lens[:n], layer.semaphores, *score_options)
     return o
 
 
 def attend_flash_attn(layer: Attention, q: Tensor, context: Context) -> Tensor:
     """The flash-attn package."""
-    scores = layer.scale, layer.window, layer.soft_cap
-    return paged_attention_flash(q, layer.k_cache, layer.v_cache, context, *scores)
+    score_options = layer.scale, layer.window, layer.soft_cap
+    return paged_attention_flash(q, layer.k_cache, layer.v_cache, context, *score_options)
 
 
 BACKENDS: dict[str, Callable[[Attention, Tensor, Context], Tensor]] = {

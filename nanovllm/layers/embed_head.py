@@ -21,7 +21,7 @@ class VocabParallelEmbedding(nn.Module):
     Rows may be multiplied by a number, which families set.
     """
 
-    multiplier = 1.0
+    multiplier: float = 1.0
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__()
