@@ -17,7 +17,9 @@ from torch import Tensor
 from nanovllm.config import Config
 from nanovllm.engine.step_input import StepInput, StepShape
 
-RING_SIZE = 4  # steps whose tokens the host can still read; two are in flight at most, or one for each stage
+# The last steps, at least, whose memory of the host is left alone: two are in flight, or one for each stage, and
+# before them may be as many that were surplus, for whose end nobody has waited.
+RING_SIZE = 4
 
 
 class PromptParts(NamedTuple):
@@ -71,7 +73,7 @@ class DeviceRows:
 
         self.device = device
         self.padding_row = config.max_num_seqs
-        self.ring_size = max(RING_SIZE, config.pipeline_parallel_size)
+        self.ring_size = max(RING_SIZE, 2 * config.pipeline_parallel_size)
         num_rows = config.max_num_seqs + 1
         self.last_tokens = zeros(num_rows, dtype=torch.int64)
         self.token_ring = self.make_ring(num_rows)
