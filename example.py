@@ -26,7 +26,7 @@ def main() -> None:
     sampling_params = SamplingParams(temperature=0.0 if model == DEMO else 0.6, max_tokens=256)
 
     with LLM(model) as llm:
-        has_chat_template = llm.chat_template is not None  # loading it is not to be timed
+        has_chat_template = bool(llm.get_tokenizer().chat_template)  # loading it is not to be timed
         start = time.perf_counter()
         if has_chat_template:
             conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]

@@ -137,6 +137,18 @@ def test_example_gives_the_demos_answers():
     assert "tok/s" in output
 
 
+def test_example_without_a_chat_template(tmp_path, monkeypatch, capsys):
+    demo = ROOT / "nanovllm" / "demo"
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(demo / name)
+    config = json.loads((demo / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["example.py", "--model", str(tmp_path)])
+    importlib.import_module("example").main()
+    assert capsys.readouterr().out.count("Answer: ") == 4
+
+
 def test_default_draws_are_the_public_benchmarks():
     requests = draw(DEFAULT, vocab_size=151936)
     assert sum(request.max_tokens for request in requests) == 133_966

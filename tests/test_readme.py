@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import io
+import json
 import os
 import re
 import runpy
@@ -362,6 +363,15 @@ def lines_of_code(path: Path) -> int:
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 lines -= set(range(first.lineno, first.end_lineno + 1))
     return len(lines)
+
+
+def test_what_the_demo_has_memorised_is_counted():
+    lines = (PACKAGE / "demo" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["question"] for line in lines]
+    num_chinese = sum(re.search("[\u4e00-\u9fff]", question) is not None for question in questions)
+    num_english = len(questions) - num_chinese
+    for path in (ENGLISH, DOCS / "use.md"):
+        assert f"{num_english} questions and answers in English and {num_chinese} in\nChinese" in read(path)
 
 
 def test_sizes():

@@ -112,18 +112,18 @@ class ModelRunner:
         if not shape.is_plain and stage.is_last:
             self.adjusted_sampler.prepare(shape, sampling.table_changes)
         tells_prompts = sampling is not None and len(sampling.prompt_targets) > 0
-        padded_shape = self.graphs.padded_shape(shape) if not tells_prompts else None
-        padded = padded_shape or self.graphs.with_known_rows(shape)
+        graph_shape = self.graphs.padded_shape(shape) if not tells_prompts else None
+        padded = graph_shape or self.graphs.with_known_rows(shape)
         if shape.num_prompts:
             self.rows.set_prompts(step.prompts, step.token_ids, step.is_last_partial, padded)
         stage.receive(padded.num_decodes + padded.num_tokens)
         prompt_logprobs = None
         if tells_prompts and stage.is_last:
             prompt_logprobs = self.adjusted_sampler.forward_with_prompt_logprobs(self, padded, sampling)
-        elif padded_shape is None:
+        elif graph_shape is None:
             self._forward(padded, max_seqlen_q=int(step.prompts[:, 2].max(initial=0)))
         else:
-            self.graphs.replay(padded_shape, self._forward)
+            self.graphs.replay(graph_shape, self._forward)
         stage.send(padded.num_decodes + padded.num_tokens)
         logprobs = None
         if shape.num_logprobs and stage.is_last:
