@@ -216,16 +216,16 @@ class LLMEngine:
         refuse({"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs})
         checked = self.intake.check(prompts, sampling_params, prompt_token_ids, priority, timeout)
         results: dict[int, RequestOutput] = {}
-        ids: list[int] = []
+        numbers: list[int] = []
         try:
             with self._turn():
                 for request in checked:
-                    ids.append(self.num_seqs)  # before it is queued, lest an interrupt leave it behind
+                    numbers.append(self.num_seqs)  # before it is queued, lest an interrupt leave it behind
                     self._add(self.intake.make(request, results))
-            self._complete(ids, results, use_tqdm)
+            self._complete(numbers, results, use_tqdm)
         finally:
-            self._drop(ids)
-        ordered = [results[request_id] for request_id in ids]
+            self._drop(numbers)
+        ordered = [results[number] for number in numbers]
         for result in ordered:
             if "error" in result:
                 raise RequestError(result["error"], ordered)
@@ -262,13 +262,13 @@ class LLMEngine:
             self._check_alive()
             yield
 
-    def _complete(self, ids: list[int], results: dict[int, RequestOutput], use_tqdm: bool | Callable) -> None:
+    def _complete(self, numbers: list[int], results: dict[int, RequestOutput], use_tqdm: bool | Callable) -> None:
         """Makes steps until all of some requests have their results."""
         num_finished = len(results)
-        with Progress(len(ids), use_tqdm, self.computed) as progress:
-            while num_finished < len(ids):
+        with Progress(len(numbers), use_tqdm, self.computed) as progress:
+            while num_finished < len(numbers):
                 with self._turn():
-                    if len(results) < len(ids):  # else another thread's step was the last one needed
+                    if len(results) < len(numbers):  # else another thread's step was the last one needed
                         self._advance()
                 num_finished = len(results)
                 progress.show(num_finished)
@@ -323,14 +323,14 @@ class LLMEngine:
         """Queues a request. For whoever has the turn."""
         self.requests.add(request)
 
-    def _drop(self, request_ids: Items[int]) -> None:
+    def _drop(self, numbers: Items[int]) -> None:
         """Drops what is unfinished of a call's requests: at once, or at the end of the turn that a thread has."""
-        self.turns.ask(functools.partial(self._drop_now, request_ids))
+        self.turns.ask(functools.partial(self._drop_now, numbers))
 
-    def _drop_now(self, request_ids: Items[int]) -> None:
+    def _drop_now(self, numbers: Items[int]) -> None:
         if self.failure is not None:  # the requests ended with the engine
             return
-        for number in request_ids:
+        for number in numbers:
             self.requests.drop(number)
 
     def _check_alive(self) -> None:

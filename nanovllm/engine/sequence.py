@@ -42,7 +42,7 @@ class Sequence:
         self, seq_id: int, token_ids: list[int], sampling_params: SamplingParams, seed: int, priority: int = 0
     ) -> None:
         """`seed` is what the draws of the request depend on, besides positions; a lower `priority` goes first."""
-        self.seq_id = self.request_id = seq_id  # a request's further samples have the id of its first one
+        self.seq_id = self.request_number = seq_id  # a request's further samples have the number of its first one
         self.priority = priority
         self.sampling_params = sampling_params
         self.seed = seed

@@ -107,7 +107,7 @@ class Intake:
             default_seed = self.config.seed * SEED_STRIDE + number + index
             seed = default_seed if params.seed is None else params.seed + index
             seq = Sequence(number + index, checked.token_ids, params, seed, checked.priority)
-            seq.request_id = number
+            seq.request_number = number
             if params.n > 1 and not self.config.enable_prefix_caching:
                 seq.cache_salt = number
             num_prompt_top = params.prompt_logprobs if index == 0 else None

@@ -54,18 +54,18 @@ class OpenRequests(dict[int, Request]):
 
     def take_in(self, batch: Batch, finished: list[Sequence]) -> None:
         """Puts down the results of requests whose last sample is among those that a step's tokens have ended."""
-        ended = dict.fromkeys(self[seq.request_id] for seq in finished)
+        ended = dict.fromkeys(self[seq.request_number] for seq in finished)
         for seq in finished:
             if seq.finish_reason == "error":
-                request = self[seq.request_id]
+                request = self[seq.request_number]
                 request.error = request.explain(seq, self.config)
         for request in ended:
             if request.is_finished:
                 self._finish(request)
         for seq in batch.seqs[: batch.num_samples]:
-            request = self.get(seq.request_id)
+            request = self.get(seq.request_number)
             if request is not None and request.reports_progress:
-                self.progressed[seq.request_id] = request
+                self.progressed[seq.request_number] = request
 
     def end_overdue(self) -> None:
         """Ends the requests whose time is over."""
