@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import nanovllm.demo
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, EngineArgs, SamplingParams
 from nanovllm.checkpoint.model_config import ModelConfig
 from nanovllm.checkpoint.rope import Rope
 from nanovllm.compat.engine_options import OTHER_NAMES, translate
@@ -659,6 +659,18 @@ def test_default_parameters_are_the_models(checkpoint, tmp_path, capsys):
         assert len(llm.generate([[5, 6, 7]], use_tqdm=False)[0].token_ids) <= 3
         llm.get_default_sampling_params().max_tokens = 9  # of a copy
         assert llm.get_default_sampling_params().max_tokens == 3
+
+
+def test_engine_args_are_attributes(checkpoint):
+    args = EngineArgs(checkpoint("qwen3").path, device="cpu", max_model_len=64)
+    args.max_num_seqs = 2
+    assert (args.max_model_len, vars(args)["max_num_seqs"]) == (64, 2)
+    with LLM.from_engine_args(args) as llm:
+        assert type(llm) is LLM
+        assert (llm.config.max_model_len, llm.config.max_num_seqs) == (64, 2)
+    args.max_modellen = 9
+    with pytest.raises(TypeError, match="unknown option 'max_modellen'; did you mean 'max_model_len'"):
+        LLM(**vars(args))
 
 
 def test_a_bar_of_ones_own(checkpoint):

@@ -1,11 +1,14 @@
 """vLLM's `EngineArgs`, which its scripts make an `LLMEngine` of."""
 
+from types import SimpleNamespace
 from typing import Any
 
 
-class EngineArgs:
-    """The arguments of an engine, as `LLMEngine.from_engine_args` takes them; what they may be, `Config` says."""
+class EngineArgs(SimpleNamespace):
+    """The arguments of an engine as attributes, which may be assigned to; what they may be, `Config` says.
+
+    `LLMEngine.from_engine_args(args)` and `LLM(**vars(args))` take them.
+    """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.model = model
-        self.options = options
+        super().__init__(model=model, **options)

@@ -98,7 +98,7 @@ class LLMEngine:
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
         """An engine, as vLLM's scripts make one."""
-        return cls(engine_args.model, **engine_args.options)
+        return cls(**vars(engine_args))
 
     # ---- driving the engine ---------------------------------------------------------------------------------------
 
