@@ -53,7 +53,7 @@ NOT_HERE: dict[str, dict[str, Accepted]] = {
         "kv_cache_dtype_skip_layers": EMPTY,
         "calculate_kv_scales": OFF,
     },
-    "only the safetensors in a folder are read, by this package's own loader": {
+    "only safetensors and GGUF files are read, by this package's own loader": {
         "model_loader_extra_config": EMPTY,
         "safetensors_load_strategy": (None, str),
         "pt_load_map_location": ANYTHING,

@@ -73,7 +73,10 @@ class BlockManager:
         return self.num_lacking(seq, num_ahead) <= len(self.free_block_ids)
 
     def may_append(self, seq: Sequence, num_ahead: int = 0) -> int:
-        """Gives a running sequence the blocks that it lacks; returns how many, mostly one or none."""
+        """Gives a running sequence the blocks that it lacks, once `can_append` has said that there are enough.
+
+        Returns how many, mostly one or none.
+        """
         num_lacking = self.num_lacking(seq, num_ahead)
         seq.block_table += [self._take_free() for _ in range(num_lacking)]
         return num_lacking
