@@ -14,6 +14,7 @@ from checkpoints import mixed_prompts
 from engines import GREEDY, Trace, check_idle, engine, expected, generate, tokens
 
 from nanovllm import SamplingParams
+from nanovllm.engine.sequence import Sequence
 from nanovllm.timeline.chrome import chrome_events
 from nanovllm.timeline.states import State, states_of
 from nanovllm.timeline.svg import draw_svg, num_computed
@@ -122,7 +123,9 @@ def test_what_is_dropped_has_an_end(checkpoint):
         llm.abort_request(second)
         while llm.has_unfinished_requests():
             llm.step()
+        llm.scheduler.finish(Sequence(2, [5, 6], GREEDY, seed=0))  # as of a request whose grammar is not compiled yet
         check_idle(llm)
+    assert list(recorder.run["sequences"]) == [str(first), str(second)]
     assert recorder.run["sequences"][str(second)]["ended"] == 2
     states = states_of(recorder.run)
     assert [cell.state for cell in states[second].values()] == [State.WAITING] * 2

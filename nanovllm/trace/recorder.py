@@ -102,7 +102,9 @@ class Recorder:
             preempt(seq)
 
         def recorded_finish(seq: Sequence) -> None:
-            self.run["sequences"][str(seq.seq_id)] |= {"ended": len(self.steps), "finish_reason": seq.finish_reason}
+            record = self.run["sequences"].get(str(seq.seq_id))
+            if record is not None:  # else it was not added yet: it waits for its grammar
+                record |= {"ended": len(self.steps), "finish_reason": seq.finish_reason}
             finish(seq)
 
         def recorded_postprocess(batch: Batch, token_ids: list[list[int]]) -> list[Sequence]:
