@@ -530,6 +530,12 @@ def test_names_of_other_types(config, options, match):
         config(**options)
 
 
+def test_a_folder_without_config_json_is_named_by_its_option(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^hf_config_path='.*empty' has no config\.json"):
+        config(hf_config_path=str(tmp_path / "empty"))
+
+
 def test_a_folder_is_of_any_revision(config):
     assert config(revision="v2", download_dir="cache", hf_token=True).model == config().model
 

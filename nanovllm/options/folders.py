@@ -23,7 +23,10 @@ def find_folders(config: Config) -> None:
     folder = resolve_model_path(name, config.load_format != "dummy", revision=config.revision, **hub)
     config.model = find_gguf(folder, config.load_format) or folder
     if config.hf_config_path is not None:
-        config.hf_config_path = resolve_model_path(config.hf_config_path, option="hf_config_path", **hub)
+        asked = config.hf_config_path
+        config.hf_config_path = resolve_model_path(asked, option="hf_config_path", **hub)
+        if not os.path.isfile(os.path.join(config.hf_config_path, "config.json")):
+            raise ValueError(f"hf_config_path={asked!r} has no config.json")
     elif config.model != folder:  # a GGUF file, beside which the folder may have more
         if os.path.isfile(os.path.join(folder, "config.json")):
             config.hf_config_path = folder
