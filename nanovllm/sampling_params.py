@@ -78,7 +78,7 @@ class SamplingParams(Options):
         logit_bias: numbers added to the logits of token ids (ints, or strings of digits), clamped to [-100, 100].
         bad_words: strings whose tokens are not generated one after another.
         allowed_token_ids: the only tokens that may be generated.
-        include_stop_str_in_output: let the text returned end after the stop string.
+        include_stop_str_in_output: let the text returned end behind the stop string, or the token, that ended it.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: changes nothing: which spaces a text has, the tokenizer's files say.
         detokenize: make text of the tokens; without, there is no text to look for `stop` in.
