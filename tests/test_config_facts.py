@@ -225,7 +225,7 @@ ROWS = [
     Row("layer_types", HONOURED, ["full_attention"] * 2, GEMMA),
     Row("layer_types", HONOURED, ["full_attention", "sliding_attention"], GEMMA),
     Row("layer_types", HARMLESS, ["full_attention"] * 2, but(GEMMA)),
-    Row("layer_types", HARMLESS, ["attention", "full_attention"], but(GEMMA)),
+    Row("layer_types", HARMLESS, ["attention", "full_attention"], but(GEMMA) if IS_TRANSFORMERS_5 else []),
     Row("layer_types", REFUSED, SLIDING, ALL, {"sliding_window": None}),
     Row("layer_types", REFUSED, ["full_attention", "linear_attention"]),
     Row("layer_types", REFUSED, ["full_attention"]),
@@ -403,7 +403,8 @@ def test_facts(tmp_path, family, row):
         assert read(tmp_path, changed) != read(tmp_path, base)
     else:
         assert read(tmp_path, changed) == read(tmp_path, base)
-        assert torch.equal(logits(changed), base_logits(family))
+        if IS_TRANSFORMERS_5 or row.field != "torchscript":  # by which 4 unties the head
+            assert torch.equal(logits(changed), base_logits(family))
 
 
 @pytest.mark.skipif(not IS_TRANSFORMERS_5, reason="transformers 4 ignores it")
@@ -445,8 +446,11 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
             shared_intermediate_size=getattr(known, "shared_expert_intermediate_size", 0),
             norm_topk_prob=getattr(known, "norm_topk_prob", True),
         )
-    rope = getattr(known, "rope_parameters", None) or {"rope_theta": getattr(known, "rope_theta", None)}
-    thetas = {ropes["rope_theta"] for ropes in rope.values()} if family in GEMMA3 else {rope["rope_theta"]}
+    if IS_TRANSFORMERS_5:
+        rope = known.rope_parameters
+        thetas = {ropes["rope_theta"] for ropes in rope.values()} if family in GEMMA3 else {rope["rope_theta"]}
+    else:
+        thetas = {known.rope_theta, getattr(known, "rope_local_base_freq", known.rope_theta)}
     assert {config.rope.theta} | ({config.local_rope.theta} if config.local_rope else set()) == thetas
     assert config.rope.kind == "default"
     scalar = getattr(known, "query_pre_attn_scalar", None)
@@ -460,9 +464,7 @@ def test_defaults_are_those_of_transformers(tmp_path, family):
 def test_null_heads_are_as_many_as_the_query_heads(tmp_path, family):
     config = BASE[family] | {"num_key_value_heads": None}
     assert read(tmp_path, config).num_key_value_heads == SHAPE["num_attention_heads"]
-    if (
-        family not in MISTRAL + MIXTRAL + QWEN_MOE + GEMMA or not IS_TRANSFORMERS_5
-    ):  # whose classes fail with null there
+    if family not in MISTRAL + MIXTRAL + QWEN_MOE + GEMMA:  # whose classes do not know null
         assert CONFIG_CLASSES[family](**config).num_key_value_heads == SHAPE["num_attention_heads"]
 
 
