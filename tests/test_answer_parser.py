@@ -64,6 +64,17 @@ def test_answers(text, has_tools, is_reasoning, reasoning, content, calls):
         assert parse(pieces, has_tools, is_reasoning) == want
 
 
+@pytest.mark.parametrize(
+    ("text", "calls"), [('{"name": "say", "arguments": {"a": "</tool_call>"}}', 1), ('{"name"', 0)]
+)
+def test_an_answer_that_is_a_call(text, calls):
+    parser = AnswerParser(has_tools=True, is_reasoning=True, is_call=True)
+    assert parser.push(text[:9], False) == parser.push(text[9:12], False) == ("", "", [])
+    got = parser.push(text[12:], True)
+    assert got.reasoning == "" and got.content == ("" if calls else text)
+    assert [call["function"]["arguments"] for call in got.calls] == ['{"a": "</tool_call>"}'] * calls
+
+
 def test_text_without_tools_is_not_held_back():
     parser = AnswerParser(has_tools=False, is_reasoning=False)
     assert parser.push("a <tool", False).content == "a <tool"

@@ -120,6 +120,22 @@ def test_a_template_that_loops_for_one_role_only(template):
     assert template(MIXED).render(messages) == "Be\nkind<a><b>"
 
 
+@pytest.mark.parametrize(
+    ("source", "want"),
+    [
+        (AS_STRINGS, "[developer] Be kind\n[user] a\n"),
+        (IN_PARTS, "[developer]<Be kind>[user]a"),
+        (MIXED, "Be kind<a>"),
+        ("{{ raise_exception('') if messages[0].role != 'system' }}{{ messages[0].content }}", "Be kind"),
+    ],
+)
+def test_a_developer_is_the_system_where_a_template_knows_none(template, source, want):
+    content = parts("Be kind") if source == IN_PARTS else "Be kind"
+    assert (
+        template(source).render([{"role": "developer", "content": content}, {"role": "user", "content": "a"}]) == want
+    )
+
+
 def test_messages_are_handed_on_as_they_are(template):
     """A missing content stays missing, and what else a message has is there."""
     source = "{% for m in messages %}{{ m.content is defined }} {{ m.tool_calls | length }}{% endfor %}"

@@ -88,6 +88,7 @@ def test_bad_json(option, text, match, capsys):
         (["chat", "/no/such/folder"], "/no/such/folder"),
         ([*CHAT, "--max-num-seqs", "0"], "max_num_seqs must be between 1"),
         ([*CHAT, "--params", '{"top_p": 3}'], "top_p must be"),
+        ([*CHAT, "--params", '{"n": 2}'], "stream yields one text, got n=2"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments, match, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_max_tokens_of_a_chat(body, max_tokens):
     ("body", "structure"),
     [
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "json_object", "json_schema": None}}, {"json_object": True}),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
             {"json": SCHEMA},
@@ -135,7 +136,17 @@ def test_structures(body, structure):
         (False, {"prompt": None}, "prompt: Field required"),
         (False, {"stop": 5}, "stop: "),
         (False, {"logprobs": True}, "logprobs: "),
-        (False, {"echo": True}, "echo: "),
+        (True, {"stream_options": {"include_usage": True}}, "stream_options needs stream=true"),
+        (
+            True,
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation: ",
+        ),
+        (True, {"max_completion_tokens": 0}, "max_completion_tokens: "),
+        (True, {"echo": True}, "echo is not supported"),
+        (True, {"tools": [{"type": "function"}]}, "tools: each must have a function with a name, got {"),
+        (True, {"tools": [{"function": {"name": 5}}]}, "tools: each must have a function with a name, got {"),
+        (False, {"echo": 1}, "echo: "),
         (False, {"best_of": 2}, "best_of: "),
         (False, {"tools": []}, "tools is not supported"),
     ],
@@ -147,7 +158,7 @@ def test_what_no_request_may_hold(is_chat, body, match):
         request(is_chat, **body)
     refused = from_validation(caught.value.errors()[0])
     assert str(refused).startswith(match) and refused.status == 400
-    assert refused.param == (None if " needs " in match else match.split(" is ")[0].split(":")[0])
+    assert refused.param == (None if " needs " in match else re.split(" is |:", match)[0])
 
 
 @pytest.mark.parametrize(
@@ -158,6 +169,7 @@ def test_what_no_request_may_hold(is_chat, body, match):
         ({"n": 0}, "n must be"),
         ({"response_format": {"type": "xml"}}, "response_format must be of type"),
         ({"response_format": {"type": "json_schema"}}, "response_format must be of type"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "json_object.* with nothing beside it"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "by one of guided_regex, guided_choice, got several"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "got several"),
     ],

@@ -190,6 +190,28 @@ def test_logprobs_of_completions(client, llm, stream):
     ] * 6
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echoed_prompts(client, llm, stream):
+    """As lm-evaluation-harness asks for them: the prompt's logprobs stand before the answer's."""
+    options = {"model": "demo", "temperature": 0, "max_tokens": 2, "echo": True}
+    for prompt in (PROMPT, [5, 6, 7]):
+        (want,) = plain(llm, [prompt], temperature=0, max_tokens=2, logprobs=1, prompt_logprobs=1)
+        text = llm.tokenizer.decode(want.prompt_token_ids) + want.text
+        got = client.completions.create(**options, prompt=prompt, logprobs=1, stream=stream)
+        choices = [chunk.choices[0] for chunk in (got if stream else [got])]
+        assert "".join(choice.text for choice in choices) == text
+        parts = [choice.logprobs.model_dump() for choice in choices]
+        told = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+        own = [next(iter(entry.values())) for entry in want.prompt_logprobs[1:] + want.outputs[0].logprobs]
+        assert told["tokens"] == list(map(llm.tokenizer.token_text, want.prompt_token_ids + want.token_ids))
+        assert told["token_logprobs"] == [None, *(pytest.approx(logprob.logprob) for logprob in own)]
+        assert [top is None for top in told["top_logprobs"]] == [True, *(False for _ in own)]
+        for offset, token in zip(told["text_offset"], told["tokens"], strict=True):
+            assert text[offset:].startswith(token)
+        (choice,) = client.completions.create(**options, prompt=prompt).choices
+        assert choice.text == text and choice.logprobs is None
+
+
 # ---- chats ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,17 +247,20 @@ def test_logprobs_of_chats(client, llm):
     assert all(entry.top_logprobs == [] for entry in streamed)
 
 
-def test_answers_of_a_form(client, engine):
+@pytest.fixture(scope="module")
+def not_spaces(engine):
+    """A bias against what the demo, that knows no JSON, would write without end."""
     texts = map(engine.tokenizer.token_text, range(3328))
-    whitespace = [token_id for token_id, text in enumerate(texts) if text.isspace()]
+    return {token_id: -100 for token_id, text in enumerate(texts) if text.isspace()}
 
+
+def test_answers_of_a_form(client, not_spaces):
     class Answer(pydantic.BaseModel):
         city: Literal["Rome", "Paris"]
         days: Literal[1, 2, 3]
 
-    bias = {token_id: -100 for token_id in whitespace}  # which the demo, that knows no JSON, would write without end
     got = client.chat.completions.parse(
-        model="demo", messages=CHAT, response_format=Answer, temperature=0, logit_bias=bias
+        model="demo", messages=CHAT, response_format=Answer, temperature=0, logit_bias=not_spaces
     )
     assert isinstance(got.choices[0].message.parsed, Answer)
     for extra, pattern in [
@@ -250,7 +275,7 @@ def test_answers_of_a_form(client, engine):
         assert re.fullmatch(pattern, got.choices[0].text)
     schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
     extra = {"guided_json": schema}
-    got = client.completions.create(model="demo", prompt="a", max_tokens=60, logit_bias=bias, extra_body=extra)
+    got = client.completions.create(model="demo", prompt="a", max_tokens=60, logit_bias=not_spaces, extra_body=extra)
     assert json.loads(got.choices[0].text) == {"a": 1}
 
 
@@ -275,6 +300,42 @@ def test_calls_of_tools(client, stream):
     assert ask(CALL, tools=TOOLS)[0] is None
     assert ask(CALL, tools=TOOLS, tool_choice="none") == (CALL, [], "stop")
     assert ask(CALL) == (CALL, [], "stop")
+    assert len(ask(f"{CALL}\n{CALL}", tools=TOOLS, parallel_tool_calls=False)[1]) == 1
+
+
+class Days(pydantic.BaseModel):
+    count: Literal[1, 2]
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["Rome", "Paris"]
+    days: Days  # which the schema refers to
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("is_thinking", [False, True])
+def test_a_tool_that_must_be_called(client, not_spaces, stream, is_thinking):
+    """As pydantic's, LangChain's and other clients get objects."""
+    named = {"type": "function", "function": {"name": "Weather"}}
+    now = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    for choice, tools in [("required", [now]), (named, [now, openai.pydantic_function_tool(Weather)])]:
+        got = client.chat.completions.create(
+            model="demo", messages=CHAT, tools=tools, tool_choice=choice, stream=stream, logit_bias=not_spaces,
+            extra_body={"chat_template_kwargs": {"enable_thinking": is_thinking}},
+        )  # fmt: skip
+        if stream:
+            whole = stream_chat(got)
+            content, calls, reason = whole["content"], whole["tool_calls"], whole["finish_reason"]
+        else:
+            message, reason = got.choices[0].message, got.choices[0].finish_reason
+            content, calls = message.content, message.tool_calls
+        (call,) = calls
+        assert not content and reason == "tool_calls"
+        assert call.function.name == tools[-1]["function"]["name"]
+        if choice == "required":
+            assert json.loads(call.function.arguments) == {}
+        else:
+            assert isinstance(Weather.model_validate_json(call.function.arguments), Weather)
 
 
 def test_the_template_tells_of_tools(client):
@@ -299,6 +360,12 @@ def test_reasoning_is_split_off(client, stream, is_opened):
     assert (reasoning, content) == ("let me think", "paris")
 
 
+def test_a_form_leaves_no_room_for_reasoning(client):
+    extra = {"guided_choice": ["yes", "no"], "chat_template_kwargs": {"enable_thinking": True}}
+    got = client.chat.completions.create(model="demo", messages=CHAT, extra_body=extra)
+    assert got.choices[0].message.content in ("yes", "no")
+
+
 def test_the_asynchronous_client(url, llm):
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
@@ -318,7 +385,8 @@ def test_batches_are_answered_alike(client, llm, url, tmp_path):
         {"messages": CHAT, "n": 2, "top_k": 1, "max_tokens": 30, "logprobs": True, "top_logprobs": 2} | thinking,
         {"prompt": ["a", [5, 6]], "n": 2, "top_k": 1, "max_tokens": 9, "logprobs": 3, "return_token_ids": True},
         {"prompt": "a", "tools": TOOLS},
-        {"messages": CHAT, "tool_choice": "required", "tools": TOOLS},
+        {"messages": CHAT, "tool_choice": "required"},
+        {"prompt": ["a", [5, 6]], "top_k": 1, "logprobs": 1, "echo": True},
         {"messages": CHAT, "model": "other"},
         {"prompt": "a", "priority": 3},
     ]
@@ -360,7 +428,7 @@ BAD_COMPLETIONS = [
     ({"prompt": [["a"]]}, "prompt"),
     ({"prompt": [5000]}, "token ids"),
     ({"prompt": [5] * 3000}, "max_model_len"),
-    ({"echo": True}, "echo"),
+    ({"echo": True, "logprobs": 21}, "logprobs"),
     ({"suffix": "end"}, "suffix is not supported"),
     ({"best_of": 3}, "best_of"),
     ({"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
@@ -380,7 +448,8 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}]}, "text"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"tool_choice": "required", "tools": TOOLS, "guided_choice": ["a"]}, "tool_choice='required' gives"),
+    ({"tools": [{}]}, "tools: each must have a function"),
     ({"chat_template": "{{ 7 * 7 }}"}, "chat_template is not supported"),
     ({"chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}, "chat_template"),
     ({"functions": []}, "functions is not supported"),
@@ -435,6 +504,7 @@ def test_errors_of_the_client(client):
         (b"[1]", {}),
         (b"\xff\xfe", {}),
         (b'{"prompt": "a"}', {"content-type": "text/plain"}),
+        (b'{"prompt": "a"}', {"content-type": "application/x-www-form-urlencoded"}),
         (b'{"prompt":' + b"[" * 100_000, {}),
         (b'{"prompt": "a", "temperature": NaN}', {}),
         (b'{"prompt": "\\ud800"}', {}),
@@ -447,6 +517,7 @@ def test_malformed_bodies(client, url, content, headers):
     headers = {"content-type": "application/json"} | headers
     response = httpx.post(f"{url}/v1/completions", content=content, headers=headers)
     assert response.status_code == 400 and set(response.json()["error"]) == ERROR_KEYS
+    assert ("Content-Type" in response.text) == (headers["content-type"] != "application/json")
 
 
 def test_huge_bodies(client, url):

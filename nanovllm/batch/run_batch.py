@@ -157,7 +157,7 @@ class BatchRun:
         self.model.check_name(body.model)
         if body.stream:
             raise ValueError("stream=true is not served in a batch, whose answers are written whole")
-        line.answer = Answer(body, self.model.name)
+        line.answer = Answer(body, self.model.name, self.model.tokenizer)
         prompts = self.model.prompts(body)
         params = body.sampling_params(self.llm.default_sampling_params)
         return [self.llm.intake.check_one(prompt, params, body.priority) for prompt in prompts]

@@ -42,7 +42,8 @@ class ChatTemplate:
         """The prompt of a conversation: what transformers' `apply_chat_template` makes of it.
 
         A message's content is a string, or a list of parts {"type": "text", "text": ...} as OpenAI's API has them. The
-        arguments of an assistant's tool calls may be JSON, as they are there: templates get the objects.
+        arguments of an assistant's tool calls may be JSON, as they are there: templates get the objects. A developer's
+        message is one of the system's for templates that would leave it out.
 
         Args:
             messages: the conversation.
@@ -105,6 +106,10 @@ class ChatTemplate:
 
     def _spell(self, source: str, message: Message, content_format: ContentFormat) -> Message:
         """The message as the template expects it."""
+        if message["role"] == "developer" and not any(
+            self._shows(source, "developer", form) for form in (True, False)
+        ):
+            message = message | {"role": "system"}
         content = message.get("content")
         if content is None:
             return message

@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     beginning = [{"role": "system", "content": args.system}] if args.system else []
     with LLM(**read_options(args)) as llm:
         params = replace(llm.default_sampling_params, **{"max_tokens": None} | args.params)
+        # What cannot be answered at all is refused before anyone has said anything; nothing is queued by this.
+        llm.stream([*beginning, {"role": "user", "content": "?"}], params)
         print(HELP)
         messages = list(beginning)
         while True:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
-from nanovllm.openai_api.parsing import THINK, AnswerParser
+from nanovllm.openai_api.parsing import END_OF_THINK, THINK, AnswerParser
 from nanovllm.openai_api.protocol import ChatRequest, CompletionRequest
 from nanovllm.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
+from nanovllm.text.tokenizer import Tokenizer
 
 GenerationBody = CompletionRequest | ChatRequest
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -23,19 +24,40 @@ class CompletionChoice:
     whole_object = part_object = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self, body: CompletionRequest, index: int, prompt: str | None) -> None:
-        """The choice `index` of an answer."""
+    def __init__(
+        self, body: CompletionRequest, index: int, output: RequestOutput, tokenizer: Tokenizer | None
+    ) -> None:
+        """The choice `index` of an answer, for the prompt of an output."""
         self.body = body
         self.index = index
+        self.tokenizer = tokenizer
+        self.echoed = output if body.echo else None  # whose prompt is yet to be told
         self.num_chars = 0  # of the tokens so far, for the offsets of the next ones
 
     def part(self, sample: CompletionOutput, is_whole: bool) -> dict[str, Any]:
         """What a sample's output says."""
-        logprobs = None
+        text, logprobs = sample.text, None
+        if self.echoed is not None:
+            text, logprobs = self._echo(self.echoed)
+            text, self.echoed = text + sample.text, None
         if sample.logprobs is not None:
-            logprobs = self._logprobs(sample.logprobs)
-        choice = {"index": self.index, "text": sample.text, "logprobs": logprobs}
+            new = self._logprobs(sample.logprobs)
+            logprobs = new if logprobs is None else {name: logprobs[name] + new[name] for name in new}
+        choice = {"index": self.index, "text": text, "logprobs": logprobs}
         return choice | ending(sample, sample.finish_reason) | token_ids(sample, self.body)
+
+    def _echo(self, output: RequestOutput) -> tuple[str, dict[str, Any] | None]:
+        """The text and the logprobs of a prompt, of whose first token there is none."""
+        text, (first_id, *_) = output.prompt, output.prompt_token_ids
+        if not isinstance(text, str):
+            text = "" if self.tokenizer is None else self.tokenizer.decode(output.prompt_token_ids, False)
+        if output.prompt_logprobs is None:
+            return text, None
+        first = f"token_id:{first_id}" if self.tokenizer is None else self.tokenizer.token_text(first_id)
+        self.num_chars = len(first)
+        told = {"tokens": [first], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
+        others = self._logprobs(output.prompt_logprobs[1:])
+        return text, {name: told[name] + others[name] for name in told}
 
     def _logprobs(self, entries: list[Logprobs]) -> dict[str, Any]:
         own = [next(iter(entry.items())) for entry in entries]
@@ -59,16 +81,21 @@ class ChatChoice:
     whole_object, part_object = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl-"
 
-    def __init__(self, body: ChatRequest, index: int, prompt: str | None) -> None:
-        """The choice `index` of an answer to the rendered `prompt`, which may have opened a <think>."""
+    def __init__(self, body: ChatRequest, index: int, output: RequestOutput, tokenizer: Tokenizer | None) -> None:
+        """The choice `index` of an answer, to the rendered prompt of an output, which may have opened a <think>."""
         self.body = body
         self.index = index
-        self.parser = AnswerParser(body.offered_tools is not None, (prompt or "").rstrip().endswith(THINK))
+        form = body.structure()
+        # A form that does not speak of its end has no room for reasoning.
+        is_reasoning = (output.prompt or "").rstrip().endswith(THINK) and (form is None or END_OF_THINK in str(form))
+        self.parser = AnswerParser(body.offered_tools is not None, is_reasoning, bool(body.forced_tools))
         self.has_begun = False
 
     def part(self, sample: CompletionOutput, is_whole: bool) -> dict[str, Any]:
         """What a sample's output says."""
         reasoning, content, calls = self.parser.push(sample.text, sample.finish_reason is not None)
+        if not self.body.parallel_tool_calls:
+            calls = [call for call in calls if call["index"] == 0]
         message: dict[str, Any] = {}
         if not self.has_begun:
             message["role"], self.has_begun = "assistant", True
@@ -99,9 +126,10 @@ Choice = CompletionChoice | ChatChoice
 class Answer:
     """What a request is answered, from the outputs of its prompts: all in one, or chunk by chunk."""
 
-    def __init__(self, body: GenerationBody, model: str) -> None:
-        """The answer to a request, by a model of this name; nothing of it is there yet."""
+    def __init__(self, body: GenerationBody, model: str, tokenizer: Tokenizer | None = None) -> None:
+        """The answer to a request, by a model of this name and tokenizer; nothing of it is there yet."""
         self.body = body
+        self.tokenizer = tokenizer
         self.kind: type[Choice] = ChatChoice if isinstance(body, ChatRequest) else CompletionChoice
         self.head = {"id": f"{self.kind.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.choices: dict[int, dict[str, Any]] = {}  # whole ones, by index
@@ -115,7 +143,7 @@ class Answer:
         self._count(number, output)
         for sample in output.outputs:
             index = number * self.body.n + sample.index
-            self.choices[index] = self.kind(self.body, index, output.prompt).part(sample, is_whole=True)
+            self.choices[index] = self._choice(index, output).part(sample, is_whole=True)
 
     def whole(self) -> dict[str, Any]:
         """The answer in one, once the outputs of all prompts are in."""
@@ -130,7 +158,7 @@ class Answer:
             if index in self.ended or not (sample.token_ids or sample.finish_reason is not None):
                 continue  # only other samples have something new
             if index not in self.streamed:
-                self.streamed[index] = self.kind(self.body, index, output.prompt)
+                self.streamed[index] = self._choice(index, output)
             if sample.finish_reason is not None:
                 self.ended.add(index)
             yield self._chunk([self.streamed[index].part(sample, is_whole=False)])
@@ -149,6 +177,9 @@ class Answer:
             "total_tokens": num_prompt_tokens + self._num_completion_tokens,
             "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         }
+
+    def _choice(self, index: int, output: RequestOutput) -> Choice:
+        return self.kind(self.body, index, output, self.tokenizer)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self.head, "object": self.kind.part_object, "choices": choices}

@@ -26,9 +26,10 @@ class AnswerParser:
     part of the content or the reasoning. A text without tags is given out as it is.
     """
 
-    def __init__(self, has_tools: bool, is_reasoning: bool) -> None:
-        """`is_reasoning`: the prompt has opened a <think> that the answer is to close."""
+    def __init__(self, has_tools: bool, is_reasoning: bool, is_call: bool = False) -> None:
+        """is_reasoning: the prompt has opened a <think> that the answer is to close; is_call: all of it is a call."""
         self.has_tools = has_tools
+        self.is_call = is_call
         self.section = "reasoning" if is_reasoning else "start"
         self.num_calls = 0
         self._held = ""
@@ -39,6 +40,9 @@ class AnswerParser:
         self._held += text
         sections: dict[str, str] = {"reasoning": "", "content": ""}
         calls: list[dict[str, Any]] = []
+        if self.is_call:
+            call = self._read_call(self._held) if is_last else None
+            return Parts("", self._held if is_last and call is None else "", [call] if call is not None else [])
         if self.section == "start" and not self._has_started(is_last):
             return Parts("", "", [])
         while True:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from nanovllm.openai_api.tools import call_schema, check_tools
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 MOST_SAMPLES = 128  # `n`, as at OpenAI
@@ -33,6 +34,7 @@ Texts = Annotated[list[Any], items_of(str)]
 Words = Annotated[list[Any], Field(max_length=MOST_WORDS), items_of(str)]
 TokenIds = Annotated[list[Any], items_of(int)]
 Objects = Annotated[list[Any], items_of(dict)]
+Tools = Annotated[Objects, AfterValidator(check_tools)]
 
 
 class Body(BaseModel):
@@ -49,9 +51,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """How a stream is sent."""
+    """How a stream is sent: with its usage at the end, and without random characters that hide lengths."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Draw(Body):
@@ -113,6 +116,12 @@ class GenerationRequest(Draw):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
+    @model_validator(mode="after")
+    def _check_stream(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the number of its tokens."""
@@ -153,12 +162,12 @@ class GenerationRequest(Draw):
 class CompletionRequest(GenerationRequest):
     """A request for the continuation of prompts: a text, its token ids, or a list of either.
 
-    `logprobs` is the number of most likely tokens to tell.
+    `logprobs` is the number of most likely tokens to tell, `echo` whether texts and logprobs begin with the prompt's.
     """
 
     prompt: Annotated[list[Any], items_of(str, int, list)] | str
     logprobs: int | None = None
-    echo: Literal[False] = False
+    echo: bool = False
     best_of: Literal[1] = 1
 
     def prompts(self) -> list[str | list[int]]:
@@ -177,21 +186,28 @@ class CompletionRequest(GenerationRequest):
         """How many most likely tokens to tell besides each, None: nothing."""
         return self.logprobs
 
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """See GenerationRequest."""
+        params = super().sampling_params(defaults)
+        params.prompt_logprobs = params.logprobs if self.echo else None
+        return params
+
 
 class ChatRequest(GenerationRequest):
     """A request for the answer to a conversation.
 
     `logprobs` says whether they are told, `top_logprobs` of how many most likely tokens. The tools that `tool_choice`
-    "auto" lets the model call are told of by the chat template, with "none" they are not.
+    lets the model call are told of by the chat template: none if it is "none". With "required", or a tool's name, the
+    answer is a call. Without `parallel_tool_calls`, further ones are dropped.
     """
 
     messages: Objects
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: Objects | None = None
-    tool_choice: Literal["auto", "none"] | dict[str, Any] | str = "auto"
-    parallel_tool_calls: Literal[True] = True
+    tools: Tools | None = None
+    tool_choice: dict[str, Any] | str = "auto"
+    parallel_tool_calls: bool = True
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -199,11 +215,9 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
-        if self.tool_choice not in ("auto", "none"):
-            raise ValueError(
-                f"tool_choice must be 'auto' or 'none', got {self.tool_choice!r:.100}: the model is told of tools, "
-                "not forced to call one; response_format or guided_json give its answer a form"
-            )
+        if self.tool_choice not in ("auto", "none") and not self.forced_tools:
+            choices = "'auto', 'none' or, with tools, 'required' or a function with the name of one"
+            raise ValueError(f"tool_choice must be {choices}, got {self.tool_choice!r:.100}")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self
@@ -211,7 +225,28 @@ class ChatRequest(GenerationRequest):
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call."""
-        return self.tools or None if self.tool_choice == "auto" else None
+        return self.tools or None if self.tool_choice != "none" else None
+
+    @property
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """The functions of which one must be called; none if the model may answer otherwise."""
+        functions = [tool["function"] for tool in self.tools or ()]
+        if isinstance(self.tool_choice, dict):
+            named = self.tool_choice.get("function")
+            name = named.get("name") if isinstance(named, dict) else None
+            return [function for function in functions if function["name"] == name]
+        return functions if self.tool_choice == "required" else []
+
+    def structure(self) -> dict[str, Any] | None:
+        """See GenerationRequest; the call of a tool is a form too."""
+        form = super().structure()
+        if not self.forced_tools:
+            return form
+        if form is not None:
+            raise ValueError(
+                f"tool_choice={self.tool_choice!r} gives the text a form, so nothing else may, got {form!r:.200}"
+            )
+        return {"json": call_schema(self.forced_tools)}
 
     def template_options(self) -> dict[str, Any]:
         """How the conversation is rendered, for `ChatTemplate.render`."""
@@ -237,7 +272,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Objects | None = None
-    tools: Objects | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -276,9 +311,9 @@ def read_format(response_format: dict[str, Any]) -> dict[str, Any]:
         ValueError: it is of no kind that is served.
     """
     kind, named = response_format.get("type"), response_format.get("json_schema")
-    if kind == "json_object":
+    if kind == "json_object" and not any(value for name, value in response_format.items() if name != "type"):
         return {"json_object": True}
     if kind == "json_schema" and isinstance(named, dict) and isinstance(named.get("schema"), dict):
         return {"json": named["schema"]}
-    kinds = '"text", "json_object" or "json_schema" with a json_schema that has a schema'
+    kinds = '"text", "json_object" with nothing beside it, or "json_schema" with a json_schema that has a schema'
     raise ValueError(f"response_format must be of type {kinds}, got {response_format!r:.200}")

@@ -55,7 +55,7 @@ class Service:
         self.model.check_name(body.model)
         prompts = await asyncio.to_thread(self.model.prompts, body)
         params = body.sampling_params(self.engine.default_sampling_params)
-        answer, outputs = Answer(body, self.model.name), self._outputs(body, prompts, params)
+        answer, outputs = Answer(body, self.model.name, self.model.tokenizer), self._outputs(body, prompts, params)
         if body.stream:
             chunks = self._chunks(answer, outputs)
             return EventStream(await while_connected(request, anext(chunks)), chunks)

@@ -15,6 +15,8 @@ def respond(refused: Refused) -> JSONResponse:
 def from_body(error: RequestValidationError) -> Refused:
     """What is wrong with a body: the first thing that was found, whose place begins with "body"."""
     first = error.errors()[0]
+    if isinstance(first.get("input"), bytes):  # it was not read, as with what curl -d says of it by itself
+        return Refused(400, "the Content-Type of a body must be application/json")
     return from_validation(first | {"loc": first["loc"][1:]})
 
 
