@@ -217,6 +217,7 @@ REFUSED = [
     ({"regex": "(a{100}){100}"}, "more than 2000 characters"),
     ({"regex": "(a?){1500}"}, "too many ways"),
     ({"regex": "(" * 20_000}, "nested too deeply"),
+    ({"choice": ["a" * 200_000]}, "at most 200000 characters, got 200004"),
     ({"grammar": "root ::= x"}, 'Rule "x" is not defined'),
     ({"grammar": "start 'a'"}, "Lark"),
 ]

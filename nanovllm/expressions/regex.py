@@ -157,11 +157,11 @@ class _Writer:
                 continue
             repeated = self._long_repeat(item[0], end == QUOTE and not run)
             if repeated is None:
-                run.insert(0, item)
+                run.append(item)
                 continue
-            end = self._add_rule(f"{repeated} {self._add_automaton(run, end)}")
+            end = self._add_rule(f"{repeated} {self._add_automaton(run[::-1], end)}")
             run = []
-        end = self._add_automaton(run, end)
+        end = self._add_automaton(run[::-1], end)
         opening = f"{QUOTE} " if self.in_json else ""
         return "\n".join([f"{self.name} ::= {opening}{end}", *self.lines])
 
