@@ -76,16 +76,23 @@ def test_ctrl_c_while_idle(tmp_path):
         assert server.process.wait(20) == 0 and "Traceback" not in server.output
 
 
-@pytest.mark.parametrize("victim", ["rank", pytest.param("engine", marks=pytest.mark.slow)])
-def test_a_killed_process(tmp_path, victim):
+@pytest.mark.parametrize(
+    ("victim", "is_ending"),
+    [("rank", False), *(pytest.param("engine", is_ending, marks=pytest.mark.slow) for is_ending in (False, True))],
+)
+def test_a_killed_process(tmp_path, victim, is_ending):
+    """Also one that dies while the server, asked to end, waits for what runs."""
     with ServerProcess(tmp_path, "--tensor-parallel-size=2") as server, ThreadPoolExecutor(8) as pool:
         url = server.url
         calls = [pool.submit(ask, url, index, ENDLESS) for index in range(8)]
         assert wait_until(lambda: is_computing(url, 8), 60)
         (engine,) = children(server.process.pid)
         (rank,) = children(engine)
+        if is_ending:
+            server.process.send_signal(signal.SIGINT)
+            assert wait_until(lambda: isinstance(ask(url, 0, LONG | {"max_tokens": 1}), httpx.ConnectError), 10)
         os.kill({"rank": rank, "engine": engine}[victim], signal.SIGKILL)
-        assert wait_until(lambda: httpx.get(f"{url}/health").status_code == 503, 10)
+        assert is_ending or wait_until(lambda: httpx.get(f"{url}/health").status_code == 503, 10)
         for call in calls:
             assert call.result()["error"]["type"] == "server_error"
         assert server.process.wait(20) == 1

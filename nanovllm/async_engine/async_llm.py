@@ -30,6 +30,7 @@ from nanovllm.requests.intake import Intake
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.tokenizer import load_tokenizer
 
+CLOSED = "it was closed"
 CLOSE_SECONDS = 10.0  # that an engine may take for its last step and its end
 
 
@@ -50,7 +51,7 @@ class AsyncLLM:
         config: the engine's options, resolved.
         tokenizer: the model's, None without one.
         default_sampling_params: the parameters that are used where none are given.
-        failure: why the engine has failed or is closed; None while it lives.
+        failure: why the engine has failed, or CLOSED; None while it lives.
         streams: what the unfinished calls are yet to read, by their numbers.
         process: that of the engine.
         thread: what hears of the engine; it ends with it.
@@ -162,7 +163,7 @@ class AsyncLLM:
         if os.getpid() != self._caller:
             return  # in a fork: the engine is not its own
         with self._guard:
-            self.failure = self.failure or "it was closed"
+            self.failure = self.failure or CLOSED
             self._send("close")
         self.thread.join(CLOSE_SECONDS)
         self.process.kill()  # if it hangs

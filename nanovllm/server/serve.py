@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import uvicorn
 from fastapi import FastAPI
 
-from nanovllm.async_engine.async_llm import AsyncLLM
+from nanovllm.async_engine.async_llm import CLOSED, AsyncLLM
 
 POLL_SECONDS = 0.2
 END_SECONDS = 2  # for which clients can hear of the engine's end
@@ -40,26 +40,24 @@ def serve(app: FastAPI, engine: AsyncLLM, host: str, port: int, shutdown_timeout
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     with ThreadPoolExecutor(1) as pool:
-        status = pool.submit(supervise, server, engine, shutdown_timeout)
+        supervision = pool.submit(supervise, server, engine, shutdown_timeout)
         try:
             server.run(sockets=[listener])
         finally:
             engine.close()
-    return status.result()
+    supervision.result()
+    if engine.failure == CLOSED:
+        return 0
+    print(f"nano-vllm: the engine is dead: {engine.failure}", file=sys.stderr, flush=True)
+    return 1
 
 
-def supervise(server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int) -> int:
-    """Ends the server once the engine has failed, and the engine if the server takes too long to end.
-
-    Returns the exit status.
-    """
+def supervise(server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int) -> None:
+    """Ends the server once the engine has failed, and the engine if the server takes too long to end."""
     while engine.thread.is_alive() and not server.should_exit:
         engine.thread.join(POLL_SECONDS)
     if not server.should_exit:
-        print(f"nano-vllm: the engine is dead: {engine.failure}", file=sys.stderr, flush=True)
         time.sleep(END_SECONDS)
         server.should_exit = True
-        return 1
     engine.thread.join(shutdown_timeout)
     engine.close()  # so that what still runs is told so
-    return 0
