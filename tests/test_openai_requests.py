@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from nanovllm.openai_api.answers import Answer
 from nanovllm.openai_api.errors import Refused, from_validation
 from nanovllm.openai_api.protocol import MOST_WORDS, ChatRequest, CompletionRequest, DetokenizeRequest
+from nanovllm.openai_api.served_model import ServedModel
 
 DEFAULTS = SamplingParams(temperature=0.6, top_k=20, max_tokens=99)
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -228,6 +230,21 @@ def test_a_body_that_is_no_object(body):
     with pytest.raises(ValidationError) as caught:
         ChatRequest.model_validate(body)
     assert str(from_validation(caught.value.errors()[0])) == "the body must be an object"
+
+
+def test_nulls_in_messages_are_as_good_as_nothing():
+    """As in an answer that a client sends back: some templates fail at calls that are null."""
+
+    class Template:
+        def render(self, messages: list[dict], **options: object) -> str:
+            assert messages == [{"role": "assistant", "content": None}, {"role": "user", "content": "a"}]
+            return "rendered"
+
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [5])
+    model = ServedModel(SimpleNamespace(config=None, tokenizer=tokenizer, chat_template=Template()), "m")
+    answered = {"role": "assistant", "content": None, "tool_calls": None, "refusal": None, "function_call": None}
+    body = request(messages=[answered, {"role": "user", "content": "a", "name": None}])
+    assert model.prompts(body) == [{"prompt": "rendered", "prompt_token_ids": [5]}]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,12 @@ class ServedModel:
         """The prompt of a conversation. Raises TypeError or ValueError if there is none."""
         if self.template is None:
             raise ValueError("the model has no tokenizer: there are no chats, and prompts must be token ids")
-        (prompt,) = render_conversations(self.template, self.tokenizer, [body.messages], **body.template_options())
+        # Clients send back answers with nulls for calls; some templates ask only whether there is such a field.
+        messages = [
+            {name: value for name, value in message.items() if value is not None or name == "content"}
+            for message in body.messages
+        ]
+        (prompt,) = render_conversations(self.template, self.tokenizer, [messages], **body.template_options())
         return prompt
 
     def refusal(self, error: Exception) -> Refused:
