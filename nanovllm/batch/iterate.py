@@ -59,7 +59,7 @@ def complete(llm: LLMEngine, requests: Iterator[tuple[Key, CheckedRequest]]) -> 
                     break
                 with llm._turn():
                     keys[llm.num_seqs] = key  # before it is queued, lest an interrupt leave it behind
-                    llm._add(llm.intake.make(checked, results))
+                    llm.requests.add(llm.intake.make(checked, results))
             if not keys:
                 break
             with llm._turn():

@@ -45,7 +45,7 @@ def _pieces(llm: LLM, checked: CheckedRequest) -> Iterator[str]:
         with llm._turn():
             ids = [llm.num_seqs]
             request = llm.intake.make(checked, results, is_streamed=True)
-            llm._add(request)
+            llm.requests.add(request)
         (seq,) = request.seqs
         while not results:
             with llm._turn():

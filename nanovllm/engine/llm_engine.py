@@ -27,7 +27,6 @@ from nanovllm.reports.startup import print_startup
 from nanovllm.requests.admission import CheckedRequest, Params, read_added
 from nanovllm.requests.intake import Intake
 from nanovllm.requests.open_requests import OpenRequests
-from nanovllm.requests.request import Request
 from nanovllm.sampling.defaults import default_sampling_params
 from nanovllm.sampling.logprobs import take_in_logprobs
 from nanovllm.sampling.text_end import find_eos_token_ids
@@ -137,7 +136,7 @@ class LLMEngine:
         """
         with self._turn():
             request = self.intake.make(checked, results, request_id)
-            self._add(request)
+            self.requests.add(request)
         return request.number
 
     def step(self) -> list[RequestOutput]:
@@ -221,7 +220,7 @@ class LLMEngine:
             with self._turn():
                 for request in checked:
                     numbers.append(self.num_seqs)  # before it is queued, lest an interrupt leave it behind
-                    self._add(self.intake.make(request, results))
+                    self.requests.add(self.intake.make(request, results))
             self._complete(numbers, results, use_tqdm)
         finally:
             self._drop(numbers)
@@ -318,10 +317,6 @@ class LLMEngine:
         self.requests.take_in(batch, finished)
         if not self.requests:
             self.in_flight.clear()  # only surplus tokens
-
-    def _add(self, request: Request) -> None:
-        """Queues a request. For whoever has the turn."""
-        self.requests.add(request)
 
     def _drop(self, numbers: Items[int]) -> None:
         """Drops what is unfinished of a call's requests: at once, or at the end of the turn that a thread has."""
