@@ -270,6 +270,19 @@ def test_the_norm_before_few_rows_in_8_bits(blocks):
 
 
 @kernel_test
+@pytest.mark.parametrize("blocks", [None, "joined", "rows"])
+def test_what_float16_holds_only_once_it_is_normalised(blocks):
+    """Before, it times the norm's weight is infinite."""
+    routing = routing_of(spread(2, 6, 2), 6)
+    gate_up = in_8_bits(6, 48, 160, BLOCKS[blocks][0]) if blocks else torch.randn(6, 48, 160, device=DEVICE).half() / 12
+    x, norm = torch.randn(2, 160, device=DEVICE).half(), torch.rand(160, device=DEVICE).half()
+    x[:, 7], norm[7] = 20000.0, 4.0
+    h = gate_up_experts(x, gate_up, routing, norm, 1e-6)
+    exact = gate_up_experts_torch(x.double(), gate_up if blocks else gate_up.double(), routing, norm.double(), 1e-6)
+    assert (h - exact).norm() <= TOLERANCE[torch.float16] * exact.norm()  # false for NaN
+
+
+@kernel_test
 @pytest.mark.parametrize("num_tokens", [1, FEW_TOKENS, 9])
 def test_rows_longer_than_what_is_read_ahead_in_8_bits(num_tokens):
     is_rounded = num_tokens > FEW_TOKENS

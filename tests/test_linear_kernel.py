@@ -127,6 +127,17 @@ def test_a_norm_in_float32(any_rows, rows, dtype):
 
 
 @kernel_test
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 20])
+def test_what_float16_holds_only_once_it_is_normalised(rows, gate):
+    """Before, it times the norm's weight is infinite, or has few of its bits left."""
+    arguments = inputs(rows, 40, 200, torch.float16, False, True, False, gate) | {"eps": 1e-9}
+    arguments["x"][:, 7], arguments["norm"][7] = 20000.0, 4.0
+    check(arguments)
+    check(arguments | {"x": torch.randn(rows, 200, device=DEVICE).half() / 1000, "norm": arguments["norm"] / 100})
+
+
+@kernel_test
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 7), (37, 129), (130, 64), (2, 5003)])
 def test_odd_sizes(any_rows, n, k, dtype):

@@ -79,7 +79,8 @@ def _few_codes_products(
                 h = x.to(tl.float32)
                 squares += h * h
                 norm = tl.load(norm_ptr + start + step * STEP + k, mask=left, other=0.0)
-                x = (h * norm.to(tl.float32)).to(x.dtype)
+                h *= norm.to(tl.float32)
+                x = h if x.dtype == tl.float16 else h.to(x.dtype)  # which may not hold it yet
             xs = xs + (x,)  # noqa: RUF005
         for step in tl.static_range(AHEAD):
             # Spread over the features first, so that it is brought to the threads as a whole, not in RUN pieces.

@@ -84,7 +84,9 @@ def _linear_kernel(
         if norm_ptr is not None:
             h = x.to(tl.float32)
             squares += tl.sum(h * h, 2)
-            x = (h * norm.to(tl.float32)).to(w.dtype)
+            x = h * norm.to(tl.float32)
+            if BLOCK_M > 1 or w.dtype != tl.float16:  # one row need not fit into float16 yet, see `normalises_apart`
+                x = x.to(w.dtype)
             norm = tl.load(norm_ptr + ahead + k, mask=left, other=0.0)
         if BLOCK_M == 1:  # too little to multiply for the tensor cores to pay
             acc += tl.sum(x.to(tl.float32) * w.to(tl.float32), 2)[:, None, :]
@@ -152,6 +154,8 @@ def linear(
     is_hoppers = takes_hopper_rows(x, weight, is_normed)
     if not is_hoppers and not takes_few_rows(x, weight, is_normed):
         return linear_torch(x, weight, bias, norm, eps, residual, gate)
+    if is_normed and normalises_apart(x, weight):
+        x, norm = rms_norm(x, norm, eps), None
     y = residual
     if y is None:
         y = torch.empty((rows, num_features // 2 if gate else num_features), dtype=x.dtype, device=x.device)
@@ -160,6 +164,16 @@ def linear(
         from nanovllm.kernels.linear_hopper import launch_linear_hopper as launch
     launch(x, weight, bias, norm, eps, y, gate, is_added=residual is not None)
     return y
+
+
+def normalises_apart(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """Whether rows are normalised ahead of the kernel, which else divides by the root mean square last.
+
+    So it is in float16, which may not hold a number times the norm's weight before that division. Of one row kernels
+    multiply what float32 has, or what they have scaled.
+    """
+    is_one = takes_row(x, weight) if isinstance(weight, QuantizedWeight) else len(x) == 1
+    return x.dtype == torch.float16 and not is_one
 
 
 def takes_hopper_rows(x: Tensor, weight: Tensor | QuantizedWeight, is_normed: bool) -> bool:
