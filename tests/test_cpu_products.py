@@ -70,10 +70,11 @@ def test_what_is_fused_in(kind):
     [
         QuantizedWeight(torch.zeros(48, 64).to(torch.float8_e4m3fn), torch.ones(48, 1), (1, 64)),
         QuantizedWeight(torch.zeros(48, 64, dtype=torch.int8), torch.ones(48, 2), (1, 32)),
+        QuantizedWeight(torch.zeros(48, 72, dtype=torch.int8), torch.ones(48, 1), (1, 72)),
         QuantizedWeight(torch.zeros(40, 32, dtype=torch.uint8), torch.ones(40, 1), (1, 64)),
         QuantizedWeight(torch.zeros(48, 96, dtype=torch.uint8), torch.ones(48, 1), (1, 192)),
     ],
-    ids=["e4m3", "groups in 8 bits", "odd rows", "odd groups"],
+    ids=["e4m3", "groups in 8 bits", "odd columns", "odd rows", "odd groups"],
 )
 def test_what_the_operators_do_not_take(weight):
     assert for_cpu(weight, torch.bfloat16) is weight

@@ -267,10 +267,12 @@ def test_other_schemes_are_refused(random_model, tmp_path):
     match = r"experts that are quantised by Scaled\(.*\) are not supported"
     with pytest.raises(ValueError, match=match):
         load(quantised.path)
-    quantised.config["quantization_config"] = unpacked("int", "channel", DYNAMIC).config
-    quantised.save()
-    with pytest.raises(ValueError, match=match):
-        load(quantised.path)
+    weights_alone = unpacked("float", "block", None).config
+    for config, scheme in ((unpacked("int", "channel", DYNAMIC).config, "Scaled"), (weights_alone, "Fp8Blocks")):
+        quantised.config["quantization_config"] = config
+        quantised.save()
+        with pytest.raises(ValueError, match=rf"experts that are quantised by {scheme}\(.*\) are not supported"):
+            load(quantised.path)
 
 
 def test_ranks_that_would_cut_a_block(random_model, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels.quantized_weight import QuantizedWeight, unpack_int4
 
+INT8_COLUMNS = 16  # that the operator multiplies at once: it reads beyond the end of other rows
 INT4_GROUPS = (32, 64, 128, 256)  # columns of a group that the operator knows
 INT4_ROWS = 16  # that it packs together
 INNER_K_TILES = 1  # without a meaning on CPUs
@@ -54,7 +55,8 @@ def for_cpu(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight | Cp
     rows, group = weight.block
     if dtype != torch.bfloat16 or rows > 1:
         return weight
-    if weight.codes.dtype == torch.int8 and group == size and weight.zeros is None:
+    is_whole_rows = group == size and weight.zeros is None and size % INT8_COLUMNS == 0
+    if weight.codes.dtype == torch.int8 and is_whole_rows:
         return CpuWeight(weight.codes, weight.scales.flatten().to(dtype), num_features, None, weight.order)
     if weight.bits == 4 and group in INT4_GROUPS and num_features % INT4_ROWS == 0:
         scales = weight.scales.float()

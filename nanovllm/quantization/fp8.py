@@ -44,6 +44,9 @@ class Fp8Blocks:
         layer.weight = QuantizedWeight(codes, scales, block, rounds_input=self.rounds_input)
 
     def create_experts(self, layer: Experts) -> None:
+        """Raises ValueError unless inputs are rounded, as many of them always are."""
+        if not self.rounds_input:
+            raise ValueError(f"experts that are quantised by {self} are not supported, only with rounds_input=True")
         add_experts(layer, self.scale_name, self.block)
 
     def finish_experts(self, layer: Experts) -> None:
