@@ -274,7 +274,9 @@ def test_the_norm_before_few_rows_in_8_bits(blocks):
 def test_what_float16_holds_only_once_it_is_normalised(blocks):
     """Before, it times the norm's weight is infinite."""
     routing = routing_of(spread(2, 6, 2), 6)
-    gate_up = in_8_bits(6, 48, 160, BLOCKS[blocks][0]) if blocks else torch.randn(6, 48, 160, device=DEVICE).half() / 12
+    gate_up = torch.randn(6, 48, 160, device=DEVICE).half() / 12
+    if blocks:
+        gate_up = in_8_bits(6, 48, 160, BLOCKS[blocks][0])
     x, norm = torch.randn(2, 160, device=DEVICE).half(), torch.rand(160, device=DEVICE).half()
     x[:, 7], norm[7] = 20000.0, 4.0
     h = gate_up_experts(x, gate_up, routing, norm, 1e-6)
