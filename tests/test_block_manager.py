@@ -198,8 +198,9 @@ def test_append_opens_a_block_when_the_last_token_needs_one():
     opened = []
     for _ in range(5):
         seq.num_tokens += 1
-        opened.append(manager.can_append(seq) and manager.may_append(seq))
-    assert opened == [False, True, False, False, False] and len(seq.block_table) == 2
+        assert manager.can_append(seq)
+        opened.append(manager.may_append(seq))
+    assert opened == [0, 1, 0, 0, 0] and len(seq.block_table) == 2
     seq.num_tokens += 1  # the ninth token: no block is left
     assert not manager.can_append(seq)
 

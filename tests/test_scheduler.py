@@ -486,6 +486,21 @@ def test_which_tokens_become_text(is_async, end):
     assert seq.has_end_token == (end in ("eos", "stop_token_ids"))
 
 
+def test_the_stages_of_a_pipeline_share_out_the_sequences():
+    """A step waits for the tokens of its own sequences alone, so that each stage has one to compute."""
+    scheduler = Driver(32, pipeline_parallel_size=2).scheduler
+    seqs = [Sequence(index, [index + 1, 2], SamplingParams(), 0) for index in range(5)]
+    for seq in seqs:
+        scheduler.add(seq)
+    prompts = scheduler.schedule()
+    assert prompts.seqs == seqs and not scheduler.schedule().seqs
+    scheduler.postprocess(prompts, [[7]] * 5)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert (first.seqs, second.seqs) == (seqs[:3], seqs[3:]) and not scheduler.schedule().seqs
+    scheduler.postprocess(first, [[7]] * 3)
+    assert scheduler.schedule().seqs == seqs[:3]
+
+
 def test_rows_and_reuse():
     """At most max_num_seqs run at once, and the row of one that ended goes to the next."""
     driver = Driver(64, max_num_seqs=2)

@@ -64,7 +64,7 @@ class BlockManager:
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
 
-    def num_lacking(self, seq: Sequence, num_ahead: int = 0) -> int:
+    def num_lacking(self, seq: Sequence, num_ahead: int) -> int:
         """How many more blocks a running sequence needs for its tokens and `num_ahead` that may follow."""
         return max(self._num_blocks(seq, num_ahead) - len(seq.block_table), 0)
 
