@@ -170,9 +170,14 @@ class Driver:
     def step(self) -> Batch:
         was_running = list(self.scheduler.running)
         num_tokens = {seq.seq_id: seq.num_tokens for seq in self.seqs}
+        ready = [seq for seq in was_running if not self.scheduler.end_is_due(seq)]
         batch = self.scheduler.schedule()
         preempted = [seq for seq in was_running if seq.status is SequenceStatus.WAITING]
         self.num_preemptions += len(preempted)
+        assert self.scheduler.num_preemptions == self.num_preemptions
+        # Who keeps his blocks goes on in the same step; nobody new takes what the others were preempted for.
+        assert not batch.budget or all(seq in batch.seqs for seq in ready if seq not in preempted)
+        assert not (preempted and batch.num_joined)
         # Who still runs is at least as urgent as who was preempted, and who was admitted as who waits.
         least_urgent = max((seq.priority for seq in was_running if seq not in preempted), default=0)
         assert all(seq.priority >= least_urgent for seq in preempted)
@@ -315,17 +320,19 @@ def test_the_newest_is_preempted_and_goes_first_again(is_async):
 
 
 def test_a_preempted_request_hits_what_it_computed():
-    """It resumes from the blocks that nobody took meanwhile, and reports the hits of its first admission only."""
+    """It resumes from the blocks that nobody took meanwhile; hits and times are those of its first admission."""
     driver = Driver(6, max_model_len=24)
     old = driver.add([1] * 8 + [2], max_tokens=8, ignore_eos=True)
     new = driver.add([3] * 9, max_tokens=8, ignore_eos=True)
-    starts = {}
+    starts, times = [], []
     while not new.is_finished:
         batch = driver.step()
-        if new in batch.seqs[len(batch.seqs) - batch.num_joined :]:
-            starts[len(starts)] = batch.starts[batch.seqs.index(new)]
+        if new in batch.joined:
+            starts.append(batch.starts[batch.seqs.index(new)])
+            times.append((new.first_scheduled_time, new.first_token_time))
     assert old.is_finished and len(starts) > 1 and starts[0] == 0 and starts[1] >= 4
-    assert new.num_cached_tokens == 0
+    assert new.num_cached_tokens == 0 and len(set(times)) == 1
+    assert times[0] == (new.first_scheduled_time, new.first_token_time) and None not in times[0]
     driver.check_end()
 
 

@@ -429,6 +429,22 @@ def test_a_prompt_that_can_be_computed_goes_first():
     driver.run_until_finished()
 
 
+def test_a_step_with_drafts_admits_nobody():
+    """Not even a prompt that fits only since this step has filled a block which it begins with."""
+    driver = drafting(8)
+    seq = driver.add([1, 2], max_tokens=20, ignore_eos=True)
+    driver.scheduler.postprocess(driver.scheduler.schedule(), [[3]])
+    hopeful(driver)
+    driver.scheduler.postprocess(driver.scheduler.schedule(), [[4]])
+    assert seq.num_tokens == 4 and len(seq.block_table) == 2
+    waiting = driver.add([1, 2, 3, 4] + [5] * 21)
+    hopeful(driver)
+    assert not driver.scheduler.admits_next()
+    batch = driver.scheduler.schedule()
+    assert batch.num_drafts == 3 and batch.seqs == [seq]
+    assert waiting.row == -1 and driver.scheduler.admits_next()
+
+
 def test_a_token_that_there_is_not_ends_a_sequence_behind_accepted_drafts():
     driver = drafting(64)
     seq = driver.add([1, 2, 3], max_tokens=20, ignore_eos=True)
