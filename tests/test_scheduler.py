@@ -337,12 +337,15 @@ def test_a_preempted_request_hits_what_it_computed():
 
 
 def test_who_came_late_to_the_queue_has_its_place_there():
-    """As a request whose grammar took its time."""
+    """As a request whose grammar took its time; those that end before they come leave it as it is."""
     driver = Driver(32, max_num_seqs=1)
-    first, second, third = (Sequence(index, [7, 8], SamplingParams(), 0) for index in range(3))
+    first, second, third, *late = (Sequence(index, [7, 8], SamplingParams(), 0, index // 4) for index in range(5))
+    late.append(Sequence(5, [7, 8], SamplingParams(), 0, -1))
     for seq in (first, third, second):
         driver.scheduler.add(seq)
-    assert list(driver.scheduler.waiting) == [first, second, third]
+    for seq in late:
+        driver.scheduler.finish(seq)
+    assert list(driver.scheduler.waiting) == [first, second, third] and all(seq.is_finished for seq in late)
 
 
 def test_whoever_leaves_a_long_queue_is_found_at_once():
