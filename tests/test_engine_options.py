@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from nanovllm.compat.engine_options import OTHER_NAMES, translate
 from nanovllm.compat.vllm_options import ACCEPTED
 from nanovllm.config import Config
 from nanovllm.kernels import quantized_weight
+from nanovllm.memory.num_blocks import CPU_KVCACHE_BYTES, num_fitting_blocks_on_cpu
 from nanovllm.options import choices
 from nanovllm.sampling.defaults import default_sampling_params
 from nanovllm.text.tokenizer import load_tokenizer
@@ -645,6 +647,15 @@ def test_bad_recommendations(config, folder, key, value):
 
 
 # ---- in an engine -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block_bytes", "num_blocks"), [(1, 3 * 4), (CPU_KVCACHE_BYTES // 7, 7), (CPU_KVCACHE_BYTES, 3)]
+)
+def test_the_cache_on_a_cpu(block_bytes, num_blocks):
+    """Not more than all sequences can fill, nor than its share of the memory, but enough for one."""
+    config = SimpleNamespace(max_blocks_per_seq=3, max_num_seqs=4)
+    assert num_fitting_blocks_on_cpu(config, block_bytes) == num_blocks
 
 
 def test_the_models_length_is_lowered_to_what_the_cache_holds(checkpoint, capsys):

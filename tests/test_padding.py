@@ -1,5 +1,7 @@
 """Steps padded to the shapes of CUDA graphs give the same tokens; launched without graphs, so that a CPU can tell."""
 
+from types import SimpleNamespace
+
 import pytest
 from checkpoints import mixed_prompts
 from engines import MAX_TOKENS, check_scenario, engine, expected, generate, scenario_options, tokens
@@ -99,6 +101,21 @@ def test_large_steps_are_launched_as_they_are(checkpoint, monkeypatch):
         assert [few_graphs.padded_shape(shape) for _ in range(2)] == [None, None]
     assert few_graphs.padded_shape(StepShape(0, 1, 5, False)) is None
     assert few_graphs.padded_shape(StepShape(0, 1, 6, False)) == StepShape(0, 1, 64, False)
+
+
+def test_what_is_captured():
+    """Sizes ascend to just the most that may run; the torch backend's prompts have no graph, and a CPU has none."""
+    facts = {"device": "cuda", "enforce_eager": False, "attention_backend": "torch", "speculation": None}
+
+    def captured(**changes):
+        return cuda_graphs.list_graph_shapes(SimpleNamespace(**facts | {"max_num_seqs": 227} | changes))
+
+    assert [shape.num_decodes for shape in captured()][-4:] == [192, 208, 216, 227]
+    assert [shape.num_decodes for shape in captured(max_num_seqs=5)] == [1, 2, 4, 5]
+    assert not any(shape.num_prompts for shape in captured())
+    prompts = [shape for shape in captured(attention_backend="triton") if shape.num_prompts]
+    assert prompts == [StepShape(0, 1, num_tokens, False) for num_tokens in cuda_graphs.GRAPH_TOKENS]
+    assert captured(device="cpu") == captured(enforce_eager=True) == []
 
 
 def test_short_prompts(checkpoint, shapes):

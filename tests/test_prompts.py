@@ -237,6 +237,7 @@ def test_max_tokens_of_none_is_what_fits():
     [
         ({"allowed_token_ids": [2**40]}, f"allowed_token_ids.*between 0 and 5, got {2**40}"),
         ({"logit_bias": {"7": 1.0}}, "logit_bias.*between 0 and 5, got 7"),
+        ({"allowed_token_ids": [0, 6]}, "allowed_token_ids.*between 0 and 5, got 6"),
         ({"logprobs": 21}, r"logprobs=21.*max_logprobs=20.*LLM\(\.\.\., max_logprobs=21\)"),
         ({"prompt_logprobs": 99}, "prompt_logprobs=99.*max_logprobs=20"),
         ({"logprobs": -1}, r"logprobs=-1.*max_logprobs=20.*LLM\(\.\.\., max_logprobs=-1\)"),
@@ -253,6 +254,7 @@ def test_parameters_that_just_fit_the_model():
     ids = list(range(VOCAB_SIZE))
     check([IDS], SamplingParams(stop_token_ids=ids, allowed_token_ids=ids, logit_bias=dict.fromkeys(ids, 1.0)))
     check([IDS], SamplingParams(logprobs=6, prompt_logprobs=0))
+    check([IDS], SamplingParams(logprobs=3, prompt_logprobs=3), max_logprobs=3)
     for num_logprobs in (-1, 6):
         check([IDS], SamplingParams(logprobs=num_logprobs, prompt_logprobs=num_logprobs), max_logprobs=-1)
 

@@ -196,6 +196,7 @@ def test_what_step_hands_out(llm: LLM, kind):
     outputs = []
     while llm.has_unfinished_requests():
         outputs += llm.step()
+        assert llm.requests.hand_out() == [], "each once"
     assert {output.request_id for output in outputs} == {"mine"}
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     got = [output.outputs[0].token_ids for output in outputs]
