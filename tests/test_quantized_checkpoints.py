@@ -79,7 +79,7 @@ def test_two_ranks(quantized, name):
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(ROUNDED) and name not in SLOW])
 def test_tokens_on_a_gpu(quantized, name):
     """By the kernels, in float32, with graphs: of formats whose rows stay as they are."""
-    check_tokens(quantized(name), device="cuda", gpu_memory_utilization=0.5)
+    check_tokens(quantized(name), device="cuda", dtype="float32", gpu_memory_utilization=0.5)
 
 
 def round_inputs(model: torch.nn.Module, name: str) -> None:

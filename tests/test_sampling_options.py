@@ -253,7 +253,7 @@ def test_mixed_on_a_gpu(checkpoint, case):
         pytest.skip("needs two GPUs")
     prompts, params = mixed_requests(len(scenario))
     checkpoint, options = checkpoint("qwen3"), scenario_options(scenario, 16) | options
-    with engine(checkpoint.path, device="cuda", **options) as llm:
+    with engine(checkpoint.path, device="cuda", dtype="float32", **options) as llm:
         results = generate(llm, prompts, params)
         captured = llm.ranks.runner.graphs.captured
         assert any(shape.adjusting and shape.num_logprobs for shape in captured)

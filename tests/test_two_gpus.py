@@ -79,7 +79,7 @@ def test_structures():
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_in_few_bits(quantized, name):  # noqa: F811
     assert not name.startswith(ROUNDED) and name not in IN_ANOTHER_ORDER
-    check_tokens(quantized(name), **ON_TWO)
+    check_tokens(quantized(name), dtype="float32", **ON_TWO)
 
 
 @pytest.mark.parametrize("options", IN_8_BITS, ids=str)
