@@ -85,9 +85,9 @@ class ChatChoice:
         """The choice `index` of an answer, to the rendered prompt of an output, which may have opened a <think>."""
         self.body = body
         self.index = index
-        form = body.structure()
-        # A form that does not speak of its end has no room for reasoning.
-        is_reasoning = (output.prompt or "").rstrip().endswith(THINK) and (form is None or END_OF_THINK in str(form))
+        is_reasoning = (output.prompt or "").rstrip().endswith(THINK)
+        if is_reasoning and (form := body.structure()) is not None:
+            is_reasoning = END_OF_THINK in str(form)  # a form that does not speak of its end has no room for it
         self.parser = AnswerParser(body.offered_tools is not None, is_reasoning, bool(body.forced_tools))
         self.has_begun = False
 
